@@ -1,0 +1,60 @@
+"""fastlora: fused LoRA and QLoRA linear layers, with PEFT's exact meaning.
+
+Three ways in: `accelerate(model)` for a PEFT model, `LoraLinear` / `QLoraLinear` / `lora_linear` for
+models of one's own, and `register(lora_config)` / `patch_peft()` for trainers that build the model.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public name -> module that defines it. Loaded on first use, so that `import fastlora` stays light
+# and a peer (peft, bitsandbytes) is needed only by the name that needs it.
+_EXPORTS = {
+    "LoraLinear": ".nn",
+    "QLoraLinear": ".nn",
+    "LoraLinearFunction": ".autograd",
+    "lora_linear": ".autograd",
+    "quantize_4bit": ".ops",
+    "dequantize_4bit": ".ops",
+    "use_backend": ".backends",
+    "QuantState": ".quant",
+    "accelerate": ".integrations.peft",
+    "restore": ".integrations.peft",
+    "explain": ".integrations.peft",
+    "register": ".integrations.peft",
+    "patch_peft": ".integrations.peft",
+    "unpatch_peft": ".integrations.peft",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+if TYPE_CHECKING:
+    from .autograd import LoraLinearFunction, lora_linear
+    from .backends import use_backend
+    from .integrations.peft import (
+        accelerate,
+        explain,
+        patch_peft,
+        register,
+        restore,
+        unpatch_peft,
+    )
+    from .nn import LoraLinear, QLoraLinear
+    from .ops import dequantize_4bit, quantize_4bit
+    from .quant import QuantState
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'fastlora' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_EXPORTS[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

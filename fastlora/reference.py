@@ -1,0 +1,276 @@
+"""The definition of every op, in plain torch. All backends are checked against these functions.
+
+Sizes: M tokens, N out_features, K in_features, R rank. Sums are taken in fp32 (fp64 for fp64
+inputs) and each result is rounded once, at the end.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .quant import QuantState
+
+PHILOX_ROUNDS = 7
+_PHILOX_M0, _PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
+_PHILOX_W0, _PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
+_MASK32 = 0xFFFFFFFF
+
+# ---- dropout ---------------------------------------------------------------------------------
+
+
+def dropout_threshold(p: float) -> tuple[int, float]:
+    """`(t, 1 / (1 - t / 65536))` with `t = round(65536 p)`: the integer form of a dropout rate.
+
+    An element is kept where its 16 random bits, read as an unsigned integer, are >= t.
+
+    Args:
+        p: probability of dropping an element, 0 <= p <= 1.
+
+    Returns:
+        The threshold, 0 to 65536, and the scale of the kept elements (0 when all are dropped).
+
+    Raises:
+        ValueError: p is outside [0, 1].
+    """
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"dropout_p must be between 0 and 1, got {p}")
+    threshold = round(p * 65536)
+    return threshold, 0.0 if threshold == 65536 else 1.0 / (1.0 - threshold / 65536)
+
+
+def dropout_mask(
+    M: int, K: int, p: float, seed: Tensor | int, device: torch.device | str | None = None
+) -> Tensor:
+    """`mask[m, k] = philox16(m, k) >= threshold(p)`, the same bits on every backend.
+
+    Element (m, k) lies in pair `q = (k % 128) // 2` of block `k // 128`. Its 16 bits are half
+    `k % 2` (0: the low half) of output word `q // 16` of Philox4x32-7 with
+
+        counter = (q % 16, k // 128, m mod 2^32, m // 2^32),   key = (seed mod 2^32, seed // 2^32).
+
+    Sixteen neighbouring counters fill one vector along k (fixed m) and also one along m (fixed k),
+    so that forward and backward both make the mask in the order in which they read x.
+
+    Args:
+        M, K: shape of the mask.
+        p: probability of dropping an element.
+        seed: int64, one element.
+        device: where the mask is made.
+
+    Returns:
+        bool [M, K], True where the element is kept.
+
+    Source: J. K. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+    """
+    threshold, _ = dropout_threshold(p)
+    key = int(seed) & 0xFFFFFFFFFFFFFFFF
+    k0, k1 = key & _MASK32, key >> 32
+    blocks = (K + 127) // 128
+    m = torch.arange(M, dtype=torch.int64, device=device).view(M, 1, 1)
+    block = torch.arange(blocks, dtype=torch.int64, device=device).view(1, blocks, 1)
+    lane = torch.arange(16, dtype=torch.int64, device=device).view(1, 1, 16)
+    shape = (M, blocks, 16)
+    c0, c1 = lane.expand(shape), block.expand(shape)
+    c2, c3 = (m & _MASK32).expand(shape), (m >> 32).expand(shape)
+    for _ in range(PHILOX_ROUNDS):
+        hi0, lo0 = _mul_32x32(c0, _PHILOX_M0)
+        hi1, lo1 = _mul_32x32(c2, _PHILOX_M1)
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0, k1 = (k0 + _PHILOX_W0) & _MASK32, (k1 + _PHILOX_W1) & _MASK32
+    words = torch.stack((c0, c1, c2, c3), dim=2)  # [M, blocks, 4 words, 16 lanes]
+    halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1)  # pairs (k even, k odd)
+    return (halves.reshape(M, blocks * 128) >= threshold)[:, :K]
+
+
+def _mul_32x32(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a * b, for int64 tensors holding unsigned 32-bit values."""
+    low = a * (b & 0xFFFF)
+    high = a * (b >> 16) + (low >> 16)
+    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def _dropout(x: Tensor, p: float, seed: Tensor | int | None) -> Tensor:
+    """`x * mask / (1 - p)`, or x itself when p = 0."""
+    if p == 0.0:
+        return x
+    if seed is None:
+        raise ValueError("seed must be an int64 tensor of one element when dropout_p > 0, got None")
+    _, scale = dropout_threshold(p)
+    return torch.where(dropout_mask(*x.shape, p, seed, x.device), x * scale, 0.0)
+
+
+# ---- LoRA on a dense base --------------------------------------------------------------------
+
+
+def _acc(x: Tensor) -> torch.dtype:
+    """The dtype of all sums: fp64 for fp64 inputs, fp32 for all others."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def lora_linear_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`S = drop(x) A^T`, `y = x W^T + bias + scaling * S B^T`.
+
+    Args:
+        x: [M, K], fp32, bf16 or fp16 (fp64 for checks).
+        weight: [N, K], x's dtype, frozen.
+        bias: [N] or None.
+        lora_A: [R, K], fp32 or x's dtype.
+        lora_B: [N, R], lora_A's dtype.
+        scaling: factor of the LoRA term (alpha / r in PEFT).
+        dropout_p: probability of dropping an element of x on the LoRA path, 0 to 1.
+        seed: int64, one element; needed when dropout_p > 0.
+
+    Returns:
+        y [M, N] in x's dtype; S [M, R] in fp32 (fp64 for fp64), unscaled, saved for the backward.
+    """
+    return _fwd(x, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
+
+
+def _fwd(
+    x: Tensor,
+    x_base: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | int | None,
+) -> tuple[Tensor, Tensor]:
+    acc = _acc(x)
+    S = _dropout(x.to(acc), dropout_p, seed) @ lora_A.to(acc).T
+    y = x_base.to(acc) @ weight.to(acc).T + scaling * (S @ lora_B.to(acc).T)
+    if bias is not None:
+        y = y + bias.to(acc)
+    return y.to(x.dtype), S
+
+
+def lora_linear_bwd(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    S: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | int | None = None,
+    needs: tuple[bool, bool, bool, bool] = (True, True, True, False),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `lora_linear_fwd`, for `dy = dL/dy`:
+
+        dS = scaling * dy B            dx    = dy W + drop'(dS A)
+        dA = dS^T drop(x)              dB    = scaling * dy^T S
+                                       dbias = sum over m of dy
+
+    Args:
+        dy: [M, N], x's dtype.
+        x, weight, lora_A, lora_B, scaling, dropout_p, seed: as given to the forward.
+        S: [M, R], as returned by the forward.
+        needs: which of (dx, dA, dB, dbias) to compute.
+
+    Returns:
+        dx [M, K] in x's dtype, dA [R, K] and dB [N, R] in the adapter's dtype, dbias [N] in fp32
+        (fp64 for fp64); None for what was not asked for.
+    """
+    return _bwd(dy, dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, needs)
+
+
+def _bwd(
+    dy: Tensor,
+    dy_base: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    S: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | int | None,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    acc = _acc(x)
+    need_dx, need_dA, need_dB, need_dbias = needs
+    g = dy.to(acc)
+    dS = scaling * (g @ lora_B.to(acc))
+    dx = dA = dB = dbias = None
+    if need_dx:
+        lora = _dropout(dS @ lora_A.to(acc), dropout_p, seed)
+        dx = (dy_base.to(acc) @ weight.to(acc) + lora).to(x.dtype)
+    if need_dA:
+        dA = (dS.T @ _dropout(x.to(acc), dropout_p, seed)).to(lora_A.dtype)
+    if need_dB:
+        dB = (scaling * (g.T @ S)).to(lora_B.dtype)
+    if need_dbias:
+        dbias = g.sum(0)
+    return dx, dA, dB, dbias
+
+
+# ---- LoRA on a 4-bit base --------------------------------------------------------------------
+
+
+def qlora_linear_fwd(
+    x: Tensor,
+    weight: Tensor,
+    quant_state: QuantState,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | int | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`S = drop(x) A^T`, `y = x W^T + bias + scaling * S B^T`, `W = dequantize_4bit(weight)`.
+
+    Args:
+        x: [M, K], fp32, bf16 or fp16 (fp64 for checks).
+        weight: uint8, ceil(N K / 2) bytes, two codes a byte, high nibble first.
+        quant_state: absmax, code, blocksize and, for nested absmax, offset and state2.
+        bias, lora_A, lora_B, scaling, dropout_p, seed: as in `lora_linear_fwd`.
+        compute_dtype: dtype to which W is decoded and x rounded for the base product, as
+            bitsandbytes' Linear4bit.compute_dtype; x's dtype when None. The LoRA path always reads
+            x as it came, and y keeps x's dtype.
+
+    Returns:
+        y [M, N] in x's dtype; S [M, R] in fp32 (fp64 for fp64).
+    """
+    dtype = compute_dtype or x.dtype
+    W = dequantize_4bit(weight, quant_state, dtype)
+    return _fwd(x, x.to(dtype), W, bias, lora_A, lora_B, scaling, dropout_p, seed)
+
+
+def qlora_linear_bwd(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    quant_state: QuantState,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    S: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | int | None = None,
+    compute_dtype: torch.dtype | None = None,
+    needs: tuple[bool, bool, bool, bool] = (True, True, True, False),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `qlora_linear_fwd`: those of `lora_linear_bwd` with the decoded W.
+
+    Arguments as in `qlora_linear_fwd` and `lora_linear_bwd`; returns as `lora_linear_bwd`.
+    """
+    dtype = compute_dtype or x.dtype
+    W = dequantize_4bit(weight, quant_state, dtype)
+    return _bwd(dy, dy.to(dtype), x, W, lora_A, lora_B, S, scaling, dropout_p, seed, needs)
+
+
+# ---- 4-bit -----------------------------------------------------------------------------------
