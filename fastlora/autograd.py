@@ -1,0 +1,198 @@
+"""The differentiable layer: `lora_linear` and its autograd Function. No math stands here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from . import ops
+from .quant import QuantState, as_quant_state
+
+
+class LoraLinearFunction(torch.autograd.Function):
+    """`y = x W^T + bias + scaling * drop(x) A^T B^T`, W dense or 4-bit, with gradients for x, bias,
+    lora_A and lora_B, each only where asked for.
+
+    Saves x, S = drop(x) A^T [M, R], the adapters and the dropout seed: no mask, no copy of x.
+    The formulas are those of `reference.lora_linear_fwd` and `reference.lora_linear_bwd`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        seed: Tensor | None,
+        scaling: float,
+        dropout_p: float,
+        quant_state: QuantState | None,
+        compute_dtype: torch.dtype | None,
+        backend: str | None,
+    ) -> Tensor:
+        if quant_state is None:
+            y, S = ops.lora_linear_fwd(
+                x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, backend=backend
+            )
+            stats: tuple[Tensor | None, ...] = ()
+        else:
+            y, S = ops.qlora_linear_fwd(
+                x,
+                weight,
+                quant_state,
+                bias,
+                lora_A,
+                lora_B,
+                scaling,
+                dropout_p,
+                seed,
+                compute_dtype,
+                backend=backend,
+            )
+            stats = quant_state.tensors()
+        ctx.save_for_backward(x, weight, lora_A, lora_B, S, seed, *stats)
+        ctx.state = None if quant_state is None else quant_state.without_tensors()
+        ctx.options = (scaling, dropout_p, compute_dtype, backend)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, lora_A, lora_B, S, seed, *stats = ctx.saved_tensors
+        scaling, dropout_p, compute_dtype, backend = ctx.options
+        need_x, _, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
+        needs = (need_x, need_A, need_B, need_bias)
+        if ctx.state is None:
+            dx, dA, dB, dbias = ops.lora_linear_bwd(
+                dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, needs, backend=backend
+            )
+        else:
+            dx, dA, dB, dbias = ops.qlora_linear_bwd(
+                dy,
+                x,
+                weight,
+                ctx.state.with_tensors(*stats),
+                lora_A,
+                lora_B,
+                S,
+                scaling,
+                dropout_p,
+                seed,
+                compute_dtype,
+                needs,
+                backend=backend,
+            )
+        dbias = None if dbias is None else dbias.to(ctx.bias_dtype)
+        return dx, None, dbias, dA, dB, None, None, None, None, None, None
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    *,
+    quant_state: Any = None,
+    compute_dtype: torch.dtype | None = None,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    seed: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`y = x W^T + bias + scaling * drop(x) A^T B^T`, differentiable in x, bias, lora_A, lora_B.
+
+    Args:
+        x: [..., K], fp32, bf16 or fp16.
+        weight: [N, K] in x's dtype, or packed 4-bit bytes when quant_state is given. Frozen.
+        bias: [N] or None.
+        lora_A: [R, K], fp32 or x's dtype. fp32 adapters get fp32 gradients.
+        lora_B: [N, R], lora_A's dtype.
+        scaling: factor of the LoRA term, lora_alpha / r in PEFT (rsLoRA: lora_alpha / sqrt(r)).
+        quant_state: fastlora's or bitsandbytes' QuantState of a 4-bit weight.
+        compute_dtype: of a 4-bit base product, as bitsandbytes' Linear4bit; x's dtype when None.
+        dropout_p: probability of dropping an element of x on the LoRA path.
+        training: False switches dropout off.
+        seed: int64, one element, the dropout's key. Drawn with torch.randint when None, so that
+            torch.manual_seed and activation checkpointing replay the same mask.
+        backend: "native" or "reference"; the device's best when None.
+
+    Under autocast x, the adapters, the bias and a dense weight are cast to autocast's dtype, as
+    torch.nn.functional.linear does.
+
+    Returns:
+        y [..., N] in x's dtype (autocast's dtype under autocast).
+
+    Raises:
+        ValueError, TypeError: a shape or dtype does not fit; weight requires a gradient.
+        RuntimeError: the backend asked for can't run here; the message says why.
+    """
+    if weight.requires_grad:
+        raise ValueError("weight must be frozen (requires_grad=False): fastlora never trains it")
+    state = None if quant_state is None else as_quant_state(quant_state)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, lora_A, lora_B = x.to(dtype), lora_A.to(dtype), lora_B.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        if state is None:
+            weight = weight.to(dtype)
+    if not training:
+        dropout_p = 0.0
+    if dropout_p > 0.0 and seed is None:
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    with torch.autocast(x.device.type, enabled=False):
+        y = _apply(
+            x.reshape(-1, x.shape[-1]),
+            weight,
+            bias,
+            lora_A,
+            lora_B,
+            seed if dropout_p > 0.0 else None,
+            scaling,
+            dropout_p,
+            state,
+            compute_dtype,
+            backend,
+        )
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _apply(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    seed: Tensor | None,
+    *options: Any,
+) -> Tensor:
+    """LoraLinearFunction where a gradient is needed, its forward alone where none is."""
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, bias, lora_A, lora_B)
+    ):
+        return LoraLinearFunction.apply(x, weight, bias, lora_A, lora_B, seed, *options)
+    scaling, dropout_p, state, compute_dtype, backend = options
+    if state is None:
+        return ops.lora_linear_fwd(
+            x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, backend=backend
+        )[0]
+    return ops.qlora_linear_fwd(
+        x,
+        weight,
+        state,
+        bias,
+        lora_A,
+        lora_B,
+        scaling,
+        dropout_p,
+        seed,
+        compute_dtype,
+        backend=backend,
+    )[0]

@@ -1,0 +1,71 @@
+"""Which backend runs an op: `backend=`, `with use_backend(...)`, FASTLORA_BACKEND, then the device's.
+
+A backend is a module with the names and arguments of `reference`, and `unsupported(op, x, ...)`,
+which returns one sentence that says why it can't run the op, or None.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import ModuleType
+from typing import Any
+
+from . import native, torch_reference
+
+BACKENDS: dict[str, ModuleType] = {"native": native, "reference": torch_reference}
+DEVICE_ORDER: dict[str, tuple[str, ...]] = {"cpu": ("native", "reference")}
+_DEFAULT_ORDER = ("reference",)
+_forced: ContextVar[str | None] = ContextVar("fastlora_backend", default=None)
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Every op inside the `with` block runs on backend `name`, or raises why it can't."""
+    token = _forced.set(_checked(name, "use_backend(name)"))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def forced_backend(backend: str | None = None) -> str | None:
+    """The backend that the caller, a `use_backend` block or FASTLORA_BACKEND asks for."""
+    if backend is not None:
+        return _checked(backend, "backend")
+    if (name := _forced.get()) is not None:
+        return name
+    if name := os.environ.get("FASTLORA_BACKEND", ""):
+        return _checked(name, "FASTLORA_BACKEND")
+    return None
+
+
+def choose(op: str, device: str, backend: str | None = None, **what: Any) -> ModuleType:
+    """The first backend of the device's order that supports `op`.
+
+    Args:
+        op: the op's name.
+        device: torch device type, "cpu" or "cuda".
+        backend: a backend's name; it alone is asked.
+        what: dtypes that `unsupported` looks at: `dtype`, `adapter_dtype`, `compute_dtype`.
+
+    Raises:
+        ValueError: unknown name. RuntimeError: the forced backend, or every backend, declines.
+    """
+    name = forced_backend(backend)
+    order = (name,) if name else DEVICE_ORDER.get(device, _DEFAULT_ORDER)
+    reasons = []
+    for candidate in order:
+        reason = BACKENDS[candidate].unsupported(op, device, **what)
+        if reason is None:
+            return BACKENDS[candidate]
+        reasons.append(f"{candidate}: {reason}")
+    raise RuntimeError(f"no backend can run {op} on {device}. {' '.join(reasons)}")

@@ -1,0 +1,30 @@
+"""The reference as a backend: runs everywhere, on any device and dtype, at plain torch's speed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..reference import (
+    dequantize_4bit,
+    lora_linear_bwd,
+    lora_linear_fwd,
+    qlora_linear_bwd,
+    qlora_linear_fwd,
+    quantize_4bit,
+)
+
+__all__ = [
+    "dequantize_4bit",
+    "lora_linear_bwd",
+    "lora_linear_fwd",
+    "qlora_linear_bwd",
+    "qlora_linear_fwd",
+    "quantize_4bit",
+]
+
+NAME = "reference"
+
+
+def unsupported(op: str, device: str, **what: Any) -> str | None:
+    """None: the reference runs every op."""
+    return None

@@ -1,0 +1,288 @@
+"""The stateless ops: check the arguments once, choose a backend, call it.
+
+Same names, arguments and results as in `reference`, where the formulas stand. None of them is
+differentiable; `fastlora.lora_linear` is.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .backends import choose
+from .quant import BLOCKSIZES, QuantState, as_quant_state, packed_bytes
+
+_Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def lora_linear_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`S = drop(x) A^T`, `y = x W^T + bias + scaling * S B^T`; see `reference.lora_linear_fwd`.
+
+    Raises:
+        ValueError: a shape, or the seed, does not fit. TypeError: a dtype does not fit.
+        RuntimeError: the backend asked for can't run the op; the message says why.
+    """
+    _check_weight(x, weight, lora_B)
+    _check_common(x, bias, lora_A, lora_B, dropout_p, seed)
+    b = choose("lora_linear_fwd", x.device.type, backend, dtype=x.dtype, adapter_dtype=lora_A.dtype)
+    return b.lora_linear_fwd(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
+
+
+def lora_linear_bwd(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    S: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    needs: tuple[bool, bool, bool, bool] = (True, True, True, False),
+    *,
+    backend: str | None = None,
+) -> _Grads:
+    """`(dx, dA, dB, dbias)` of `lora_linear_fwd`; see `reference.lora_linear_bwd`.
+
+    Raises:
+        ValueError: a shape, or the seed, does not fit. TypeError: a dtype does not fit.
+        RuntimeError: the backend asked for can't run the op; the message says why.
+    """
+    _check_weight(x, weight, lora_B)
+    _check_common(x, None, lora_A, lora_B, dropout_p, seed)
+    _check_backward(dy, x, lora_B, S)
+    b = choose("lora_linear_bwd", x.device.type, backend, dtype=x.dtype, adapter_dtype=lora_A.dtype)
+    return b.lora_linear_bwd(
+        dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, needs
+    )
+
+
+def qlora_linear_fwd(
+    x: Tensor,
+    weight: Tensor,
+    quant_state: QuantState,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`lora_linear_fwd` with `W = dequantize_4bit(weight)`; see `reference.qlora_linear_fwd`.
+
+    Raises:
+        ValueError: a shape, the quant_state or the seed does not fit. TypeError: a dtype does not.
+        RuntimeError: the backend asked for can't run the op; the message says why.
+    """
+    state = as_quant_state(quant_state)
+    weight = _check_packed(x, weight, state, lora_B)
+    _check_common(x, bias, lora_A, lora_B, dropout_p, seed)
+    b = choose(
+        "qlora_linear_fwd",
+        x.device.type,
+        backend,
+        dtype=x.dtype,
+        adapter_dtype=lora_A.dtype,
+        compute_dtype=compute_dtype,
+    )
+    return b.qlora_linear_fwd(
+        x, weight, state, bias, lora_A, lora_B, scaling, dropout_p, seed, compute_dtype
+    )
+
+
+def qlora_linear_bwd(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    quant_state: QuantState,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    S: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+    needs: tuple[bool, bool, bool, bool] = (True, True, True, False),
+    *,
+    backend: str | None = None,
+) -> _Grads:
+    """`(dx, dA, dB, dbias)` of `qlora_linear_fwd`; see `reference.qlora_linear_bwd`.
+
+    Raises:
+        ValueError: a shape, the quant_state or the seed does not fit. TypeError: a dtype does not.
+        RuntimeError: the backend asked for can't run the op; the message says why.
+    """
+    state = as_quant_state(quant_state)
+    weight = _check_packed(x, weight, state, lora_B)
+    _check_common(x, None, lora_A, lora_B, dropout_p, seed)
+    _check_backward(dy, x, lora_B, S)
+    b = choose(
+        "qlora_linear_bwd",
+        x.device.type,
+        backend,
+        dtype=x.dtype,
+        adapter_dtype=lora_A.dtype,
+        compute_dtype=compute_dtype,
+    )
+    return b.qlora_linear_bwd(
+        dy, x, weight, state, lora_A, lora_B, S, scaling, dropout_p, seed, compute_dtype, needs
+    )
+
+
+def quantize_4bit(
+    weight: Tensor,
+    blocksize: int = 64,
+    quant_type: str = "nf4",
+    compress_statistics: bool = False,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, QuantState]:
+    """Packed 4-bit codes and quant state of `weight`; see `reference.quantize_4bit`.
+
+    Raises:
+        ValueError: unknown blocksize or quant_type. TypeError: weight is not fp32, bf16 or fp16.
+    """
+    if blocksize not in BLOCKSIZES:
+        raise ValueError(f"blocksize must be one of {BLOCKSIZES}, got {blocksize}")
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"weight must be fp32, bf16 or fp16, got {weight.dtype}")
+    b = choose("quantize_4bit", weight.device.type, backend, dtype=weight.dtype)
+    return b.quantize_4bit(weight, blocksize, quant_type, compress_statistics)
+
+
+def dequantize_4bit(
+    packed: Tensor,
+    quant_state: QuantState,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """`code[q] * absmax` in `dtype`; see `reference.dequantize_4bit`.
+
+    Args:
+        out: tensor of quant_state.shape and the output dtype, written and returned. Reusing one
+            spares the page faults of fresh memory.
+
+    Raises:
+        ValueError: packed or out has the wrong size. TypeError: out has the wrong dtype.
+    """
+    state = as_quant_state(quant_state)
+    dtype = dtype or (out.dtype if out is not None else state.dtype)
+    packed = packed_bytes(packed)
+    _check_bytes(packed, state)
+    if out is not None and (tuple(out.shape) != tuple(state.shape) or not out.is_contiguous()):
+        raise ValueError(
+            f"out must be contiguous with shape {tuple(state.shape)}, got shape "
+            f"{tuple(out.shape)} with strides {out.stride()}"
+        )
+    if out is not None and out.dtype != dtype:
+        raise TypeError(f"out must have dtype {dtype}, got {out.dtype}")
+    b = choose("dequantize_4bit", packed.device.type, backend, dtype=dtype)
+    return b.dequantize_4bit(packed, state, dtype, out)
+
+
+# ---- checks ----------------------------------------------------------------------------------
+
+
+def _check_weight(x: Tensor, weight: Tensor, lora_B: Tensor) -> None:
+    if weight.dim() != 2 or x.dim() != 2 or weight.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"x must be [M, K] and weight [N, K], got {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    if weight.shape[0] != lora_B.shape[0]:
+        raise ValueError(
+            f"lora_B must be [{weight.shape[0]}, R] to match weight, got {tuple(lora_B.shape)}"
+        )
+    if weight.dtype != x.dtype:
+        raise TypeError(f"weight must have x's dtype {x.dtype}, got {weight.dtype}")
+    if weight.device != x.device:
+        raise ValueError(f"weight must be on x's device {x.device}, got {weight.device}")
+
+
+def _check_bytes(packed: Tensor, state: QuantState) -> None:
+    elements = 1
+    for size in state.shape:
+        elements *= size
+    if packed.numel() != (elements + 1) // 2:
+        raise ValueError(
+            f"weight must hold {(elements + 1) // 2} bytes for shape {tuple(state.shape)}, "
+            f"got {packed.numel()}"
+        )
+    blocks = -(-elements // state.blocksize)
+    if state.absmax.numel() != blocks:
+        raise ValueError(
+            f"quant_state.absmax must hold {blocks} values for blocksize {state.blocksize}, "
+            f"got {state.absmax.numel()}"
+        )
+
+
+def _check_packed(x: Tensor, weight: Tensor, state: QuantState, lora_B: Tensor) -> Tensor:
+    """The bytes of a packed weight, flat, after checking them against x and lora_B."""
+    shape = tuple(state.shape)
+    if x.dim() != 2 or len(shape) != 2 or shape[1] != x.shape[1]:
+        raise ValueError(
+            f"x must be [M, K] and quant_state.shape (N, K), got {tuple(x.shape)} and {shape}"
+        )
+    if shape[0] != lora_B.shape[0]:
+        raise ValueError(f"lora_B must be [{shape[0]}, R] to match weight, got {tuple(lora_B.shape)}")
+    if weight.device != x.device:
+        raise ValueError(f"weight must be on x's device {x.device}, got {weight.device}")
+    packed = packed_bytes(weight)
+    _check_bytes(packed, state)
+    return packed
+
+
+def _check_common(
+    x: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> None:
+    K, N = x.shape[1], lora_B.shape[0]
+    if lora_A.dim() != 2 or lora_A.shape[1] != K:
+        raise ValueError(f"lora_A must be [R, {K}] to match x, got {tuple(lora_A.shape)}")
+    if lora_B.dim() != 2 or lora_B.shape[1] != lora_A.shape[0]:
+        raise ValueError(
+            f"lora_B must be [N, {lora_A.shape[0]}] to match lora_A, got {tuple(lora_B.shape)}"
+        )
+    if lora_A.dtype not in (x.dtype, torch.float32):
+        raise TypeError(f"lora_A must be fp32 or x's dtype {x.dtype}, got {lora_A.dtype}")
+    if lora_B.dtype != lora_A.dtype:
+        raise TypeError(f"lora_B must have lora_A's dtype {lora_A.dtype}, got {lora_B.dtype}")
+    if bias is not None and tuple(bias.shape) != (N,):
+        raise ValueError(f"bias must be [{N}], got {tuple(bias.shape)}")
+    for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B), ("bias", bias)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
+    if dropout_p > 0.0 and (seed is None or seed.numel() != 1 or seed.dtype != torch.int64):
+        got = "None" if seed is None else f"{tuple(seed.shape)} in {seed.dtype}"
+        raise ValueError(f"seed must be an int64 tensor of one element when dropout_p > 0, got {got}")
+
+
+def _check_backward(dy: Tensor, x: Tensor, lora_B: Tensor, S: Tensor) -> None:
+    M, N, R = x.shape[0], lora_B.shape[0], lora_B.shape[1]
+    if tuple(dy.shape) != (M, N):
+        raise ValueError(f"dy must be [{M}, {N}], got {tuple(dy.shape)}")
+    if dy.dtype != x.dtype:
+        raise TypeError(f"dy must have x's dtype {x.dtype}, got {dy.dtype}")
+    if tuple(S.shape) != (M, R):
+        raise ValueError(f"S must be [{M}, {R}], got {tuple(S.shape)}")
