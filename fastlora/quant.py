@@ -81,7 +81,7 @@ def code_table(quant_type: str, device: torch.device | str | None = None) -> Ten
         ValueError: for another `quant_type`.
     """
     if quant_type not in _CODES:
-        raise ValueError(f"quant_type: expected one of {QUANT_TYPES}, got {quant_type!r}")
+        raise ValueError(f"quant_type must be one of {QUANT_TYPES}, got {quant_type!r}")
     return torch.tensor(_CODES[quant_type], dtype=torch.float32, device=device)
 
 
@@ -200,15 +200,14 @@ class QuantState:
         blobs = [key for key in entries if key.startswith("quant_state.bitsandbytes__")]
         if len(blobs) != 1:
             raise ValueError(
-                "entries: expected exactly one key 'quant_state.bitsandbytes__<quant_type>', "
-                f"got {blobs}"
+                f"entries must have one key 'quant_state.bitsandbytes__<quant_type>', got {blobs}"
             )
         fields = json.loads(bytes(entries[blobs[0]].cpu().tolist()))
         wanted = {"absmax", "quant_map"}
         if "nested_offset" in fields:
             wanted |= {"nested_absmax", "nested_quant_map"}
         if missing := wanted - entries.keys():
-            raise ValueError(f"entries: expected {sorted(wanted)}, missing {sorted(missing)}")
+            raise ValueError(f"entries must have {sorted(wanted)}, missing {sorted(missing)}")
         state2, offset = None, None
         if "nested_offset" in fields:
             state2 = cls(
@@ -250,7 +249,7 @@ def as_quant_state(obj: Any) -> QuantState:
         return obj
     if getattr(obj, "packing_format_for_cpu", False):
         raise ValueError(
-            "quant_state: expected the standard 4-bit layout, got one that bitsandbytes repacked "
+            "quant_state must have the standard 4-bit layout, got one that bitsandbytes repacked "
             "in place for its AVX-512 kernel (packing_format_for_cpu); load the weight again and "
             "set `support_avx512bf16_for_cpu = False` on every Linear4bit before its first eval "
             "forward"
@@ -258,18 +257,18 @@ def as_quant_state(obj: Any) -> QuantState:
     names = ("absmax", "shape", "code", "dtype", "blocksize", "quant_type")
     if missing := [name for name in names if not hasattr(obj, name)]:
         raise TypeError(
-            f"quant_state: expected an object with {', '.join(names)}, "
+            f"quant_state must have {', '.join(names)}, "
             f"got {type(obj).__name__} without {', '.join(missing)}"
         )
     if obj.quant_type not in _CODES:
         raise ValueError(
-            f"quant_state.quant_type: expected one of {QUANT_TYPES}, got {obj.quant_type!r}"
+            f"quant_state.quant_type must be one of {QUANT_TYPES}, got {obj.quant_type!r}"
         )
     inner = getattr(obj, "state2", None)
     offset = getattr(obj, "offset", None)
     if (obj.absmax.dtype == torch.uint8) != (inner is not None and offset is not None):
         raise ValueError(
-            "quant_state.absmax: expected uint8 with state2 and offset, or floats with neither, "
+            "quant_state.absmax must be uint8 with state2 and offset, or floats with neither, "
             f"got {obj.absmax.dtype}, state2 {type(inner).__name__}, offset {type(offset).__name__}"
         )
     state2 = None

@@ -316,9 +316,9 @@ def quantize_4bit(
     Source: QLoRA, arXiv:2305.14314; bitsandbytes 0.50, `quantize_4bit`.
     """
     if blocksize not in BLOCKSIZES:
-        raise ValueError(f"blocksize: expected one of {BLOCKSIZES}, got {blocksize}")
+        raise ValueError(f"blocksize must be one of {BLOCKSIZES}, got {blocksize}")
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f"weight: expected fp32, bf16 or fp16, got {weight.dtype}")
+        raise TypeError(f"weight must be fp32, bf16 or fp16, got {weight.dtype}")
     code = code_table(quant_type, weight.device)
 
     flat = weight.detach().reshape(-1).float()
@@ -375,10 +375,10 @@ def dequantize_4bit(
         dtype = state.dtype if out is None else out.dtype
     data = packed_bytes(packed)
     if data.numel() < (n + 1) // 2:
-        raise ValueError(f"packed: expected {(n + 1) // 2} bytes, got {data.numel()}")
+        raise ValueError(f"packed must hold {(n + 1) // 2} bytes, got {data.numel()}")
     if out is not None and (out.shape != state.shape or out.dtype != dtype):
         raise ValueError(
-            f"out: expected {tuple(state.shape)} {dtype}, got {tuple(out.shape)} {out.dtype}"
+            f"out must be {tuple(state.shape)} {dtype}, got {tuple(out.shape)} {out.dtype}"
         )
     nibbles = torch.stack([data >> 4, data & 15], dim=1).view(-1)[:n]
     scale = dequantize_absmax(state).repeat_interleave(state.blocksize)[:n]
