@@ -1,0 +1,195 @@
+"""Imports and includes go one way; see CONTRIBUTING.md. Read from the sources, nothing is run."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "fastlora"
+
+# A module imports from its own level and from lower ones. fastlora itself stands below all, for
+# __version__ and _C; its lazy exports and __main__ are above all.
+LEVELS = (
+    ("quant", "tolerance"),
+    ("reference",),
+    ("backends",),
+    ("ops",),
+    ("autograd",),
+    ("nn",),
+    ("integrations",),
+    ("cli",),
+    ("__init__", "__main__"),
+)
+LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
+
+PEERS = ("accelerate", "bitsandbytes", "datasets", "gguf", "matplotlib", "peft", "transformers")
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# csrc folder -> folders whose headers it may include. Torch and Python are named in bindings alone.
+CSRC_MAY_INCLUDE = {
+    "common": {"common"},
+    "cpu": {"common", "cpu"},
+    "cuda": {"common", "cuda"},
+    "bindings": {"common", "cpu", "cuda", "bindings"},
+}
+FRAMEWORK_HEADER = re.compile(r"^(torch|ATen|c10|pybind11)/|^Python\.h$")
+
+
+def layer_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+
+
+def imports(tree: ast.AST, lazy: bool = False) -> Iterator[tuple[ast.stmt, bool]]:
+    """Every import that runs, and whether it runs only when a function is called."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node, lazy
+        elif not is_type_checking(node):
+            inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            yield from imports(node, lazy or inside)
+
+
+def own_targets(path: Path, node: ast.stmt) -> list[str]:
+    """Layers of fastlora that a relative import names; `.` and `..` count from the file's place."""
+    if not isinstance(node, ast.ImportFrom) or node.level == 0:
+        return []
+    package = path.relative_to(PACKAGE).parts[:-1]
+    base = package[: len(package) - (node.level - 1)]
+    full = (*base, *(node.module.split(".") if node.module else ()))
+    if full:
+        return [full[0]]
+    return [alias.name for alias in node.names if alias.name in LEVEL]
+
+
+def foreign_targets(node: ast.stmt) -> list[str]:
+    """Top-level names of the other packages that an import names."""
+    if isinstance(node, ast.Import):
+        return [alias.name.split(".")[0] for alias in node.names]
+    assert isinstance(node, ast.ImportFrom)
+    return [node.module.split(".")[0]] if node.level == 0 and node.module else []
+
+
+def peer_fault(path: Path, name: str, lazy: bool) -> str | None:
+    """Why this module may not import this peer in this way, or None."""
+    layer, parts = layer_of(path), path.relative_to(PACKAGE).parts
+    if name == "triton":
+        return None if parts[:2] == ("backends", "triton") else "only backends/triton may"
+    if name not in PEERS:
+        return None
+    if layer == "integrations" and (lazy or path.stem.startswith(name)):
+        return None
+    if layer == "cli" and lazy:
+        return None
+    if layer in ("integrations", "cli"):
+        return f"only integrations/{name}*.py may outside a function"
+    return "only integrations and cli may"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_down(path: Path) -> None:
+    faults = []
+    layer = layer_of(path)
+    assert layer in LEVEL, f"{layer} has no level yet: give it one in LEVELS"
+    for node, lazy in imports(ast.parse(path.read_text())):
+        where = f"{path.relative_to(ROOT)}:{node.lineno}: `{ast.unparse(node)}`:"
+        for target in own_targets(path, node):
+            if LEVEL[target] > LEVEL[layer]:
+                faults.append(f"{where} {layer} stands below {target}")
+        for name in foreign_targets(node):
+            if name == "fastlora":
+                faults.append(f"{where} imports inside the package are relative")
+            fault = peer_fault(path, name, lazy)
+            if fault is not None:
+                faults.append(f"{where} {fault}")
+        if isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
+            faults.append(f"{where} star import")
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "allowed"),
+    [
+        ("ops.py", "from .backends import choose", True),
+        ("ops.py", "from .autograd import lora_linear", False),
+        ("ops.py", "def f():\n    from .nn import LoraLinear", False),
+        ("backends/native.py", "from .. import ops", False),
+        ("backends/native.py", "from .. import _C, reference", True),
+        ("nn.py", "import peft", False),
+        ("nn.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import peft", True),
+        ("nn.py", "from fastlora.quant import QuantState", False),
+        ("nn.py", "from .quant import *", False),
+        ("integrations/peft_bnb.py", "from peft.tuners.lora.bnb import Linear4bit", True),
+        ("integrations/peft.py", "import transformers", False),
+        ("integrations/peft.py", "def f():\n    import transformers", True),
+        ("cli/info.py", "import peft", False),
+        ("cli/info.py", "def f():\n    import peft", True),
+        ("backends/native.py", "import triton", False),
+        ("backends/triton/lora_linear.py", "import triton.language as tl", True),
+    ],
+)
+def test_the_rule_itself(
+    path: str, source: str, allowed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(globals(), "PACKAGE", tmp_path)
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    file = tmp_path / path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(source)
+    if allowed:
+        test_imports_go_down(file)
+    else:
+        with pytest.raises(AssertionError, match=re.escape(path)):
+            test_imports_go_down(file)
+
+
+def test_no_peer_is_loaded_unasked() -> None:
+    """`import fastlora`, every layer up to nn and the command line need torch and rich alone."""
+    modules = ["fastlora", "fastlora.nn", "fastlora.cli"]
+    code = f"import sys, {', '.join(modules)}; print(*sys.modules)"
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+    loaded = set(out.split())
+    assert set(modules) <= loaded
+    assert not loaded & set(PEERS)
+
+
+def test_includes_go_down() -> None:
+    faults = []
+    csrc = ROOT / "csrc"
+    sources = [path for path in sorted(csrc.rglob("*")) if path.is_file()]
+    assert sources
+    for path in sources:
+        folder = path.relative_to(csrc).parts[0]
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            match = re.match(r'\s*#\s*include\s*[<"]([^>"]+)[>"]', line)
+            if match is None:
+                continue
+            header = match[1]
+            for base in (path.parent, csrc):
+                beside = (base / header).resolve()
+                if beside.is_file():
+                    target = beside.relative_to(csrc).parts[0]
+                    if target not in CSRC_MAY_INCLUDE[folder]:
+                        faults.append(f"{path.relative_to(ROOT)}:{number}: includes {header}")
+                    break
+            else:
+                if folder != "bindings" and FRAMEWORK_HEADER.search(header):
+                    faults.append(f"{path.relative_to(ROOT)}:{number}: includes {header}")
+    assert not faults, "\n".join(faults)
+
+
+def test_no_module_named_utils() -> None:
+    named = [path for path in PACKAGE.rglob("*") if path.stem in ("utils", "util", "helpers")]
+    assert not named, "name the file after what it holds"
