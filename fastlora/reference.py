@@ -6,6 +6,8 @@ inputs) and each result is rounded once, at the end.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from .quant import (
     code_table,
     dynamic_code,
     packed_bytes,
+    quantize_bounds,
 )
 
 PHILOX_ROUNDS = 7
@@ -334,16 +337,23 @@ def quantize_4bit(
     if n % 2:
         scaled = torch.nn.functional.pad(scaled, (0, 1))
 
-    ascending, order = code.sort(stable=True)
-    midpoints = (ascending[:-1] + ascending[1:]) / 2
+    midpoints, order = quantize_bounds(code)
     nibbles = order[torch.bucketize(scaled.clamp(-1, 1), midpoints)].to(torch.uint8)
     packed = (nibbles[::2] << 4 | nibbles[1::2])[:, None]
 
     state = QuantState(absmax, weight.shape, code, weight.dtype, blocksize, quant_type)
-    if compress_statistics:
-        state.offset = absmax.mean()
-        state.absmax, state.state2 = _quantize_absmax(absmax - state.offset)
-    return packed, state
+    return packed, nested(state) if compress_statistics else state
+
+
+def nested(state: QuantState) -> QuantState:
+    """`state` with absmax stored in 8 bits: `offset = mean(absmax)`, then `absmax - offset` coded.
+
+    Args:
+        state: a state with fp32 absmax.
+    """
+    offset = state.absmax.mean()
+    absmax, state2 = _quantize_absmax(state.absmax - offset)
+    return replace(state, absmax=absmax, offset=offset, state2=state2)
 
 
 def dequantize_4bit(
@@ -430,3 +440,22 @@ def _quantize_absmax(values: Tensor) -> tuple[Tensor, QuantState]:
     shape = torch.Size((n,))
     state2 = QuantState(absmax, shape, code, torch.float32, NESTED_BLOCKSIZE, "dynamic")
     return index.view(-1)[:n].contiguous(), state2
+
+
+# ---- merging ---------------------------------------------------------------------------------
+
+
+def merge_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """`W + scaling * B A`, not yet rounded to W's dtype.
+
+    Args:
+        weight: [N, K], dense.
+        lora_A: [R, K].
+        lora_B: [N, R].
+        scaling: factor of the LoRA term.
+
+    Returns:
+        [N, K] in fp32 (fp64 for fp64).
+    """
+    acc = _acc(weight)
+    return weight.to(acc) + scaling * (lora_B.to(acc) @ lora_A.to(acc))
