@@ -1,0 +1,1 @@
+"""One module per peer, imported only when asked for."""

@@ -1,0 +1,394 @@
+"""When the fast path holds for one call of a PEFT layer, and when PEFT's own code has to run.
+
+`fast_path` is the only place where this is decided. Its conditions come in three groups, so that
+`explain` can ask the first two of a layer that nobody has called yet:
+
+    layer_parts   what the layer is: its state, the exact types and hooks of everything bypassed
+    casts         dtypes, devices, autocast and the backend, for a given dtype of x
+    plan          the call itself: arguments, tracing, transforms, x
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.jit._trace import is_tracing
+from torch.nn.modules import module as nn_module
+
+from ..autograd import lora_linear
+from ..backends import BACKENDS, DEVICE_ORDER, forced_backend
+from ..quant import NESTED_BLOCKSIZE, QUANT_TYPES
+from . import bitsandbytes as bnb
+
+SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Why the latest call of a layer ran PEFT's own code; empty when it did not.
+LAST_REASON = "_fastlora_reason"
+# Arguments that PEFT's layers take out of the call themselves; as None they mean nothing.
+_PEFT_KWARGS = ("adapter_names", "alora_offsets")
+_PLAIN = (Tensor, nn.Parameter)
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+class Parts(NamedTuple):
+    """What the fast path reads from a layer; `quant_state` is bitsandbytes', None when dense."""
+
+    base: nn.Module
+    weight: Tensor
+    quant_state: Any
+    bias: Tensor | None
+    lora_A: Tensor
+    lora_B: Tensor
+    dropout: nn.Module
+    scaling: float
+
+    @property
+    def op(self) -> str:
+        """The forward op that serves the layer."""
+        return "lora_linear_fwd" if self.quant_state is None else "qlora_linear_fwd"
+
+
+class Casts(NamedTuple):
+    """The dtypes of one call: of x and of the adapters, and of a 4-bit base product."""
+
+    x: torch.dtype
+    adapter: torch.dtype
+    compute: torch.dtype | None
+
+
+class Plan(NamedTuple):
+    """One call on the fast path."""
+
+    parts: Parts
+    casts: Casts
+    autocast: bool
+
+    def run(self, x: Tensor) -> Tensor:
+        """`y = x W^T + bias + scaling * drop(x) A^T B^T`, in the dtypes that PEFT would have used.
+
+        The casts stand outside the autograd Function, so that autograd casts the gradients back
+        and the backward does not depend on autocast.
+        """
+        parts, casts = self.parts, self.casts
+        if parts.quant_state is not None:
+            bnb.settle_compute_dtype(parts.base, x)
+        dropout = parts.dropout
+        quiet = torch.autocast(x.device.type, enabled=False) if self.autocast else nullcontext()
+        with quiet:
+            bias = parts.bias
+            if bias is not None and parts.quant_state is None:
+                bias = bias.to(casts.x)
+            return lora_linear(
+                x.to(casts.x),
+                parts.weight,
+                bias,
+                parts.lora_A.to(casts.adapter),
+                parts.lora_B.to(casts.adapter),
+                parts.scaling,
+                quant_state=parts.quant_state,
+                compute_dtype=casts.compute,
+                dropout_p=getattr(dropout, "p", 0.0),
+                training=dropout.training,
+            )
+
+
+def fast_path(
+    layer: nn.Module, x: Tensor, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+) -> tuple[bool, str]:
+    """Whether `layer(x, *args, **kwargs)` may run on fastlora, and why not, in one sentence.
+
+    Args:
+        layer: one of PEFT's LoRA layers around `nn.Linear` or bitsandbytes' `Linear4bit`.
+        x: its input.
+        args, kwargs: the other arguments of the call.
+
+    Returns:
+        `(True, "")` or `(False, reason)`.
+    """
+    found = plan(layer, x, args, kwargs or {})
+    return (False, found) if isinstance(found, str) else (True, "")
+
+
+# ---- the layer -------------------------------------------------------------------------------
+
+
+def layer_parts(layer: Any) -> Parts | str:
+    """The tensors that the fast path reads, or why PEFT's code has to run whatever the input."""
+    state = layer.__dict__
+    if state.get("_disable_adapters"):
+        return "the adapters are disabled"
+    if state.get("merged_adapters"):
+        return "the adapter is merged into the base weight"
+    if not state.get("cast_input_dtype_enabled", True) or "_cast_input_dtype" in state:
+        return "PEFT's cast of the input to the adapter's dtype is switched off"
+    if state.get("fan_in_fan_out"):
+        return "fan_in_fan_out: the base weight is stored transposed"
+
+    children: dict[str, Any] = layer._modules
+    As, Bs = children["lora_A"]._modules, children["lora_B"]._modules
+    active = [name for name in layer.active_adapters if name in As]
+    if len(active) != 1:
+        return f"{len(active) or 'no'} adapters are active on this layer; fastlora takes one"
+    name = active[0]
+    if name in state.get("lora_variant", ()) or state.get("use_dora", {}).get(name):
+        variant = state.get("lora_variant", {}).get(name)
+        kind = "DoRA" if variant is None else type(variant).__name__
+        return f"the adapter is a LoRA variant ({kind})"
+    scaling = state["scaling"][name]
+    if type(scaling) not in (float, int):
+        return f"scaling is a {type(scaling).__name__}, not a number"
+
+    base, lora_A, lora_B = children["base_layer"], As[name], Bs[name]
+    dropout = children["lora_dropout"]._modules[name]
+    if type(dropout) not in (nn.Identity, nn.Dropout) or getattr(dropout, "inplace", False):
+        return f"the dropout module is a {type(dropout).__name__}, not a plain nn.Dropout"
+    if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear:
+        odd = lora_A if type(lora_A) is not nn.Linear else lora_B
+        return f"lora_A or lora_B is a {type(odd).__name__}, not a plain nn.Linear"
+    if lora_A._parameters["bias"] is not None or lora_B._parameters["bias"] is not None:
+        return "lora_A or lora_B has a bias (lora_bias=True)"
+
+    four_bit = bnb.is_linear4bit(base)
+    if type(base) is not nn.Linear and not four_bit:
+        return f"the base layer is a {type(base).__name__}, not nn.Linear or Linear4bit"
+    for role, module in (
+        ("the base layer", base),
+        ("lora_A", lora_A),
+        ("lora_B", lora_B),
+        ("the dropout module", dropout),
+    ):
+        inner = module.__dict__
+        if any(inner[hooks] for hooks in _HOOKS):
+            return f"{role} has hooks, which fastlora would not call"
+        if ("forward" in inner or "_hf_hook" in inner) and not _forward_is_plain(module):
+            return f"{role} has a forward of its own (accelerate's offloading, or another patch)"
+    if nn_module._has_any_global_hook():
+        return "global module hooks are registered, which fastlora would not call"
+
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
+    A, B = lora_A._parameters.get("weight"), lora_B._parameters.get("weight")
+    if weight is None or A is None or B is None:
+        return "a weight is no parameter of its layer (parametrised or pruned)"
+    for role, tensor in (("base weight", weight), ("bias", bias), ("lora_A", A), ("lora_B", B)):
+        if tensor is None:
+            continue
+        packed = tensor is weight and four_bit and bnb.is_params4bit(weight)
+        if type(tensor) not in _PLAIN and not packed:
+            return f"the {role} is a {type(tensor).__name__}, a tensor subclass"
+        if tensor.is_meta:
+            return f"the {role} is on the meta device (offloaded or not loaded)"
+    if weight.requires_grad:
+        return "the base weight is being trained (requires_grad); fastlora needs it frozen"
+    if A.dtype != B.dtype:
+        return f"lora_A is in {_name(A.dtype)} and lora_B in {_name(B.dtype)}"
+
+    N, K = base.out_features, base.in_features
+    quant_state = None
+    if four_bit:
+        quant_state = bnb.raw_quant_state(base)
+        if (reason := _quant_state_reason(base, weight, quant_state, (N, K))) is not None:
+            return reason
+    elif weight.shape != (N, K):
+        return _shape_reason("base weight", weight, (N, K))
+    R = A.shape[0]
+    if A.shape != (R, K):
+        return _shape_reason("lora_A", A, (R, K))
+    if B.shape != (N, R):
+        return _shape_reason("lora_B", B, (N, R))
+    return Parts(base, weight, quant_state, bias, A, B, dropout, scaling)
+
+
+def _forward_is_plain(module: nn.Module) -> bool:
+    """True when the forward in the module's `__dict__` computes what that of its class computes.
+
+    Accelerate puts one there for each module of a model that is spread over devices. Unless it
+    offloads, all that it does is to move the input to the weight's device, where `casts` wants it.
+    Taking the hooks off leaves the class's own forward there.
+    """
+    inner = module.__dict__
+    forward, hook = inner.get("forward"), inner.get("_hf_hook")
+    if hook is not None:
+        kind = type(hook)
+        if (kind.__module__, kind.__name__) != ("accelerate.hooks", "AlignDevicesHook"):
+            return False
+        if hook.offload or hook.no_grad or not isinstance(forward, functools.partial):
+            return False
+        if forward.func.__module__ != "accelerate.hooks":
+            return False
+        forward = inner.get("_old_forward")
+    return getattr(forward, "__func__", None) is type(module).forward
+
+
+def _quant_state_reason(
+    base: nn.Module, weight: Tensor, state: Any, shape: tuple[int, int]
+) -> str | None:
+    if state is None:
+        return "the base weight is not quantised yet"
+    if bnb.is_repacked(base):
+        return "bitsandbytes repacked the base weight in place for CPU inference"
+    if tuple(state.shape) != shape:
+        return f"the base weight was quantised with shape {tuple(state.shape)}, not {shape}"
+    if weight.numel() * weight.element_size() != (shape[0] * shape[1] + 1) // 2:
+        return f"the base weight holds {weight.numel() * weight.element_size()} bytes (sharded?)"
+    if not weight.is_contiguous():
+        return "the packed base weight is not contiguous"
+    if state.quant_type not in QUANT_TYPES:
+        return f"the base weight is quantised as {state.quant_type}"
+    inner = getattr(state, "state2", None)
+    if inner is not None and inner.blocksize != NESTED_BLOCKSIZE:
+        return f"the nested absmax has blocksize {inner.blocksize}, not {NESTED_BLOCKSIZE}"
+    return None
+
+
+def _shape_reason(role: str, tensor: Tensor, shape: tuple[int, ...]) -> str:
+    return f"{role} has shape {tuple(tensor.shape)}, not {shape} (sharded?)"
+
+
+# ---- dtypes, devices, backend ----------------------------------------------------------------
+
+
+def casts(
+    parts: Parts, x_dtype: torch.dtype, device: torch.device, autocast: torch.dtype | None
+) -> Casts | str:
+    """The dtypes of a call that has x in `x_dtype` on `device`, or why PEFT's own code has to run.
+
+    PEFT's policy. Dense: x and the base weight share a dtype, which autocast replaces by its own
+    for all operands. 4-bit: the base product is done in `compute_dtype` and y comes back in x's
+    dtype, under autocast too. Adapters are read in their own dtype, or in autocast's. Where that is
+    neither x's nor fp32, they are read in fp32: PEFT rounds x to the adapter's dtype instead, which
+    costs a copy of x and is no more exact.
+
+    Args:
+        autocast: the dtype of the autocast region around the call, None outside.
+    """
+    if x_dtype not in SUPPORTED_DTYPES:
+        return f"x is in {_name(x_dtype)}; fastlora takes fp32, bf16 and fp16"
+    weight, bias, A = parts.weight, parts.bias, parts.lora_A
+    if A.dtype not in SUPPORTED_DTYPES:
+        return f"the adapter is in {_name(A.dtype)}; fastlora takes fp32, bf16 and fp16"
+    compute = None
+    if parts.quant_state is None:
+        x_cast = autocast or x_dtype
+        if weight.dtype != x_cast:
+            if autocast is not None:
+                return (
+                    f"autocast to {_name(autocast)} copies the {_name(weight.dtype)} base weight "
+                    f"at every call; load the base model in {_name(autocast)} to avoid that"
+                )
+            return f"x is in {_name(x_dtype)} and the base weight in {_name(weight.dtype)}"
+        if bias is not None and bias.dtype != x_cast and autocast is None:
+            return f"x is in {_name(x_dtype)} and the bias in {_name(bias.dtype)}"
+        narrow = autocast
+    else:
+        x_cast = x_dtype
+        compute = bnb.compute_dtype(parts.base, x_dtype)
+        if compute not in SUPPORTED_DTYPES:
+            return f"compute_dtype is {_name(compute)}; fastlora takes fp32, bf16 and fp16"
+        if autocast is not None and compute != autocast:
+            return (
+                f"compute_dtype is {_name(compute)} under autocast to {_name(autocast)}; set "
+                "bnb_4bit_compute_dtype to autocast's dtype"
+            )
+        if autocast is not None and x_dtype not in (autocast, torch.float32):
+            return f"x is in {_name(x_dtype)} under autocast to {_name(autocast)}"
+        narrow = autocast if autocast == x_dtype else None
+    adapter = narrow or (A.dtype if A.dtype == x_cast else torch.float32)
+
+    tensors: list[Tensor | None] = [weight, bias, A, parts.lora_B]
+    if parts.quant_state is not None:
+        tensors.append(parts.quant_state.absmax)
+    for tensor in tensors:
+        if tensor is not None and tensor.device != device:
+            return f"x is on {device} and the layer, or a part of it, on {tensor.device}"
+    reason = _backend_reason(
+        parts.op, device.type, dtype=x_cast, adapter_dtype=adapter, compute_dtype=compute
+    )
+    return Casts(x_cast, adapter, compute) if reason is None else reason
+
+
+def _backend_reason(op: str, device: str, **what: torch.dtype | None) -> str | None:
+    """Why no backend is worth taking. One that the user asked for runs, or says why it can't."""
+    if forced_backend() is not None:
+        return None
+    reasons = []
+    for name in DEVICE_ORDER.get(device, ()):
+        # The reference defines the ops; PEFT's own code is faster.
+        if name == "reference":
+            continue
+        if (reason := BACKENDS[name].unsupported(op, device, **what)) is None:
+            return None
+        reasons.append(f"{name}: {reason}")
+    return f"no fast backend for {device}. " + " ".join(reasons)
+
+
+# ---- the call --------------------------------------------------------------------------------
+
+
+def plan(layer: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan | str:
+    """How to run `layer(x, *args, **kwargs)` on fastlora, or why PEFT's own code has to run."""
+    if args:
+        return "the call has further positional arguments"
+    for key, value in kwargs.items():
+        if value is not None or key not in _PEFT_KWARGS:
+            return f"the call passes {key}"
+    if torch.compiler.is_compiling():
+        return "torch.compile or torch.export is tracing; PEFT's own code compiles without breaks"
+    if is_tracing():
+        return "torch.jit.trace is tracing"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "the call is inside a torch.func transform (vmap, grad, jvp)"
+    if forward_ad._current_level >= 0:
+        return "forward-mode AD is active"
+    parts = layer_parts(layer)
+    if isinstance(parts, str):
+        return parts
+    if type(x) not in _PLAIN:
+        return f"x is a {type(x).__name__}, a tensor subclass"
+    if x.layout is not torch.strided or x.is_nested:
+        return "x is not a plain strided tensor"
+    if x.dim() == 0 or x.shape[-1] != parts.lora_A.shape[1]:
+        return f"x has shape {tuple(x.shape)}, the layer takes [..., {parts.lora_A.shape[1]}]"
+    device = x.device
+    if device.type == "meta":
+        return "x is on the meta device"
+    autocast = torch.is_autocast_enabled(device.type)
+    dtypes = casts(
+        parts, x.dtype, device, torch.get_autocast_dtype(device.type) if autocast else None
+    )
+    if isinstance(dtypes, str):
+        return dtypes
+    return Plan(parts, dtypes, autocast)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def forward_or_stock(
+    layer: nn.Module,
+    stock: Callable[..., Tensor],
+    x: Tensor,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """One forward of a fast layer: the plan if the fast path holds, else `stock`, PEFT's forward.
+
+    The reason of the latest call is kept in the layer's `__dict__`, for `explain`.
+    """
+    found = plan(layer, x, args, kwargs)
+    if isinstance(found, str):
+        if not torch.compiler.is_compiling():
+            layer.__dict__[LAST_REASON] = found
+        return stock(x, *args, **kwargs)
+    layer.__dict__[LAST_REASON] = ""
+    return found.run(x)

@@ -1,0 +1,108 @@
+"""The fast layers, and how a PEFT layer becomes one and back."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator
+from types import MethodType
+from typing import Any
+
+from peft.tuners.lora.layer import Linear
+from torch import Tensor, nn
+
+from .bitsandbytes import disable_cpu_repacking
+from .peft_guard import LAST_REASON, forward_or_stock
+
+# Set on a class made by `_rebased`: the class that it was made from.
+_MADE_FROM = "_fastlora_made_from"
+
+
+class FastLoraLinear(Linear):
+    """PEFT's `lora.Linear` with fastlora's forward; everything else, and all state, is PEFT's."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """`y = x W^T + bias + scaling * drop(x) A^T B^T`, or PEFT's own code; see `fast_path`."""
+        return forward_or_stock(self, super().forward, x, args, kwargs)
+
+
+def swap_in(layer: nn.Module) -> None:
+    """Makes `layer` a fast layer, where fastlora has a class for it, by changing its class."""
+    if (fast := _fast_class(type(layer))) is not None:
+        _change_class(layer, fast)
+        disable_cpu_repacking(layer)
+
+
+def swap_out(layer: nn.Module) -> None:
+    """Undoes `swap_in`, except for `disable_cpu_repacking`."""
+    if (stock := _stock_class(type(layer))) is not None:
+        _change_class(layer, stock)
+        layer.__dict__.pop(LAST_REASON, None)
+
+
+def is_fast(layer: nn.Module) -> bool:
+    """True for the layers that `swap_in` made."""
+    return _stock_class(type(layer)) is not None
+
+
+def bypass_reason(layer: nn.Module) -> str | None:
+    """Why calling a fast layer does not reach the forward of its class, or None.
+
+    A forward in the instance's `__dict__` hides the class's. Accelerate's hooks keep the method
+    that they replaced and call it, and `swap_in` renews that one.
+    """
+    inner = layer.__dict__
+    if "forward" not in inner:
+        return None
+    method = inner.get("_old_forward", inner["forward"])
+    if getattr(method, "__func__", None) is type(layer).forward:
+        return None
+    return (
+        "forward was replaced on the instance, which hides that of its class; call "
+        "fastlora.accelerate before whatever replaces it"
+    )
+
+
+def _change_class(layer: nn.Module, kind: Any) -> None:
+    inner = layer.__dict__
+    for name in ("forward", "_old_forward"):
+        if getattr(inner.get(name), "__func__", None) is type(layer).forward:
+            inner[name] = MethodType(kind.forward, layer)
+    layer.__class__ = kind
+
+
+def _pairs() -> Iterator[tuple[type, type]]:
+    """`(PEFT's class, ours)`; the 4-bit pair only where PEFT's class exists already."""
+    yield Linear, FastLoraLinear
+    stock = getattr(sys.modules.get("peft.tuners.lora.bnb"), "Linear4bit", None)
+    if stock is not None:
+        # Its base class needs bitsandbytes, which is slow to import and absent on many machines.
+        from .peft_bnb import FastLoraLinear4bit
+
+        yield stock, FastLoraLinear4bit
+
+
+def _fast_class(kind: type) -> type | None:
+    """Our class for a layer of class `kind`; None when `kind` is neither PEFT's own nor FSDP2's."""
+    for stock, fast in _pairs():
+        if kind is stock:
+            return fast
+        # `fully_shard` puts a layer into a class of its own, (FSDPModule, <class of the layer>).
+        if kind.__bases__[1:] == (stock,) and kind.__bases__[0].__module__.startswith("torch."):
+            return _rebased(kind, stock, fast)
+    return None
+
+
+@functools.cache
+def _rebased(kind: type, stock: type, fast: type) -> type:
+    """A copy of class `kind` with `fast` in the place of its base class `stock`."""
+    body = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+    bases = tuple(fast if base is stock else base for base in kind.__bases__)
+    return type(kind.__name__, bases, {**body, _MADE_FROM: kind})
+
+
+def _stock_class(kind: type) -> type | None:
+    """The class from which `_fast_class` came to `kind`."""
+    if _MADE_FROM in vars(kind):
+        return vars(kind)[_MADE_FROM]
+    return next((stock for stock, fast in _pairs() if kind is fast), None)
