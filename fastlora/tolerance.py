@@ -3,9 +3,10 @@
     max|out - exact| <= 2 max|base - exact| + eps(out.dtype) max|exact|
     rms(out - exact) <= 2 rms(base - exact) + eps(out.dtype) rms(exact)
 
-`exact` is the float64 reference on the already rounded inputs and `base` the plain torch sequence in the working
-dtypes. Both bounds have to hold: the largest error alone hides a bias, the RMS error alone hides one bad tile. The tests
-and `fastlora verify` read the policy from here, so that a user's machine is held to what the tests are held to.
+`exact` is the float64 reference on the already rounded inputs and `base` the plain torch sequence
+in the working dtypes. Both bounds have to hold: the largest error alone hides a bias, the RMS error
+alone hides one bad tile. The tests and `fastlora verify` read the policy from here, so that a
+user's machine is held to what the tests are held to.
 
 Source: the test of flash-attention (largest error, factor two); the RMS bound is added here.
 """
@@ -22,7 +23,7 @@ FACTOR = 2.0
 
 @dataclass(frozen=True)
 class Report:
-    """What `exceeds` found. A ratio is error / bound: up to 1 is within the policy, inf is a non-finite result."""
+    """What `exceeds` found. Ratios are error / bound: up to 1 is allowed, inf is a NaN or Inf."""
 
     max_error: float
     max_bound: float
@@ -69,7 +70,9 @@ def exceeds(out: torch.Tensor, exact: torch.Tensor, base: torch.Tensor) -> Repor
         raise TypeError(f"out must be floating point, got {out.dtype}")
     for name, tensor in (("out", out), ("base", base)):
         if tensor.shape != exact.shape:
-            raise ValueError(f"{name} must have exact's shape {tuple(exact.shape)}, got {tuple(tensor.shape)}")
+            raise ValueError(
+                f"{name} must have exact's shape {tuple(exact.shape)}, got {tuple(tensor.shape)}"
+            )
     if exact.numel() == 0:
         return Report(0.0, 0.0, 0.0, 0.0)
     exact = exact.detach()
@@ -89,8 +92,9 @@ def _rms(tensor: torch.Tensor) -> float:
 
 
 def _ratio(error: float, bound: float) -> float:
-    # A NaN compares false with everything, so it has to be turned into a failure by hand. A bound that is not
-    # finite means that the reference or plain torch overflowed: then nothing was compared, which is no pass either.
+    # A NaN compares false with everything, so it has to be turned into a failure by hand. A bound
+    # that is not finite means that the reference or plain torch overflowed: then nothing was
+    # compared, which is no pass either.
     if not (math.isfinite(error) and math.isfinite(bound)):
         return math.inf
     if bound == 0.0:

@@ -1,0 +1,10 @@
+"""`python -m fastlora` is the `fastlora` command."""
+
+from __future__ import annotations
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""The command line: `fastlora info | verify | finetune | demo`, also as `python -m fastlora`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from . import demo, finetune, info, verify
+from .errors import CliError
+
+_COMMANDS = (info, verify, finetune, demo)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status.
+
+    0: done, or every check passed. 1: a check failed, or an unforeseen error. 2: an argument is
+        wrong.
+    130: interrupted.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except CliError as error:
+        if args.debug:
+            raise
+        print(f"fastlora {args.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if args.debug:
+            raise
+        print(f"fastlora {args.command}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # `fastlora info | head`: nobody reads the rest, and the interpreter must not complain
+        # either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if args.debug:
+            raise
+        print(
+            f"fastlora {args.command}: {type(error).__name__}: {_first_line(error)} "
+            "(--debug shows where)",
+            file=sys.stderr,
+        )
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastlora", description="Fused LoRA and QLoRA linear layers for PyTorch."
+    )
+    parser.add_argument("--version", action="version", version=f"fastlora {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for command in _COMMANDS:
+        sub = command.add_parser(commands)
+        sub.add_argument(
+            "--debug",
+            action="store_true",
+            default=False,
+            help="show the whole traceback when something fails",
+        )
+        sub.set_defaults(run=command.run)
+    return parser
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else "no message"

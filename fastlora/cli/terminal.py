@@ -1,0 +1,123 @@
+"""What a run looks like in a terminal, and in a log file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
+from rich.text import Text
+
+# Without a terminal a run prints about so many lines of steps, however long it is.
+_LOG_LINES = 20
+
+
+def gib(megabytes: float) -> str:
+    """1234.5 (MiB) as 1.21 GiB; less than a tenth of a GiB in MiB."""
+    return f"{megabytes:.0f} MiB" if megabytes < 102.4 else f"{megabytes / 1024:.2f} GiB"
+
+
+class _Status(ProgressColumn):
+    """What a run does now: loading, or the figures of its last step."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["status"], no_wrap=True, overflow="ellipsis")
+
+
+class TerminalObserver:
+    """Shows one line a backend that moves, or plain lines where the output is no terminal.
+
+    Use it as a context manager, around the run.
+
+    Args:
+        console: where to.
+        backends: which runs will report.
+    """
+
+    def __init__(self, console: Console, backends: Sequence[str]) -> None:
+        self.console = console
+        self.backends = backends
+        self.facts: dict[str, dict[str, Any]] = {}
+        self._steps: dict[str, int] = {}
+        width = max(map(len, backends))
+        self._progress = Progress(
+            TextColumn("{task.description}", table_column=Column(width=width, no_wrap=True)),
+            BarColumn(bar_width=None, table_column=Column(min_width=8, ratio=1)),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            _Status(table_column=Column(no_wrap=True, width=38)),
+            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
+            console=console,
+            expand=True,
+        )
+        self._tasks = {
+            backend: self._progress.add_task(backend, total=None, status="starting")
+            for backend in backends
+        }
+
+    def __enter__(self) -> TerminalObserver:
+        if self.console.is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.console.is_terminal:
+            self._progress.stop()
+
+    def gate(self, name: str, step: int) -> None:
+        """A single run waits for nobody."""
+
+    def emit(self, event: str, backend: str | None = None, **fields: Any) -> None:
+        """Shows one event of `training.train`."""
+        backend = backend or self.backends[0]
+        match event:
+            case "status":
+                self._status(backend, fields["text"])
+                if not self.console.is_terminal:
+                    self.console.print(f"{backend}: {fields['text']}", highlight=False)
+            case "facts":
+                if not self.facts:
+                    self._show_facts(fields)
+                if fields["resumed"]:
+                    self.console.print(f"{backend}: resuming from step {fields['resumed']}")
+                self.facts[backend] = fields
+            case "begin":
+                self._steps[backend] = fields["steps"]
+                self._progress.update(
+                    self._tasks[backend], total=fields["steps"], completed=fields["step"]
+                )
+                self._status(backend, "")
+            case "step":
+                self._step(backend, fields)
+
+    def _status(self, backend: str, text: str) -> None:
+        self._progress.update(self._tasks[backend], status=text)
+
+    def _step(self, backend: str, entry: dict[str, Any]) -> None:
+        figures = (
+            f"loss {entry['loss']:.3f}  {entry['tokens_per_second']:,.0f} tok/s  "
+            f"{gib(entry['peak_memory_mb'])}"
+        )
+        self._progress.update(self._tasks[backend], completed=entry["step"], status=figures)
+        if self.console.is_terminal:
+            return
+        steps, step = self._steps[backend], entry["step"]
+        if step in (1, steps) or step % max(1, steps // _LOG_LINES) == 0:
+            self.console.print(f"{backend}: step {step}/{steps}  {figures}", highlight=False)
+
+    def _show_facts(self, facts: dict[str, Any]) -> None:
+        self.console.print(
+            f"data     {facts['data']}\n"
+            f"adapter  {facts['adapted']} layers, {facts['trainable']:,} parameters; "
+            f"{facts['threads']} threads",
+            highlight=False,
+        )
