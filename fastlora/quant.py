@@ -85,6 +85,18 @@ def code_table(quant_type: str, device: torch.device | str | None = None) -> Ten
     return torch.tensor(_CODES[quant_type], dtype=torch.float32, device=device)
 
 
+def quantize_bounds(code: Tensor) -> tuple[Tensor, Tensor]:
+    """Midpoints between neighbours of the sorted code `[15]` fp32, and sorted position -> code `[16]`.
+
+    A scaled value takes the code at the number of midpoints that lie below it.
+
+    Args:
+        code: `[16]` fp32, as `code_table` gives it.
+    """
+    ascending, order = code.sort(stable=True)
+    return (ascending[:-1] + ascending[1:]) / 2, order
+
+
 def dynamic_code() -> Tensor:
     """The 8-bit dynamic map for nested absmax, `[256]` fp32, ascending.
 

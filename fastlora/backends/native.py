@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..quant import QuantState, packed_bytes
+from ..quant import QuantState, code_table, packed_bytes, quantize_bounds
+from ..reference import nested
 
 NAME = "native"
 
@@ -54,6 +55,112 @@ def unsupported(
     return None
 
 
+def _state_args(state: QuantState) -> tuple[Any, ...]:
+    """A quant state as the ops take it: absmax, code, three nested tensors, blocksize."""
+    inner = state.state2
+    nested_absmax = None if inner is None else inner.absmax
+    nested_code = None if inner is None else inner.code
+    return state.absmax, state.code, nested_absmax, nested_code, state.offset, state.blocksize
+
+
+def _asked(grads: tuple[Tensor, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+
+
+def lora_linear_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`reference.lora_linear_fwd`."""
+    return torch.ops.fastlora.lora_linear_fwd(
+        x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed
+    )
+
+
+def lora_linear_bwd(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    S: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    needs: tuple[bool, bool, bool, bool] = (True, True, True, False),
+) -> tuple[Tensor | None, ...]:
+    """`reference.lora_linear_bwd`."""
+    grads = torch.ops.fastlora.lora_linear_bwd(
+        dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, *needs
+    )
+    return _asked(grads, needs)
+
+
+def qlora_linear_fwd(
+    x: Tensor,
+    weight: Tensor,
+    quant_state: QuantState,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`reference.qlora_linear_fwd`."""
+    return torch.ops.fastlora.qlora_linear_fwd(
+        x,
+        packed_bytes(weight),
+        *_state_args(quant_state),
+        compute_dtype or x.dtype,
+        bias,
+        lora_A,
+        lora_B,
+        scaling,
+        dropout_p,
+        seed,
+    )
+
+
+def qlora_linear_bwd(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    quant_state: QuantState,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    S: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+    needs: tuple[bool, bool, bool, bool] = (True, True, True, False),
+) -> tuple[Tensor | None, ...]:
+    """`reference.qlora_linear_bwd`."""
+    grads = torch.ops.fastlora.qlora_linear_bwd(
+        dy,
+        x,
+        packed_bytes(weight),
+        *_state_args(quant_state),
+        compute_dtype or x.dtype,
+        lora_A,
+        lora_B,
+        S,
+        scaling,
+        dropout_p,
+        seed,
+        *needs,
+    )
+    return _asked(grads, needs)
+
+
 def quantize_4bit(
     weight: Tensor,
     blocksize: int = 64,
@@ -62,5 +169,78 @@ def quantize_4bit(
 ) -> tuple[Tensor, QuantState]:
     """`reference.quantize_4bit`."""
     code = code_table(quant_type)
-    packed, absmax = torch.ops.fastlora.quantize_4bit(weight, code, blocksize)
-    return finish_quantize(packed, absmax, weight, blocksize, quant_type, compress_statistics)
+    bounds, order = quantize_bounds(code)
+    packed, absmax = torch.ops.fastlora.quantize_4bit(
+        weight.detach(), bounds, order.to(torch.uint8), blocksize
+    )
+    state = QuantState(absmax, weight.shape, code, weight.dtype, blocksize, quant_type)
+    return packed, nested(state) if compress_statistics else state
+
+
+def dequantize_4bit(
+    packed: Tensor,
+    quant_state: QuantState,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`reference.dequantize_4bit`."""
+    if out is None:
+        out = torch.empty(quant_state.shape, dtype=dtype or quant_state.dtype)
+    torch.ops.fastlora.dequantize_4bit_out(packed_bytes(packed), *_state_args(quant_state), out)
+    return out
+
+
+# ---- shapes without data, for torch.compile ----------------------------------------------------
+
+
+def _fake_fwd(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
+    y = x.new_empty((x.shape[0], lora_B.shape[0]))
+    return y, x.new_empty((x.shape[0], lora_A.shape[0]), dtype=torch.float32)
+
+
+def _fake_bwd(
+    x: Tensor, lora_A: Tensor, lora_B: Tensor, needs: tuple[bool, ...]
+) -> tuple[Tensor, ...]:
+    shapes = (tuple(x.shape), tuple(lora_A.shape), tuple(lora_B.shape), (lora_B.shape[0],))
+    dtypes = (x.dtype, lora_A.dtype, lora_B.dtype, torch.float32)
+    unasked = (x.dtype, torch.float32, torch.float32, torch.float32)
+    return tuple(
+        x.new_empty(shape, dtype=dtype) if need else x.new_empty((0,), dtype=empty)
+        for shape, dtype, empty, need in zip(shapes, dtypes, unasked, needs, strict=True)
+    )
+
+
+def _register_fakes() -> None:
+    @torch.library.register_fake("fastlora::lora_linear_fwd")
+    def _(x, weight, bias, lora_A, lora_B, *options):  # type: ignore[no-untyped-def]
+        return _fake_fwd(x, lora_A, lora_B)
+
+    @torch.library.register_fake("fastlora::qlora_linear_fwd")
+    def _(  # type: ignore[no-untyped-def]
+        x, weight, absmax, code, n_absmax, n_code, n_offset, blocksize, dtype, bias, A, B, *options
+    ):
+        return _fake_fwd(x, A, B)
+
+    @torch.library.register_fake("fastlora::lora_linear_bwd")
+    def _(dy, x, weight, lora_A, lora_B, S, *options):  # type: ignore[no-untyped-def]
+        return _fake_bwd(x, lora_A, lora_B, options[-4:])
+
+    @torch.library.register_fake("fastlora::qlora_linear_bwd")
+    def _(  # type: ignore[no-untyped-def]
+        dy, x, weight, absmax, code, n_absmax, n_code, n_offset, blocksize, dtype, A, B, *options
+    ):
+        return _fake_bwd(x, A, B, options[-4:])
+
+    @torch.library.register_fake("fastlora::quantize_4bit")
+    def _(weight, bounds, order, blocksize):  # type: ignore[no-untyped-def]
+        n = weight.numel()
+        packed = weight.new_empty(((n + 1) // 2, 1), dtype=torch.uint8)
+        return packed, weight.new_empty(((n + blocksize - 1) // blocksize,), dtype=torch.float32)
+
+    @torch.library.register_fake("fastlora::dequantize_4bit_out")
+    def _(weight, absmax, code, n_absmax, n_code, n_offset, blocksize, out):  # type: ignore[no-untyped-def]
+        return out
+
+
+if _build is not None:
+    _register_fakes()

@@ -1,0 +1,112 @@
+// Tensors to plain structs. What would corrupt memory is checked here; all else in fastlora/ops.py.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cmath>
+#include <optional>
+
+#include "common/params.h"
+
+namespace fastlora {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline DType dtype_of(ScalarType type, const char* name) {
+  switch (type) {
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be fp32, bf16 or fp16");
+      return DType::f32;
+  }
+}
+inline DType dtype_of(const Tensor& t, const char* name) { return dtype_of(t.scalar_type(), name); }
+
+// A matrix whose rows are contiguous: t itself, or a contiguous copy if its columns are spread.
+inline Tensor with_contiguous_rows(const Tensor& t) {
+  const bool rows_fit = t.size(0) <= 1 || t.stride(0) >= t.size(1);
+  return (t.stride(1) == 1 || t.size(1) <= 1) && rows_fit ? t : torch::stable::contiguous(t);
+}
+inline int64_t row_stride(const Tensor& t) { return t.size(0) <= 1 ? t.size(1) : t.stride(0); }
+
+inline void check_matrix(const Tensor& t, const char* name, int64_t rows, int64_t columns) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name, " must be [",
+                  rows, ", ", columns, "]");
+}
+inline void check_vector(const Tensor& t, const char* name, int64_t size) {
+  STD_TORCH_CHECK(t.numel() == size && t.is_contiguous(), name, " must be contiguous with ", size,
+                  " elements, got ", t.numel());
+}
+inline void check_dtype(const Tensor& t, const char* name, ScalarType type) {
+  STD_TORCH_CHECK(t.scalar_type() == type, name, " has the wrong dtype");
+}
+
+inline Dropout dropout_of(double p, const OptionalTensor& seed) {
+  STD_TORCH_CHECK(p >= 0.0 && p <= 1.0, "dropout_p must be between 0 and 1, got ", p);
+  // Nearest, ties to even, as Python's round.
+  const uint32_t threshold = static_cast<uint32_t>(std::nearbyint(p * 65536));
+  Dropout dropout{threshold, 0.0f, {0, 0}};
+  if (threshold < 65536) dropout.scale = static_cast<float>(1.0 / (1.0 - threshold / 65536.0));
+  if (p > 0.0) {
+    STD_TORCH_CHECK(seed.has_value() && seed->numel() == 1 &&
+                        seed->scalar_type() == ScalarType::Long,
+                    "seed must be an int64 tensor of one element when dropout_p > 0");
+    const uint64_t key = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->data_ptr()));
+    dropout.key[0] = static_cast<uint32_t>(key);
+    dropout.key[1] = static_cast<uint32_t>(key >> 32);
+  }
+  return dropout;
+}
+
+// The tensors of a 4-bit weight; nested_* are given together or not at all.
+struct QuantTensors {
+  Tensor packed, absmax, code;
+  OptionalTensor nested_absmax, nested_code, nested_offset;
+  int64_t blocksize;
+};
+
+inline Quant4bit quant_of(const QuantTensors& t, int64_t elements) {
+  STD_TORCH_CHECK(t.blocksize >= 32 && (t.blocksize & (t.blocksize - 1)) == 0,
+                  "blocksize must be a power of two of at least 32, got ", t.blocksize);
+  const int64_t blocks = (elements + t.blocksize - 1) / t.blocksize;
+  check_vector(t.packed, "weight", (elements + 1) / 2);
+  check_dtype(t.packed, "weight", ScalarType::Byte);
+  check_vector(t.absmax, "absmax", blocks);
+  check_vector(t.code, "code", 16);
+  check_dtype(t.code, "code", ScalarType::Float);
+  Quant4bit q{};
+  q.packed = static_cast<const uint8_t*>(t.packed.data_ptr());
+  q.code = static_cast<const float*>(t.code.data_ptr());
+  q.blocksize = t.blocksize;
+  if (!t.nested_absmax.has_value()) {
+    check_dtype(t.absmax, "absmax", ScalarType::Float);
+    q.absmax = static_cast<const float*>(t.absmax.data_ptr());
+    return q;
+  }
+  STD_TORCH_CHECK(t.nested_code.has_value() && t.nested_offset.has_value(),
+                  "nested_absmax needs nested_code and nested_offset");
+  check_dtype(t.absmax, "absmax", ScalarType::Byte);
+  check_vector(*t.nested_absmax, "nested_absmax", (blocks + 255) / 256);
+  check_vector(*t.nested_code, "nested_code", 256);
+  check_vector(*t.nested_offset, "nested_offset", 1);
+  check_dtype(*t.nested_absmax, "nested_absmax", ScalarType::Float);
+  check_dtype(*t.nested_code, "nested_code", ScalarType::Float);
+  check_dtype(*t.nested_offset, "nested_offset", ScalarType::Float);
+  q.absmax_8bit = static_cast<const uint8_t*>(t.absmax.data_ptr());
+  q.nested_absmax = static_cast<const float*>(t.nested_absmax->data_ptr());
+  q.nested_code = static_cast<const float*>(t.nested_code->data_ptr());
+  q.nested_offset = *static_cast<const float*>(t.nested_offset->data_ptr());
+  return q;
+}
+
+}  // namespace fastlora

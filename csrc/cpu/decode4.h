@@ -1,0 +1,205 @@
+// 4-bit codes to fp32 or bf16, in registers.
+//
+// The sixteen code values times a block's absmax form a table, rounded once to the working dtype; each
+// code is then one table look-up. Bit-exact with code[q] * absmax in fp32, rounded.
+#pragma once
+
+#include "simd.h"
+
+namespace fastlora {
+namespace FASTLORA_ISA {
+
+constexpr int kGroup = 32;  // codes decoded at a time: no block is smaller, so one table serves
+
+// A 4-bit weight [N, K] with its absmax in fp32.
+struct FourBit {
+  const uint8_t* packed;
+  const float* code;
+  const float* absmax;
+  int64_t K;
+  int shift;    // log2(blocksize)
+  DType round;  // dtype of the decoded weight
+};
+
+FASTLORA_INLINE int log2_of(int64_t power) { return __builtin_ctzll(static_cast<uint64_t>(power)); }
+
+#if defined(__AVX512F__)
+
+struct Table {
+  Vec values;
+};
+FASTLORA_INLINE Table make_table(const float* code, float absmax, DType round) {
+  return {round_to(mul(load(code), broadcast(absmax)), round)};
+}
+// Two vectors of 16 from 16 bytes.
+template <class Sink>
+FASTLORA_INLINE void decode_group(const uint8_t* q, const Table& table, const Sink& sink) {
+  for (int half = 0; half < 2; half++) {
+    const __m512i byte =
+        _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(q + 8 * half)));
+    // The even code lies in the high nibble; the look-up ignores all but four bits of a lane.
+    const __m512i index = _mm512_or_si512(_mm512_srli_epi64(byte, 4), _mm512_slli_epi64(byte, 32));
+    sink(16 * half, _mm512_permutexvar_ps(index, table.values));
+  }
+}
+
+#elif defined(__AVX2__)
+
+struct Table {
+  Vec low, high;
+};
+FASTLORA_INLINE Table make_table(const float* code, float absmax, DType round) {
+  return {round_to(mul(load(code), broadcast(absmax)), round),
+          round_to(mul(load(code + 8), broadcast(absmax)), round)};
+}
+template <class Sink>
+FASTLORA_INLINE void decode_group(const uint8_t* q, const Table& table, const Sink& sink) {
+  const __m256i shift = _mm256_setr_epi32(4, 0, 4, 0, 4, 0, 4, 0);
+  const __m128i spread = _mm_setr_epi8(0, 0, 1, 1, 2, 2, 3, 3, -1, -1, -1, -1, -1, -1, -1, -1);
+  for (int quarter = 0; quarter < 4; quarter++) {
+    int32_t four;
+    memcpy(&four, q + 4 * quarter, 4);
+    const __m128i bytes = _mm_shuffle_epi8(_mm_cvtsi32_si128(four), spread);
+    const __m256i index = _mm256_srlv_epi32(_mm256_cvtepu8_epi32(bytes), shift);
+    // The look-up reads three bits; the fourth picks the table's half.
+    const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
+    sink(8 * quarter, _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, index),
+                                       _mm256_permutevar8x32_ps(table.high, index), upper));
+  }
+}
+
+#else
+
+struct Table {
+  float values[16];
+};
+FASTLORA_INLINE Table make_table(const float* code, float absmax, DType round) {
+  Table table;
+  for (int i = 0; i < 16; i += kLanes) {
+    store(table.values + i, round_to(mul(load(code + i), broadcast(absmax)), round));
+  }
+  return table;
+}
+template <class Sink>
+FASTLORA_INLINE void decode_group(const uint8_t* q, const Table& table, const Sink& sink) {
+  float values[kGroup];
+  for (int i = 0; i < kGroup / 2; i++) {
+    values[2 * i] = table.values[q[i] >> 4];
+    values[2 * i + 1] = table.values[q[i] & 15];
+  }
+  for (int i = 0; i < kGroup; i += kLanes) sink(i, load(values + i));
+}
+
+#endif
+
+// `count` codes from flat element `begin` on, one after the other, for any alignment.
+FASTLORA_INLINE void decode_any(const FourBit& w, int64_t begin, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; i++) {
+    const int64_t e = begin + i;
+    const uint8_t byte = w.packed[e >> 1];
+    const float value = w.code[e & 1 ? byte & 15 : byte >> 4] * w.absmax[e >> w.shift];
+    if (w.round == DType::f32) {
+      out[i] = value;
+    } else if (w.round == DType::bf16) {
+      bf16 rounded;
+      from_float(value, rounded);
+      out[i] = to_float(rounded);
+    } else {
+      f16 rounded;
+      from_float(value, rounded);
+      out[i] = to_float(rounded);
+    }
+  }
+}
+
+// Calls sink(i, vector) for every kLanes-th i of the `count` codes from flat element `begin` on; up to
+// the next multiple of kGroup, with zeros past `count`.
+template <class Sink>
+FASTLORA_INLINE void decode(const FourBit& w, int64_t begin, int64_t count, const Sink& sink) {
+  int64_t i = 0;
+  if (begin % kGroup == 0) {
+    while (i + kGroup <= count) {
+      const int64_t block = (begin + i) >> w.shift;
+      const int64_t end = min(count, ((block + 1) << w.shift) - begin);
+      const Table table = make_table(w.code, w.absmax[block], w.round);
+      for (; i + kGroup <= end; i += kGroup) {
+        const auto shifted = [&](int j, Vec v) __attribute__((always_inline)) { sink(i + j, v); };
+        decode_group(w.packed + (begin + i) / 2, table, shifted);
+      }
+    }
+  }
+  for (; i < count; i += kGroup) {
+    float values[kGroup] = {};
+    decode_any(w, begin + i, min(kGroup, count - i), values);
+    for (int j = 0; j < kGroup; j += kLanes) sink(i + j, load(values + j));
+  }
+}
+
+#if defined(__AVX512BF16__)
+
+// The code times absmax_low and, in the upper sixteen of 32 bf16, times absmax_high.
+FASTLORA_INLINE __m512i bf16_table(const float* code, float absmax_low, float absmax_high) {
+  const Vec values = load(code);
+  return (__m512i)_mm512_cvtne2ps_pbh(mul(values, broadcast(absmax_high)),
+                                      mul(values, broadcast(absmax_low)));
+}
+
+// Rows in bf16: sink(i, 32 values) as `decode` does.
+template <class Sink>
+FASTLORA_INLINE void decode_bf16(const FourBit& w, int64_t begin, int64_t count, const Sink& sink) {
+  const __m512i shift = _mm512_set1_epi32(4);  // even elements: the high nibble
+  const __m512i spread = _mm512_setr_epi32(
+      0x00000000, 0x01010101, 0x02020202, 0x03030303, 0x04040404, 0x05050505, 0x06060606,
+      0x07070707, 0x08080808, 0x09090909, 0x0a0a0a0a, 0x0b0b0b0b, 0x0c0c0c0c, 0x0d0d0d0d,
+      0x0e0e0e0e, 0x0f0f0f0f);
+  int64_t i = 0;
+  if (begin % kGroup == 0) {
+    while (i + kGroup <= count) {
+      const int64_t block = (begin + i) >> w.shift;
+      const int64_t end = min(count, ((block + 1) << w.shift) - begin);
+      // Both halves alike: a look-up reads five bits, the fifth of which is noise here.
+      const __m512i table = _mm512_broadcast_i64x4(
+          (__m256i)_mm512_cvtneps_pbh(mul(load(w.code), broadcast(w.absmax[block]))));
+      for (; i + kGroup <= end; i += kGroup) {
+        const uint8_t* q = w.packed + (begin + i) / 2;
+        _mm_prefetch(reinterpret_cast<const char*>(q + w.K / 2), _MM_HINT_T1);
+        const __m512i bytes = _mm512_castsi128_si512(
+            _mm_loadu_si128(reinterpret_cast<const __m128i*>(q)));
+        const __m512i index = _mm512_srlv_epi16(_mm512_permutexvar_epi8(spread, bytes), shift);
+        sink(i, _mm512_permutexvar_epi16(index, table));
+      }
+    }
+  }
+  for (; i < count; i += kGroup) {
+    float values[kGroup] = {};
+    decode_any(w, begin + i, min(kGroup, count - i), values);
+    sink(i, (__m512i)_mm512_cvtne2ps_pbh(load(values + kLanes), load(values)));
+  }
+}
+
+// 32 columns of rows a and b as pairs (a, b), in two vectors of 16 lanes in natural order. A table of
+// 32 values serves both rows: the fifth bit of the index tells the row.
+FASTLORA_INLINE void decode_pairs(const uint8_t* a, const uint8_t* b, __m512i table,
+                                  uint32_t* out) {
+  const __m512i bytes = _mm512_castsi256_si512(
+      _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)a)),
+                              _mm_loadu_si128((const __m128i*)b), 1));
+  // Lane j of vector v: byte 8 v + j / 2 of row a in the low word, of row b in the high word.
+  const __m512i spread = _mm512_setr_epi32(
+      0x10100000, 0x10100000, 0x11110101, 0x11110101, 0x12120202, 0x12120202, 0x13130303,
+      0x13130303, 0x14140404, 0x14140404, 0x15150505, 0x15150505, 0x16160606, 0x16160606,
+      0x17170707, 0x17170707);
+  const __m512i shift = _mm512_set1_epi64(0x0000000000040004);  // even columns: the high nibble
+  const __m512i nibble = _mm512_set1_epi32(0x000f000f), row_b = _mm512_set1_epi32(0x00100000);
+  for (int v = 0; v < 2; v++) {
+    const __m512i pick = _mm512_add_epi8(spread, _mm512_set1_epi8(static_cast<char>(8 * v)));
+    __m512i index = _mm512_srlv_epi16(_mm512_permutexvar_epi8(pick, bytes), shift);
+    index = _mm512_ternarylogic_epi32(index, nibble, row_b, 0xea);  // (index & nibble) | row_b
+    _mm512_storeu_si512(out + v * kLanes, _mm512_permutexvar_epi16(index, table));
+  }
+}
+
+#endif
+
+}  // namespace FASTLORA_ISA
+}  // namespace fastlora

@@ -1,0 +1,23 @@
+// The kernels of one instruction set, and the choice among the sets that were compiled.
+#pragma once
+
+#include "../common/params.h"
+
+namespace fastlora {
+
+struct Kernels {
+  const char* isa;
+  void (*lora_linear_fwd)(const LoraLinearFwd&, const ParallelFor&);
+  void (*lora_linear_bwd)(const LoraLinearBwd&, const ParallelFor&);
+  void (*quantize_4bit)(const Quantize4bit&, const ParallelFor&);
+  void (*dequantize_4bit)(const Dequantize4bit&, const ParallelFor&);
+};
+
+// The best set that this CPU runs, or the one that FASTLORA_CPU_ISA names if it is lower.
+// Throws std::runtime_error for an unknown name, or for one that this CPU or build lacks.
+const Kernels& kernels();
+
+// The sets that were compiled, from the plainest on, separated by spaces.
+const char* compiled_isas();
+
+}  // namespace fastlora

@@ -1,0 +1,60 @@
+// out = code[q] * absmax, in fp32, rounded once to the output's dtype.
+#include "../table.h"
+#include "../weights.h"
+
+namespace fastlora {
+namespace FASTLORA_ISA {
+namespace {
+
+constexpr int64_t kStep = 16384;  // elements of a tile
+
+struct Context {
+  const Dequantize4bit* p;
+};
+
+template <class T>
+void dequantize(const Dequantize4bit& p, int64_t begin, int64_t end) {
+  const Quant4bit& q = p.quant;
+  const int shift = log2_of(q.blocksize);
+  T* out = static_cast<T*>(p.out);
+  while (begin < end) {
+    const int64_t stop = min(end, begin + kStep);
+    // A step is at most 512 blocks of the smallest size.
+    float absmax[kStep / kGroup + 1];
+    const int64_t first = begin >> shift, last = ((stop - 1) >> shift) + 1;
+    if (q.absmax == nullptr) {
+      decode_absmax(q, first, last, absmax);
+    } else {
+      for (int64_t b = first; b < last; b++) absmax[b - first] = q.absmax[b];
+    }
+    // The table is not rounded: the store rounds, and to the same value.
+    const FourBit w{q.packed, q.code, absmax - first, 0, shift, DType::f32};
+    decode(w, begin, stop - begin, [&](int64_t i, Vec v) __attribute__((always_inline)) {
+      if (begin + i + kLanes <= stop) {
+        store(out + begin + i, v);
+      } else if (begin + i < stop) {
+        store(out + begin + i, v, stop - begin - i);
+      }
+    });
+    begin = stop;
+  }
+}
+
+}  // namespace
+
+void dequantize_4bit(const Dequantize4bit& p, const ParallelFor& parallel) {
+  Context context{&p};
+  parallel.run(
+      ceil_div(p.elements, kStep),
+      [](const void* c, int64_t begin, int64_t end) {
+        const Dequantize4bit& p = *static_cast<const Context*>(c)->p;
+        with_type(p.dtype, [&](auto* type) {
+          using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+          dequantize<T>(p, begin * kStep, min(end * kStep, p.elements));
+        });
+      },
+      &context);
+}
+
+}  // namespace FASTLORA_ISA
+}  // namespace fastlora

@@ -1,0 +1,32 @@
+#include "../linear_fwd.h"
+
+#include "../table.h"
+#include "../with_weight.h"
+
+namespace fastlora {
+namespace FASTLORA_ISA {
+
+void lora_linear_fwd(const LoraLinearFwd& p, const ParallelFor& parallel) {
+  if (p.M == 0) return;
+  const size_t statistics = absmax_bytes(p.weight);
+  const auto run = [&](const float* absmax, char* memory, size_t* bytes) {
+    with_weight(p.weight, p.x_dtype, absmax, [&](auto compute, auto* x, const auto& source) {
+      using X = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
+      using Kernel = LinearFwd<decltype(compute), X, std::decay_t<decltype(source)>>;
+      const int64_t tokens = min(p.M, Kernel::tokens_at_a_time(p));
+      if (bytes) {
+        *bytes = Kernel::shared_bytes(p, tokens);
+      } else {
+        Kernel(p, source, parallel).run(memory, tokens);
+      }
+    });
+  };
+  size_t bytes = 0;
+  run(nullptr, nullptr, &bytes);
+  char* memory = static_cast<char*>(scratch(Scratch::shared, statistics + bytes));
+  const float* absmax = plain_absmax(p.weight, parallel, reinterpret_cast<float*>(memory));
+  run(absmax, memory + statistics, nullptr);
+}
+
+}  // namespace FASTLORA_ISA
+}  // namespace fastlora

@@ -1,0 +1,15 @@
+// The functions of this instruction set, for dispatch.cpp.
+#include "../table.h"
+
+namespace fastlora {
+namespace FASTLORA_ISA {
+
+#define FASTLORA_TEXT_(x) #x
+#define FASTLORA_TEXT(x) FASTLORA_TEXT_(x)
+
+extern const Kernels kTable;
+const Kernels kTable = {FASTLORA_TEXT(FASTLORA_ISA), lora_linear_fwd, lora_linear_bwd,
+                        quantize_4bit, dequantize_4bit};
+
+}  // namespace FASTLORA_ISA
+}  // namespace fastlora

@@ -1,0 +1,270 @@
+// Forward of a linear layer with LoRA, for any base: y = x W^T + bias + scaling * S B^T.
+//
+// Tokens lie in vector lanes, so that W is read in its own order and a strip of it serves all tokens:
+//
+//   1. x is packed into panels [k][tokens]; S = drop(x) A^T comes from the same block while it is hot.
+//   2. Partial sums of S over k are added up in a fixed order.
+//   3. Chunks of W's rows: decode a strip, multiply it with every panel, add scaling * S B^T onto the
+//      fp32 tile, add the bias, turn the tile and round it once into y.
+#pragma once
+
+#include "scratch.h"
+#include "weights.h"
+
+namespace fastlora {
+namespace FASTLORA_ISA {
+
+template <class Compute, class X, class Source>
+class LinearFwd {
+  using Unit = typename Compute::Unit;
+  static constexpr int kPer = Compute::kPerUnit;
+
+  static constexpr int64_t kPackBytes = 16 << 20;  // of packed x: what stays in a shared cache
+  static constexpr int64_t kShrinkStep = 256;      // columns of fp32 x made at a time for S
+  static constexpr int64_t kStripRows = 48;        // W rows of a chunk when there are many tokens
+  static constexpr int64_t kStripBytes = 4096;     // of one row of a strip: 48 of them fit in L2
+
+  const LoraLinearFwd& p_;
+  const Source& w_;
+  const ParallelFor& parallel_;
+  const int64_t N_, K_, R_;
+  const int64_t units_;  // of one packed token
+
+  // Of the tokens being worked on.
+  int64_t m0_, tokens_, panels_, token_lanes_;
+  int64_t split_, splits_;  // columns of one partial sum of S, and their number
+  int64_t chunk_, strip_rows_, strip_units_;
+  Unit* x_panels_;
+  float* partial_;  // [splits][R][token_lanes]
+  float* S_lanes_;  // [panel][R][lanes], scaled
+  float* A_;        // [R, K] in fp32
+
+ public:
+  LinearFwd(const LoraLinearFwd& p, const Source& w, const ParallelFor& parallel)
+      : p_(p),
+        w_(w),
+        parallel_(parallel),
+        N_(p.weight.N),
+        K_(p.weight.K),
+        R_(p.R),
+        units_(round_up(K_, 2 * kPanel) / kPer) {}
+
+  void run(char* memory, int64_t max_tokens) {
+    for (m0_ = 0; m0_ < p_.M; m0_ += max_tokens) {
+      tokens_ = min(max_tokens, p_.M - m0_);
+      plan(memory);
+      each(panels_ * splits_, &LinearFwd::pack_and_shrink);
+      if (R_ > 0) each(panels_, &LinearFwd::reduce);
+      each(ceil_div(N_, chunk_), &LinearFwd::product);
+    }
+  }
+
+  // Tokens worked on at a time, so that packed x stays within kPackBytes.
+  static int64_t tokens_at_a_time(const LoraLinearFwd& p) {
+    const int64_t bytes = round_up(p.weight.K, 2 * kPanel) / kPer * 4;
+    return max(4 * kPanel, kPackBytes / bytes / kPanel * kPanel);
+  }
+
+  static size_t shared_bytes(const LoraLinearFwd& p, int64_t tokens) {
+    const int64_t lanes = round_up(tokens, kPanel);
+    return Pieces::bytes<Unit>(lanes * round_up(p.weight.K, 2 * kPanel) / kPer) +
+           Pieces::bytes<float>(max_splits(p.weight.K) * p.R * lanes) +
+           Pieces::bytes<float>(p.R * lanes) + Pieces::bytes<float>(p.R * p.weight.K);
+  }
+
+ private:
+  static int64_t split_of(int64_t K) { return max(2 * kShrinkStep, round_up(K / 8, 2 * kPanel)); }
+  static int64_t max_splits(int64_t K) { return ceil_div(K, split_of(K)); }
+
+  void plan(char* memory) {
+    panels_ = ceil_div(tokens_, kPanel);
+    token_lanes_ = panels_ * kPanel;
+    split_ = round_up(split_of(K_), kDropoutBlock);
+    splits_ = ceil_div(K_, split_);
+    // With one panel, a strip as high as one tile stays in L1 and W is read once from memory.
+    strip_units_ = kStripBytes / 4 * (panels_ == 1 ? 2 : 1);
+    chunk_ = panels_ == 1 ? 2 * kStripRows : kStripRows;
+    strip_rows_ = panels_ == 1 ? kTileRows[vectors(0)] : chunk_;
+    Pieces pieces{memory};
+    x_panels_ = pieces.take<Unit>(token_lanes_ * units_);
+    partial_ = pieces.take<float>(max_splits(K_) * R_ * token_lanes_);
+    S_lanes_ = pieces.take<float>(R_ * token_lanes_);
+    float* A = pieces.take<float>(R_ * K_);
+    A_ = p_.adapter_dtype == DType::f32 ? const_cast<float*>(static_cast<const float*>(p_.lora_A))
+                                        : A;
+    if (A_ == A) {
+      with_type(p_.adapter_dtype, [&](auto* type) {
+        const auto* source = static_cast<decltype(type)>(p_.lora_A);
+        for (int64_t i = 0; i < R_ * K_; i++) A[i] = to_float(source[i]);
+      });
+    }
+  }
+
+  int vectors(int64_t panel) const {
+    return static_cast<int>(ceil_div(min(kPanel, tokens_ - panel * kPanel), kLanes));
+  }
+  const Unit* x_panel(int64_t panel) const { return x_panels_ + panel * kPanel * units_; }
+
+  using Stage = void (LinearFwd::*)(int64_t tile);
+  void each(int64_t tiles, Stage stage) {
+    struct Context {
+      LinearFwd* self;
+      Stage stage;
+    } context{this, stage};
+    parallel_.run(
+        tiles,
+        [](const void* c, int64_t begin, int64_t end) {
+          const auto* context = static_cast<const Context*>(c);
+          for (int64_t i = begin; i < end; i++) (context->self->*context->stage)(i);
+        },
+        &context);
+  }
+
+  void pack_and_shrink(int64_t tile) {
+    const int64_t panel = tile / splits_, split = tile % splits_;
+    const int64_t m = m0_ + panel * kPanel, k_begin = split * split_;
+    const int64_t rows = min(kPanel, m0_ + tokens_ - m), k_end = min(K_, k_begin + split_);
+    const int mv = vectors(panel);
+    const X* x = static_cast<const X*>(p_.x) + m * p_.ldx;
+    Unit* out = const_cast<Unit*>(x_panel(panel)) + k_begin / kPer * mv * kLanes;
+    const Block<X> block{x + k_begin, p_.ldx, rows, k_end - k_begin};
+    pack_tokens(Compute{}, block, round_up(block.count, 2 * kLanes), mv, out);
+    if (R_ == 0) return;
+
+    float* S = partial_ + split * R_ * token_lanes_ + panel * kPanel;
+    constexpr int64_t kWords = kShrinkStep / 32;
+    Pieces local{static_cast<char*>(
+        scratch(Scratch::local, Pieces::bytes<float>(kShrinkStep * kPanel) +
+                                    Pieces::bytes<uint32_t>(kPanel * kWords)))};
+    float* x_kept = local.take<float>(kShrinkStep * kPanel);
+    uint32_t* bits = local.take<uint32_t>(kPanel * kWords);
+    for (int64_t k = k_begin; k < k_end; k += kShrinkStep) {
+      const int64_t count = min(kShrinkStep, k_end - k);
+      const float* panel_data = x_kept;
+      if constexpr (kPer == 1) {
+        if (p_.dropout.threshold == 0) {
+          panel_data = reinterpret_cast<const float*>(out) + (k - k_begin) * mv * kLanes;
+        }
+      }
+      if (panel_data == x_kept) {
+        KeepRows kept{nullptr, 0};
+        if (p_.dropout.threshold != 0) {
+          kept = {bits, ceil_div(count, kDropoutBlock) * kKeepWords};
+          keep_bits_of(m, rows, k, count, p_.dropout, bits);
+        }
+        const Block<X> part{x + k, p_.ldx, rows, count};
+        pack_tokens(F32{}, part, kept, round_up(count, kLanes), mv, x_kept);
+      }
+      multiply<F32>(mv, R_, A_ + k, {K_, 1}, panel_data, mv * kLanes, count, S, token_lanes_,
+                    k > k_begin);
+    }
+  }
+
+  // S = sum of the partial sums; kept once as it is, for the backward, and once scaled, in lanes.
+  void reduce(int64_t panel) {
+    const int mv = vectors(panel);
+    const Vec unscaled = broadcast(p_.dropout.scale), scaling = broadcast(p_.scaling);
+    float* lanes = S_lanes_ + panel * kPanel * R_;
+    for (int v = 0; v < mv; v++) {
+      const int64_t token = panel * kPanel + v * kLanes;
+      for (int64_t r0 = 0; r0 < R_; r0 += kLanes) {
+        Vec block[kLanes];
+        for (int i = 0; i < kLanes; i++) {
+          const int64_t r = r0 + i;
+          block[i] = zero();
+          if (r >= R_) continue;
+          for (int64_t s = 0; s < splits_; s++) {
+            block[i] = add(block[i], load(partial_ + (s * R_ + r) * token_lanes_ + token));
+          }
+          block[i] = mul(block[i], unscaled);
+          store(lanes + (r * mv + v) * kLanes, mul(block[i], scaling));
+        }
+        transpose(block);
+        const int64_t rows = min(kLanes, tokens_ - token);
+        for (int64_t i = 0; i < rows; i++) {
+          store(p_.S + (m0_ + token + i) * R_ + r0, block[i], R_ - r0);
+        }
+      }
+    }
+  }
+
+  void product(int64_t tile) {
+    const int64_t n0 = tile * chunk_, rows = min(chunk_, N_ - n0);
+    const int64_t ld = strip_units_ + kLanes;  // off the power of two: rows share no cache set
+    Pieces local{static_cast<char*>(scratch(
+        Scratch::local, Pieces::bytes<Unit>(strip_rows_ * ld) +
+                            Pieces::bytes<float>(chunk_ * token_lanes_) +
+                            Pieces::bytes<float>(chunk_ * R_) + Pieces::bytes<float>(chunk_ + kLanes)))};
+    Unit* strip = local.take<Unit>(strip_rows_ * ld);
+    float* C = local.take<float>(chunk_ * token_lanes_);
+    float* B = local.take<float>(chunk_ * R_);
+    float* bias = local.take<float>(chunk_ + kLanes);
+
+    const int64_t step = strip_units_ * kPer;
+    for (int64_t i = 0; i < rows; i += strip_rows_) {
+      const int64_t strip_rows = min(strip_rows_, rows - i);
+      for (int64_t k = 0; k < K_; k += step) {
+        const int64_t count = min(step, K_ - k), units = ceil_div(count, kPer);
+        weight_rows(Compute{}, w_, n0 + i, strip_rows, k, count, strip, ld);
+        for (int64_t panel = 0; panel < panels_; panel++) {
+          const int mv = vectors(panel);
+          multiply<Compute>(mv, strip_rows, strip, {ld, 1}, x_panel(panel) + k / kPer * mv * kLanes,
+                            mv * kLanes, units, C + i * token_lanes_ + panel * kPanel, token_lanes_,
+                            k > 0);
+        }
+      }
+    }
+    if (R_ > 0) add_lora(n0, rows, B, C);
+    read_bias(n0, rows, bias);
+    finish(n0, rows, bias, C);
+  }
+
+  void add_lora(int64_t n0, int64_t rows, float* B, float* C) const {
+    const float* B_rows = static_cast<const float*>(p_.lora_B) + n0 * R_;
+    if (p_.adapter_dtype != DType::f32) {
+      with_type(p_.adapter_dtype, [&](auto* type) {
+        const auto* source = static_cast<decltype(type)>(p_.lora_B) + n0 * R_;
+        for (int64_t i = 0; i < rows * R_; i++) B[i] = to_float(source[i]);
+      });
+      B_rows = B;
+    }
+    for (int64_t panel = 0; panel < panels_; panel++) {
+      const int mv = vectors(panel);
+      multiply<F32>(mv, rows, B_rows, {R_, 1}, S_lanes_ + panel * kPanel * R_, mv * kLanes, R_,
+                    C + panel * kPanel, token_lanes_, true);
+    }
+  }
+
+  void read_bias(int64_t n0, int64_t rows, float* bias) const {
+    if (p_.bias == nullptr) {
+      for (int64_t i = 0; i < rows; i++) bias[i] = 0;
+      return;
+    }
+    with_type(p_.bias_dtype, [&](auto* type) {
+      const auto* source = static_cast<decltype(type)>(p_.bias) + n0;
+      for (int64_t i = 0; i < rows; i++) bias[i] = to_float(source[i]);
+    });
+  }
+
+  // y[m][n] = round(C[n][m] + bias[n]).
+  void finish(int64_t n0, int64_t rows, const float* bias, const float* C) const {
+    X* y = static_cast<X*>(p_.y) + m0_ * N_ + n0;
+    for (int64_t m = 0; m < tokens_; m += kLanes) {
+      for (int64_t n = 0; n < rows; n += kLanes) {
+        Vec block[kLanes];
+        for (int i = 0; i < kLanes; i++) {
+          block[i] = n + i < rows ? load(C + (n + i) * token_lanes_ + m) : zero();
+        }
+        transpose(block);
+        const Vec b = load(bias + n, rows - n);
+        const int64_t count = min(kLanes, tokens_ - m);
+        for (int64_t i = 0; i < count; i++) {
+          store(y + (m + i) * N_ + n, add(block[i], b), rows - n);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace FASTLORA_ISA
+}  // namespace fastlora

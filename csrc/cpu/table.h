@@ -1,0 +1,15 @@
+// The entry points that each instruction set defines, one in each file under kernels/.
+#pragma once
+
+#include "kernels.h"
+
+namespace fastlora {
+namespace FASTLORA_ISA {
+
+void lora_linear_fwd(const LoraLinearFwd& p, const ParallelFor& parallel);
+void lora_linear_bwd(const LoraLinearBwd& p, const ParallelFor& parallel);
+void quantize_4bit(const Quantize4bit& p, const ParallelFor& parallel);
+void dequantize_4bit(const Dequantize4bit& p, const ParallelFor& parallel);
+
+}  // namespace FASTLORA_ISA
+}  // namespace fastlora
