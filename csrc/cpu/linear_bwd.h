@@ -20,9 +20,10 @@ class LinearBwd {
 
   static constexpr int64_t kTokenBlock = 32;     // tokens of one tile of stage 1
   static constexpr int64_t kShrinkStep = 512;    // columns of fp32 dy made at a time for dS
-  static constexpr int64_t kStripColumns = 128;  // of K in one tile: one block of keep bits
+  static constexpr int64_t kStripColumns = 128;  // of K or N in one tile: one block of keep bits
   static constexpr int64_t kTokens = 512;        // whose fp32 tile of dx stays in L2
   static constexpr int64_t kPanelUnits = 512;    // of N decoded at a time
+  static constexpr int64_t kFewTokens = 4 * kLanes;  // up to here reading W costs more than using it
   static constexpr int64_t kGradTokens = 512;    // tokens of one fp32 panel of x or dy
 
   const LoraLinearBwd& p_;
@@ -31,7 +32,7 @@ class LinearBwd {
   const int64_t M_, N_, K_, R_, R_lanes_;
   const bool repack_;
   int64_t dy_ld_;  // in units
-  int64_t k_strips_, n_strips_, panel_units_;
+  int64_t strip_, k_strips_, n_strips_, panel_units_, keep_words_;
   Unit* dy_;
   float* dS_;       // [M][R_lanes], times 1 / (1 - p)
   float* A_;        // [R, K] in fp32
@@ -61,9 +62,12 @@ class LinearBwd {
     dS_ = pieces.take<float>(M_ * R_lanes_);
     B_lanes_ = pieces.take<float>(N_ * R_lanes_);
     read_adapters(pieces.take<float>(R_ * K_));
-    // Few tokens: a small panel of W stays in L1. Many: it is decoded less often.
-    panel_units_ = M_ <= 4 * kLanes ? kPanelUnits / 8 : kPanelUnits;
-    k_strips_ = p_.dx || p_.dA ? ceil_div(K_, kStripColumns) : 0;
+    // Few tokens: wide strips, so that whole cache lines of W's rows are read in a run.
+    const bool few = M_ <= kFewTokens;
+    strip_ = few ? 2 * kStripColumns : kStripColumns;
+    panel_units_ = few ? kPanelUnits / 8 : kPanelUnits;
+    keep_words_ = strip_ / 32;
+    k_strips_ = p_.dx || p_.dA ? ceil_div(K_, strip_) : 0;
     n_strips_ = p_.dB || p_.dbias ? ceil_div(N_, kStripColumns) : 0;
     each(ceil_div(M_, kTokenBlock), &LinearBwd::shrink);
     each(k_strips_ + n_strips_, &LinearBwd::strip);
@@ -148,29 +152,29 @@ class LinearBwd {
 
   void strip(int64_t tile) {
     if (tile < k_strips_) {
-      strip_of_K(tile * kStripColumns);
+      strip_of_K(tile * strip_);
     } else {
       strip_of_N((tile - k_strips_) * kStripColumns);
     }
   }
 
   void strip_of_K(int64_t k) {
-    constexpr int64_t kPanels = kStripColumns / kPanel;
-    const int64_t count = min(kStripColumns, K_ - k), tokens = min(kTokens, M_);
+    const int64_t keep_words = M_ * keep_words_;
+    const int64_t count = min(strip_, K_ - k), tokens = min(kTokens, M_);
     const int64_t panel_rows = max(max(kGradTokens, kPanelUnits), 2 * R_lanes_);
     Pieces local{static_cast<char*>(scratch(
-        Scratch::local, Pieces::bytes<uint32_t>(M_ * kKeepWords) +
-                            Pieces::bytes<float>(panel_rows * kStripColumns) +
-                            Pieces::bytes<float>(max(tokens, R_) * kStripColumns) +
-                            Pieces::bytes<float>(R_ * kStripColumns)))};
-    uint32_t* bits = local.take<uint32_t>(M_ * kKeepWords);
-    float* panels = local.take<float>(panel_rows * kStripColumns);
-    float* C = local.take<float>(max(tokens, R_) * kStripColumns);
-    float* A_panels = local.take<float>(R_ * kStripColumns);
+        Scratch::local, Pieces::bytes<uint32_t>(keep_words) +
+                            Pieces::bytes<float>(panel_rows * strip_) +
+                            Pieces::bytes<float>(max(tokens, R_) * strip_) +
+                            Pieces::bytes<float>(R_ * strip_)))};
+    uint32_t* bits = local.take<uint32_t>(keep_words);
+    float* panels = local.take<float>(panel_rows * strip_);
+    float* C = local.take<float>(max(tokens, R_) * strip_);
+    float* A_panels = local.take<float>(R_ * strip_);
 
-    KeepRows kept{nullptr, kKeepWords};
+    KeepRows kept{nullptr, keep_words_};
     if (p_.dropout.threshold != 0 && R_ > 0) {
-      keep_bits_of(k, count, bits);
+      keep_bits_of(0, M_, k, strip_, p_.dropout, bits);
       kept.bits = bits;
     }
     if (p_.dA && R_ > 0) grad_A(k, count, kept, panels, C);
@@ -182,38 +186,33 @@ class LinearBwd {
     for (int64_t m = 0; m < M_; m += kTokens) {
       const int64_t rows = min(kTokens, M_ - m);
       if (R_ > 0) {
-        for (int64_t q = 0; q < kPanels; q++) {
-          if (q * kPanel >= count) break;
+        for (int64_t q = 0; q * kPanel < count; q++) {
           multiply<F32>(kPanelVectors, rows, dS_ + m * R_lanes_, {R_lanes_, 1},
-                        A_panels + q * R_ * kPanel, kPanel, R_, C + q * kPanel, kStripColumns,
+                        A_panels + q * R_ * kPanel, kPanel, R_, C + q * kPanel, strip_,
                         false);
         }
-        if (kept.bits) drop(bits + m * kKeepWords, rows, C);
+        if (kept.bits) drop(bits + m * keep_words_, rows, C);
       }
       base_product(m, rows, k, count, reinterpret_cast<Unit*>(panels), C);
       X* dx = static_cast<X*>(p_.dx) + m * K_ + k;
       for (int64_t i = 0; i < rows; i++) {
         for (int64_t c = 0; c < count; c += kLanes) {
-          store(dx + i * K_ + c, load(C + i * kStripColumns + c), count - c);
+          store(dx + i * K_ + c, load(C + i * strip_ + c), count - c);
         }
       }
     }
   }
 
-  void keep_bits_of(int64_t k, int64_t count, uint32_t* bits) const {
-    FASTLORA_ISA::keep_bits_of(0, M_, k, count, p_.dropout, bits);
-  }
-
-  static void drop(const uint32_t* bits, int64_t rows, float* C) {
+  void drop(const uint32_t* bits, int64_t rows, float* C) const {
     for (int64_t i = 0; i < rows; i++) {
-      for (int64_t c = 0; c < kStripColumns; c += kLanes) {
-        float* at = C + i * kStripColumns + c;
-        store(at, keep(load(at), lane_bits(bits + i * kKeepWords, c)));
+      for (int64_t c = 0; c < strip_; c += kLanes) {
+        float* at = C + i * strip_ + c;
+        store(at, keep(load(at), lane_bits(bits + i * keep_words_, c)));
       }
     }
   }
 
-  // C[m][kStripColumns] (+)= dy W for columns [k, k + count).
+  // C[m][strip_] (+)= dy W for columns [k, k + count).
   void base_product(int64_t m, int64_t rows, int64_t k, int64_t count, Unit* panels, float* C) {
     const int64_t step = panel_units_ * kPer;
     for (int64_t n = 0; n < N_; n += step) {
@@ -223,7 +222,7 @@ class LinearBwd {
       for (int64_t c = 0; c < count; c += kPanel) {
         const int mv = static_cast<int>(ceil_div(min(kPanel, count - c), kLanes));
         multiply<Compute>(mv, rows, dy_ + m * dy_ld_ + n / kPer, {dy_ld_, 1},
-                          panels + c / kPanel * out.stride, kPanel, units, C + c, kStripColumns,
+                          panels + c / kPanel * out.stride, kPanel, units, C + c, strip_,
                           n > 0 || R_ > 0);
       }
     }
@@ -236,7 +235,7 @@ class LinearBwd {
       const int64_t columns = min(kPanel, count - c);
       for (int64_t m = 0; m < M_; m += kGradTokens) {
         const int64_t rows = min(kGradTokens, M_ - m);
-        const KeepRows part{kept.bits ? kept.bits + m * kKeepWords : nullptr, kKeepWords};
+        const KeepRows part{kept.bits ? kept.bits + m * keep_words_ : nullptr, keep_words_};
         pack_columns(Block<X>{x + m * p_.ldx + c, p_.ldx, rows, columns}, part, c, panel);
         multiply<F32>(kPanelVectors, R_, dS_ + m * R_lanes_, {1, R_lanes_}, panel, kPanel, rows, C,
                       kPanel, m > 0);
