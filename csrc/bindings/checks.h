@@ -58,9 +58,9 @@ inline Dropout dropout_of(double p, const OptionalTensor& seed) {
   Dropout dropout{threshold, 0.0f, {0, 0}};
   if (threshold < 65536) dropout.scale = static_cast<float>(1.0 / (1.0 - threshold / 65536.0));
   if (p > 0.0) {
-    STD_TORCH_CHECK(seed.has_value() && seed->numel() == 1 &&
-                        seed->scalar_type() == ScalarType::Long,
-                    "seed must be an int64 tensor of one element when dropout_p > 0");
+    STD_TORCH_CHECK(
+        seed.has_value() && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long,
+        "seed must be an int64 tensor of one element when dropout_p > 0");
     const uint64_t key = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->data_ptr()));
     dropout.key[0] = static_cast<uint32_t>(key);
     dropout.key[1] = static_cast<uint32_t>(key >> 32);

@@ -96,10 +96,12 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_any, const Weight& weight,
   return {y, S};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
-    const Tensor& dy_any, const Tensor& x_any, const Weight& weight, const Tensor& A_any,
-    const Tensor& B_any, const Tensor& S_any, double scaling, double dropout_p,
-    const OptionalTensor& seed, bool need_dx, bool need_dA, bool need_dB, bool need_dbias) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy_any, const Tensor& x_any,
+                                                    const Weight& weight, const Tensor& A_any,
+                                                    const Tensor& B_any, const Tensor& S_any,
+                                                    double scaling, double dropout_p,
+                                                    const OptionalTensor& seed, bool need_dx,
+                                                    bool need_dA, bool need_dB, bool need_dbias) {
   const int64_t M = x_any.size(0), R = A_any.size(0), N = weight.N, K = weight.K;
   check_matrix(x_any, "x", M, K);
   check_matrix(dy_any, "dy", M, N);
@@ -155,20 +157,24 @@ std::tuple<Tensor, Tensor> lora_linear_fwd(Tensor x, Tensor weight, OptionalTens
   return forward(x, weight_of(dense), bias, lora_A, lora_B, scaling, dropout_p, seed);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_bwd(
-    Tensor dy, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor S, double scaling,
-    double dropout_p, OptionalTensor seed, bool need_dx, bool need_dA, bool need_dB,
-    bool need_dbias) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_bwd(Tensor dy, Tensor x, Tensor weight,
+                                                           Tensor lora_A, Tensor lora_B, Tensor S,
+                                                           double scaling, double dropout_p,
+                                                           OptionalTensor seed, bool need_dx,
+                                                           bool need_dA, bool need_dB,
+                                                           bool need_dbias) {
   const Tensor dense = dense_weight(weight, x);
   return backward(dy, x, weight_of(dense), lora_A, lora_B, S, scaling, dropout_p, seed, need_dx,
                   need_dA, need_dB, need_dbias);
 }
 
-std::tuple<Tensor, Tensor> qlora_linear_fwd(
-    Tensor x, Tensor weight, Tensor absmax, Tensor code, OptionalTensor nested_absmax,
-    OptionalTensor nested_code, OptionalTensor nested_offset, int64_t blocksize,
-    ScalarType compute_dtype, OptionalTensor bias, Tensor lora_A, Tensor lora_B, double scaling,
-    double dropout_p, OptionalTensor seed) {
+std::tuple<Tensor, Tensor> qlora_linear_fwd(Tensor x, Tensor weight, Tensor absmax, Tensor code,
+                                            OptionalTensor nested_absmax,
+                                            OptionalTensor nested_code,
+                                            OptionalTensor nested_offset, int64_t blocksize,
+                                            ScalarType compute_dtype, OptionalTensor bias,
+                                            Tensor lora_A, Tensor lora_B, double scaling,
+                                            double dropout_p, OptionalTensor seed) {
   const QuantTensors quant{weight,      absmax,        code,     nested_absmax,
                            nested_code, nested_offset, blocksize};
   const Weight packed = weight_of(quant, lora_B.size(0), x.size(1), compute_dtype);
@@ -212,9 +218,9 @@ std::tuple<Tensor, Tensor> quantize_4bit(Tensor weight_any, Tensor bounds, Tenso
   return {packed, absmax};
 }
 
-Tensor dequantize_4bit_out(Tensor weight, Tensor absmax, Tensor code,
-                           OptionalTensor nested_absmax, OptionalTensor nested_code,
-                           OptionalTensor nested_offset, int64_t blocksize, Tensor out) {
+Tensor dequantize_4bit_out(Tensor weight, Tensor absmax, Tensor code, OptionalTensor nested_absmax,
+                           OptionalTensor nested_code, OptionalTensor nested_offset,
+                           int64_t blocksize, Tensor out) {
   STD_TORCH_CHECK(out.is_contiguous(), "out must be contiguous");
   const QuantTensors quant{weight,      absmax,        code,     nested_absmax,
                            nested_code, nested_offset, blocksize};
@@ -230,8 +236,8 @@ Tensor dequantize_4bit_out(Tensor weight, Tensor absmax, Tensor code,
 }  // namespace
 }  // namespace fastlora
 
-#define FASTLORA_QUANT                                                              \
-  "Tensor weight, Tensor absmax, Tensor code, Tensor? nested_absmax, "              \
+#define FASTLORA_QUANT                                                 \
+  "Tensor weight, Tensor absmax, Tensor code, Tensor? nested_absmax, " \
   "Tensor? nested_code, Tensor? nested_offset, int blocksize, "
 #define FASTLORA_LORA "Tensor lora_A, Tensor lora_B, "
 #define FASTLORA_DROPOUT "float scaling, float dropout_p, Tensor? seed"
@@ -249,8 +255,9 @@ STABLE_TORCH_LIBRARY(fastlora, m) {
   m.def("qlora_linear_bwd(Tensor dy, Tensor x, " FASTLORA_QUANT
         "ScalarType compute_dtype, " FASTLORA_LORA "Tensor S, " FASTLORA_DROPOUT FASTLORA_NEEDS
         ") -> (Tensor dx, Tensor dA, Tensor dB, Tensor dbias)");
-  m.def("quantize_4bit(Tensor weight, Tensor bounds, Tensor order, int blocksize)"
-        " -> (Tensor packed, Tensor absmax)");
+  m.def(
+      "quantize_4bit(Tensor weight, Tensor bounds, Tensor order, int blocksize)"
+      " -> (Tensor packed, Tensor absmax)");
   m.def("dequantize_4bit_out(" FASTLORA_QUANT "Tensor(a!) out) -> Tensor(a!)");
 }
 

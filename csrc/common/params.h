@@ -31,9 +31,9 @@ struct Quant4bit {
 
 struct Weight {
   int64_t N, K;
-  const void* dense;      // [N, K] in compute_dtype, or null: then `quant` holds it
+  const void* dense;  // [N, K] in compute_dtype, or null: then `quant` holds it
   Quant4bit quant;
-  DType compute_dtype;    // dtype of the base product's operands
+  DType compute_dtype;  // dtype of the base product's operands
 };
 
 // y = x W^T + bias + scaling * S B^T,  S = drop(x) A^T
@@ -43,15 +43,15 @@ struct LoraLinearFwd {
   DType x_dtype;        // of x and y
   DType adapter_dtype;  // of A and B
   DType bias_dtype;
-  const void* x;        // [M, K], row stride ldx
+  const void* x;  // [M, K], row stride ldx
   int64_t ldx;
-  const void* bias;     // [N] or null
-  const void* lora_A;   // [R, K]
-  const void* lora_B;   // [N, R]
+  const void* bias;    // [N] or null
+  const void* lora_A;  // [R, K]
+  const void* lora_B;  // [N, R]
   float scaling;
   Dropout dropout;
-  void* y;              // [M, N]
-  float* S;             // [M, R]
+  void* y;   // [M, N]
+  float* S;  // [M, R]
 };
 
 // dS = scaling * dy B, dx = dy W + drop'(dS A), dA = dS^T drop(x), dB = scaling * dy^T S,
@@ -81,11 +81,11 @@ struct Quantize4bit {
   int64_t elements;
   int64_t blocksize;
   DType dtype;
-  const void* weight;     // [elements]
-  const float* bounds;    // [15], midpoints of the sorted code
-  const uint8_t* order;   // [16], sorted position -> code
-  uint8_t* packed;        // [ceil(elements / 2)]
-  float* absmax;          // [blocks]
+  const void* weight;    // [elements]
+  const float* bounds;   // [15], midpoints of the sorted code
+  const uint8_t* order;  // [16], sorted position -> code
+  uint8_t* packed;       // [ceil(elements / 2)]
+  float* absmax;         // [blocks]
 };
 
 // out = code[q] * absmax, the product in fp32, rounded once.

@@ -148,10 +148,10 @@ FASTLORA_INLINE __m512i bf16_table(const float* code, float absmax_low, float ab
 template <class Sink>
 FASTLORA_INLINE void decode_bf16(const FourBit& w, int64_t begin, int64_t count, const Sink& sink) {
   const __m512i shift = _mm512_set1_epi32(4);  // even elements: the high nibble
-  const __m512i spread = _mm512_setr_epi32(
-      0x00000000, 0x01010101, 0x02020202, 0x03030303, 0x04040404, 0x05050505, 0x06060606,
-      0x07070707, 0x08080808, 0x09090909, 0x0a0a0a0a, 0x0b0b0b0b, 0x0c0c0c0c, 0x0d0d0d0d,
-      0x0e0e0e0e, 0x0f0f0f0f);
+  const __m512i spread =
+      _mm512_setr_epi32(0x00000000, 0x01010101, 0x02020202, 0x03030303, 0x04040404, 0x05050505,
+                        0x06060606, 0x07070707, 0x08080808, 0x09090909, 0x0a0a0a0a, 0x0b0b0b0b,
+                        0x0c0c0c0c, 0x0d0d0d0d, 0x0e0e0e0e, 0x0f0f0f0f);
   int64_t i = 0;
   if (begin % kGroup == 0) {
     while (i + kGroup <= count) {
@@ -163,8 +163,8 @@ FASTLORA_INLINE void decode_bf16(const FourBit& w, int64_t begin, int64_t count,
       for (; i + kGroup <= end; i += kGroup) {
         const uint8_t* q = w.packed + (begin + i) / 2;
         _mm_prefetch(reinterpret_cast<const char*>(q + w.K / 2), _MM_HINT_T1);
-        const __m512i bytes = _mm512_castsi128_si512(
-            _mm_loadu_si128(reinterpret_cast<const __m128i*>(q)));
+        const __m512i bytes =
+            _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q)));
         const __m512i index = _mm512_srlv_epi16(_mm512_permutexvar_epi8(spread, bytes), shift);
         sink(i, _mm512_permutexvar_epi16(index, table));
       }
@@ -185,10 +185,10 @@ FASTLORA_INLINE void decode_pairs(const uint8_t* a, const uint8_t* b, __m512i ta
       _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)a)),
                               _mm_loadu_si128((const __m128i*)b), 1));
   // Lane j of vector v: byte 8 v + j / 2 of row a in the low word, of row b in the high word.
-  const __m512i spread = _mm512_setr_epi32(
-      0x10100000, 0x10100000, 0x11110101, 0x11110101, 0x12120202, 0x12120202, 0x13130303,
-      0x13130303, 0x14140404, 0x14140404, 0x15150505, 0x15150505, 0x16160606, 0x16160606,
-      0x17170707, 0x17170707);
+  const __m512i spread =
+      _mm512_setr_epi32(0x10100000, 0x10100000, 0x11110101, 0x11110101, 0x12120202, 0x12120202,
+                        0x13130303, 0x13130303, 0x14140404, 0x14140404, 0x15150505, 0x15150505,
+                        0x16160606, 0x16160606, 0x17170707, 0x17170707);
   const __m512i shift = _mm512_set1_epi64(0x0000000000040004);  // even columns: the high nibble
   const __m512i nibble = _mm512_set1_epi32(0x000f000f), row_b = _mm512_set1_epi32(0x00100000);
   for (int v = 0; v < 2; v++) {

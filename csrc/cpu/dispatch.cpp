@@ -44,9 +44,7 @@ const Level kLevels[] = {
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
      }},
     {&avx512_bf16::kTable,
-     [] {
-       return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
-     }},
+     [] { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi"); }},
 #endif
 };
 

@@ -23,8 +23,9 @@ class LinearBwd {
   static constexpr int64_t kStripColumns = 128;  // of K or N in one tile: one block of keep bits
   static constexpr int64_t kTokens = 512;        // whose fp32 tile of dx stays in L2
   static constexpr int64_t kPanelUnits = 512;    // of N decoded at a time
-  static constexpr int64_t kFewTokens = 4 * kLanes;  // up to here reading W costs more than using it
-  static constexpr int64_t kGradTokens = 512;    // tokens of one fp32 panel of x or dy
+  static constexpr int64_t kFewTokens =
+      4 * kLanes;                              // up to here reading W costs more than using it
+  static constexpr int64_t kGradTokens = 512;  // tokens of one fp32 panel of x or dy
 
   const LoraLinearBwd& p_;
   const Source& w_;
@@ -121,8 +122,8 @@ class LinearBwd {
     const int64_t m = tile * kTokenBlock, rows = min(kTokenBlock, M_ - m);
     const X* dy = static_cast<const X*>(p_.dy) + m * p_.lddy;
     if (repack_) {
-      pack_rows(Compute{}, Block<X>{dy, p_.lddy, rows, N_}, round_up(N_, kGroup),
-                dy_ + m * dy_ld_, dy_ld_);
+      pack_rows(Compute{}, Block<X>{dy, p_.lddy, rows, N_}, round_up(N_, kGroup), dy_ + m * dy_ld_,
+                dy_ld_);
     }
     if (R_ == 0) return;
     float* dS = dS_ + m * R_lanes_;
@@ -163,10 +164,9 @@ class LinearBwd {
     const int64_t count = min(strip_, K_ - k), tokens = min(kTokens, M_);
     const int64_t panel_rows = max(max(kGradTokens, kPanelUnits), 2 * R_lanes_);
     Pieces local{static_cast<char*>(scratch(
-        Scratch::local, Pieces::bytes<uint32_t>(keep_words) +
-                            Pieces::bytes<float>(panel_rows * strip_) +
-                            Pieces::bytes<float>(max(tokens, R_) * strip_) +
-                            Pieces::bytes<float>(R_ * strip_)))};
+        Scratch::local,
+        Pieces::bytes<uint32_t>(keep_words) + Pieces::bytes<float>(panel_rows * strip_) +
+            Pieces::bytes<float>(max(tokens, R_) * strip_) + Pieces::bytes<float>(R_ * strip_)))};
     uint32_t* bits = local.take<uint32_t>(keep_words);
     float* panels = local.take<float>(panel_rows * strip_);
     float* C = local.take<float>(max(tokens, R_) * strip_);
@@ -188,8 +188,7 @@ class LinearBwd {
       if (R_ > 0) {
         for (int64_t q = 0; q * kPanel < count; q++) {
           multiply<F32>(kPanelVectors, rows, dS_ + m * R_lanes_, {R_lanes_, 1},
-                        A_panels + q * R_ * kPanel, kPanel, R_, C + q * kPanel, strip_,
-                        false);
+                        A_panels + q * R_ * kPanel, kPanel, R_, C + q * kPanel, strip_, false);
         }
         if (kept.bits) drop(bits + m * keep_words_, rows, C);
       }
@@ -251,9 +250,10 @@ class LinearBwd {
   // dB[n][r] = scaling * sum over m of dy[m][n] S[m][r], and dbias[n] = sum over m of dy[m][n].
   void strip_of_N(int64_t n) {
     const int64_t count = min(kStripColumns, N_ - n), R_padded = round_up(max(R_, 1), kLanes);
-    Pieces local{static_cast<char*>(scratch(
-        Scratch::local, Pieces::bytes<float>(kGradTokens * kPanel) +
-                            Pieces::bytes<float>(R_padded * kPanel) + Pieces::bytes<float>(kPanel)))};
+    Pieces local{
+        static_cast<char*>(scratch(Scratch::local, Pieces::bytes<float>(kGradTokens * kPanel) +
+                                                       Pieces::bytes<float>(R_padded * kPanel) +
+                                                       Pieces::bytes<float>(kPanel)))};
     float* panel = local.take<float>(kGradTokens * kPanel);
     float* C = local.take<float>(R_padded * kPanel);
     float* total = local.take<float>(kPanel);
@@ -280,10 +280,11 @@ class LinearBwd {
     }
   }
 
-  // total[j] += sum over i of panel[i][j], summed up in parts as the tile product does.
+  // total[j] += sum over i of panel[i][j], in short partial sums for a small error.
   static void add_rows(const float* panel, int64_t rows, float* total) {
-    for (int64_t i = 0; i < rows; i += F32::kSumUnits) {
-      const int64_t end = min(rows, i + F32::kSumUnits);
+    constexpr int64_t kPart = 16;
+    for (int64_t i = 0; i < rows; i += kPart) {
+      const int64_t end = min(rows, i + kPart);
       for (int64_t j = 0; j < kPanel; j += kLanes) {
         Vec part = zero();
         for (int64_t k = i; k < end; k++) part = add(part, load(panel + k * kPanel + j));

@@ -133,9 +133,9 @@ class LinearFwd {
 
     float* S = partial_ + split * R_ * token_lanes_ + panel * kPanel;
     constexpr int64_t kWords = kShrinkStep / 32;
-    Pieces local{static_cast<char*>(
-        scratch(Scratch::local, Pieces::bytes<float>(kShrinkStep * kPanel) +
-                                    Pieces::bytes<uint32_t>(kPanel * kWords)))};
+    Pieces local{
+        static_cast<char*>(scratch(Scratch::local, Pieces::bytes<float>(kShrinkStep * kPanel) +
+                                                       Pieces::bytes<uint32_t>(kPanel * kWords)))};
     float* x_kept = local.take<float>(kShrinkStep * kPanel);
     uint32_t* bits = local.take<uint32_t>(kPanel * kWords);
     for (int64_t k = k_begin; k < k_end; k += kShrinkStep) {
@@ -192,9 +192,9 @@ class LinearFwd {
     const int64_t n0 = tile * chunk_, rows = min(chunk_, N_ - n0);
     const int64_t ld = strip_units_ + kLanes;  // off the power of two: rows share no cache set
     Pieces local{static_cast<char*>(scratch(
-        Scratch::local, Pieces::bytes<Unit>(strip_rows_ * ld) +
-                            Pieces::bytes<float>(chunk_ * token_lanes_) +
-                            Pieces::bytes<float>(chunk_ * R_) + Pieces::bytes<float>(chunk_ + kLanes)))};
+        Scratch::local,
+        Pieces::bytes<Unit>(strip_rows_ * ld) + Pieces::bytes<float>(chunk_ * token_lanes_) +
+            Pieces::bytes<float>(chunk_ * R_) + Pieces::bytes<float>(chunk_ + kLanes)))};
     Unit* strip = local.take<Unit>(strip_rows_ * ld);
     float* C = local.take<float>(chunk_ * token_lanes_);
     float* B = local.take<float>(chunk_ * R_);

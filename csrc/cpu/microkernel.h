@@ -48,8 +48,8 @@ template <class Compute, int NR, int MV, bool kContiguous>
 __attribute__((noinline)) static void tile(const typename Compute::Unit* __restrict rows,
                                            RowStride stride,
                                            const typename Compute::Unit* __restrict panel,
-                                           int64_t panel_stride, int64_t units,
-                                           float* __restrict C, int64_t ldc, bool accumulate) {
+                                           int64_t panel_stride, int64_t units, float* __restrict C,
+                                           int64_t ldc, bool accumulate) {
   const int64_t step = kContiguous ? 1 : stride.step;
   for (int64_t done = 0; done < units; done += Compute::kSumUnits) {
     Vec c[NR][MV];
@@ -134,7 +134,8 @@ static void multiply(int mv, int64_t nr, const typename Compute::Unit* rows, Row
       multiply<Compute, MV - 1>(mv, nr, rows, stride, panel, panel_stride, units, C, ldc,
                                 accumulate);
     } else if (stride.step == 1) {
-      tile_rows<Compute, MV, true>(nr, rows, stride, panel, panel_stride, units, C, ldc, accumulate);
+      tile_rows<Compute, MV, true>(nr, rows, stride, panel, panel_stride, units, C, ldc,
+                                   accumulate);
     } else {
       tile_rows<Compute, MV, false>(nr, rows, stride, panel, panel_stride, units, C, ldc,
                                     accumulate);

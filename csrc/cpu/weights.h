@@ -37,8 +37,8 @@ static void weight_rows(F32 compute, const Dense<T>& w, int64_t n, int64_t rows,
   const Block<T> block{w.data + n * w.K + k, w.K, rows, count};
   pack_rows(compute, block, round_up(count, kGroup), out, ld);
 }
-[[maybe_unused]] static void weight_rows(F32, const FourBit& w, int64_t n, int64_t rows, int64_t k, int64_t count,
-                        float* out, int64_t ld) {
+[[maybe_unused]] static void weight_rows(F32, const FourBit& w, int64_t n, int64_t rows, int64_t k,
+                                         int64_t count, float* out, int64_t ld) {
   for (int64_t i = 0; i < rows; i++) {
     float* row = out + i * ld;
     decode(w, (n + i) * w.K + k, count,
@@ -48,15 +48,15 @@ static void weight_rows(F32 compute, const Dense<T>& w, int64_t n, int64_t rows,
 
 // Panels of columns [k, k + count) of rows [n, n + rows).
 template <class T>
-static void weight_panels(F32, const Dense<T>& w, int64_t n, int64_t rows, int64_t k,
-                          int64_t count, Panels<float> out) {
+static void weight_panels(F32, const Dense<T>& w, int64_t n, int64_t rows, int64_t k, int64_t count,
+                          Panels<float> out) {
   for (int64_t c = 0; c < count; c += kPanel) {
     const Block<T> block{w.data + n * w.K + k + c, w.K, rows, min(kPanel, count - c)};
     pack_columns(block, KeepRows{nullptr, 0}, 0, out.data + c / kPanel * out.stride);
   }
 }
-[[maybe_unused]] static void weight_panels(F32, const FourBit& w, int64_t n, int64_t rows, int64_t k, int64_t count,
-                          Panels<float> out) {
+[[maybe_unused]] static void weight_panels(F32, const FourBit& w, int64_t n, int64_t rows,
+                                           int64_t k, int64_t count, Panels<float> out) {
   for (int64_t i = 0; i < rows; i++) {
     decode(w, (n + i) * w.K + k, count, [&](int64_t j, Vec v) __attribute__((always_inline)) {
       store(Panels<float>::at(out, i, j), v);
@@ -68,19 +68,19 @@ static void weight_panels(F32, const Dense<T>& w, int64_t n, int64_t rows, int64
 
 #if defined(__AVX512BF16__)
 
-[[maybe_unused]] static void weight_rows(Bf16Pair compute, const Dense<bf16>& w, int64_t n, int64_t rows, int64_t k,
-                        int64_t count, uint32_t* out, int64_t ld) {
+[[maybe_unused]] static void weight_rows(Bf16Pair compute, const Dense<bf16>& w, int64_t n,
+                                         int64_t rows, int64_t k, int64_t count, uint32_t* out,
+                                         int64_t ld) {
   const Block<bf16> block{w.data + n * w.K + k, w.K, rows, count};
   pack_rows(compute, block, round_up(count, kGroup), out, ld);
 }
-[[maybe_unused]] static void weight_rows(Bf16Pair, const FourBit& w, int64_t n, int64_t rows, int64_t k,
-                        int64_t count, uint32_t* out, int64_t ld) {
+[[maybe_unused]] static void weight_rows(Bf16Pair, const FourBit& w, int64_t n, int64_t rows,
+                                         int64_t k, int64_t count, uint32_t* out, int64_t ld) {
   for (int64_t i = 0; i < rows; i++) {
     uint32_t* row = out + i * ld;
-    decode_bf16(w, (n + i) * w.K + k, count, [&](int64_t j, __m512i v) __attribute__((
-                                                 always_inline)) {
-      _mm512_storeu_si512(row + j / 2, v);
-    });
+    decode_bf16(w, (n + i) * w.K + k, count,
+                [&](int64_t j, __m512i v)
+                    __attribute__((always_inline)) { _mm512_storeu_si512(row + j / 2, v); });
   }
 }
 
@@ -93,8 +93,8 @@ FASTLORA_INLINE void interleave(__m512i a, __m512i b, uint32_t* out) {
   _mm512_storeu_si512(out + kLanes, _mm512_permutex2var_epi16(a, high, b));
 }
 
-[[maybe_unused]] static void weight_panels(Bf16Pair, const Dense<bf16>& w, int64_t n, int64_t rows, int64_t k,
-                          int64_t count, Panels<uint32_t> out) {
+[[maybe_unused]] static void weight_panels(Bf16Pair, const Dense<bf16>& w, int64_t n, int64_t rows,
+                                           int64_t k, int64_t count, Panels<uint32_t> out) {
   for (int64_t i = 0; i < rows; i += 2) {
     const bf16* a = w.data + (n + i) * w.K + k;
     for (int64_t c = 0; c < count; c += kGroup) {
@@ -108,8 +108,8 @@ FASTLORA_INLINE void interleave(__m512i a, __m512i b, uint32_t* out) {
   }
 }
 
-[[maybe_unused]] static void weight_panels(Bf16Pair, const FourBit& w, int64_t n, int64_t rows, int64_t k,
-                          int64_t count, Panels<uint32_t> out) {
+[[maybe_unused]] static void weight_panels(Bf16Pair, const FourBit& w, int64_t n, int64_t rows,
+                                           int64_t k, int64_t count, Panels<uint32_t> out) {
   const bool aligned = w.K % kGroup == 0 && k % kGroup == 0;
   for (int64_t i = 0; i < rows; i += 2) {
     const int64_t a = (n + i) * w.K + k, b = a + w.K;
@@ -118,8 +118,8 @@ FASTLORA_INLINE void interleave(__m512i a, __m512i b, uint32_t* out) {
     if (aligned && pair) {
       while (c + kGroup <= count) {
         const int64_t block_a = (a + c) >> w.shift, block_b = (b + c) >> w.shift;
-        const int64_t end = min(min(((block_a + 1) << w.shift) - a, ((block_b + 1) << w.shift) - b),
-                                count);
+        const int64_t end =
+            min(min(((block_a + 1) << w.shift) - a, ((block_b + 1) << w.shift) - b), count);
         prefetch(w.packed + (a + c + rows * w.K) / 2);
         prefetch(w.packed + (b + c + rows * w.K) / 2);
         const __m512i table = bf16_table(w.code, w.absmax[block_a], w.absmax[block_b]);
@@ -146,12 +146,54 @@ FASTLORA_INLINE void interleave(__m512i a, __m512i b, uint32_t* out) {
 
 constexpr int64_t kNestedBlock = 256;  // absmax of the absmax: bitsandbytes' fixed blocksize
 
-// out[i] = absmax of block begin + i in fp32, for nested statistics.
+// out[i] = absmax of block begin + i in fp32, for nested statistics: product and sum rounded one after
+// the other.
 static inline void decode_absmax(const Quant4bit& q, int64_t begin, int64_t end, float* out) {
-  for (int64_t b = begin; b < end; b++) {
+  const auto one = [&](int64_t b) {
     const float product = q.nested_code[q.absmax_8bit[b]] * q.nested_absmax[b / kNestedBlock];
     out[b - begin] = product + q.nested_offset;
+  };
+  int64_t b = begin;
+#if defined(__AVX512VBMI__)
+  // The code's 256 floats as four planes of bytes: a look-up of 64 bytes takes two permutes a plane.
+  alignas(64) uint8_t planes[4][256];
+  for (int i = 0; i < 256; i += kLanes) {
+    const __m512i bits = _mm512_loadu_si512(q.nested_code + i);
+    for (int p = 0; p < 4; p++) {
+      _mm_store_si128(reinterpret_cast<__m128i*>(planes[p] + i),
+                      _mm512_cvtepi32_epi8(_mm512_srli_epi32(bits, 8 * p)));
+    }
   }
+  // Unpacking works within 128-bit lanes: this order of the dwords undoes it.
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const Vec offset = broadcast(q.nested_offset);
+  for (; b < end && b % 64 != 0; b++) one(b);
+  for (; b + 64 <= end; b += 64) {
+    const __m512i index = _mm512_permutexvar_epi32(order, _mm512_loadu_si512(q.absmax_8bit + b));
+    const __mmask64 upper = _mm512_movepi8_mask(index);
+    __m512i plane[4];
+    for (int p = 0; p < 4; p++) {
+      const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(planes[p]), index,
+                                                   _mm512_load_si512(planes[p] + 64));
+      const __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(planes[p] + 128), index,
+                                                    _mm512_load_si512(planes[p] + 192));
+      plane[p] = _mm512_mask_blend_epi8(upper, low, high);
+    }
+    const Vec scale = broadcast(q.nested_absmax[b / kNestedBlock]);
+    const __m512i low01 = _mm512_unpacklo_epi8(plane[0], plane[1]);
+    const __m512i high01 = _mm512_unpackhi_epi8(plane[0], plane[1]);
+    const __m512i low23 = _mm512_unpacklo_epi8(plane[2], plane[3]);
+    const __m512i high23 = _mm512_unpackhi_epi8(plane[2], plane[3]);
+    const __m512i floats[4] = {
+        _mm512_unpacklo_epi16(low01, low23), _mm512_unpackhi_epi16(low01, low23),
+        _mm512_unpacklo_epi16(high01, high23), _mm512_unpackhi_epi16(high01, high23)};
+    for (int i = 0; i < 4; i++) {
+      store(out + (b - begin) + kLanes * i,
+            add(mul(_mm512_castsi512_ps(floats[i]), scale), offset));
+    }
+  }
+#endif
+  for (; b < end; b++) one(b);
 }
 
 }  // namespace FASTLORA_ISA

@@ -1,3 +1,4 @@
+#include "../linear_decode.h"
 #include "../linear_fwd.h"
 
 #include "../table.h"
@@ -9,15 +10,21 @@ namespace FASTLORA_ISA {
 void lora_linear_fwd(const LoraLinearFwd& p, const ParallelFor& parallel) {
   if (p.M == 0) return;
   const size_t statistics = absmax_bytes(p.weight);
+  // Runs the kernel, or only asks how much memory it wants.
   const auto run = [&](const float* absmax, char* memory, size_t* bytes) {
     with_weight(p.weight, p.x_dtype, absmax, [&](auto compute, auto* x, const auto& source) {
       using X = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
-      using Kernel = LinearFwd<decltype(compute), X, std::decay_t<decltype(source)>>;
-      const int64_t tokens = min(p.M, Kernel::tokens_at_a_time(p));
+      using Source = std::decay_t<decltype(source)>;
+      using Few = LinearDecode<decltype(compute), X, Source>;
+      using Many = LinearFwd<decltype(compute), X, Source>;
+      const bool few = Few::serves(p, source);
+      const int64_t tokens = min(p.M, Many::tokens_at_a_time(p));
       if (bytes) {
-        *bytes = Kernel::shared_bytes(p, tokens);
+        *bytes = few ? Few::shared_bytes(p) : Many::shared_bytes(p, tokens);
+      } else if (few) {
+        Few(p, source, parallel).run(memory);
       } else {
-        Kernel(p, source, parallel).run(memory, tokens);
+        Many(p, source, parallel).run(memory, tokens);
       }
     });
   };
