@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -32,12 +31,6 @@ LAST_REASON = "_fastlora_reason"
 # Arguments that PEFT's layers take out of the call themselves; as None they mean nothing.
 _PEFT_KWARGS = ("adapter_names", "alora_offsets")
 _PLAIN = (Tensor, nn.Parameter)
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 
 
 class Parts(NamedTuple):
@@ -79,27 +72,35 @@ class Plan(NamedTuple):
         The casts stand outside the autograd Function, so that autograd casts the gradients back
         and the backward does not depend on autocast.
         """
-        parts, casts = self.parts, self.casts
-        if parts.quant_state is not None:
-            bnb.settle_compute_dtype(parts.base, x)
-        dropout = parts.dropout
-        quiet = torch.autocast(x.device.type, enabled=False) if self.autocast else nullcontext()
-        with quiet:
-            bias = parts.bias
-            if bias is not None and parts.quant_state is None:
-                bias = bias.to(casts.x)
-            return lora_linear(
-                x.to(casts.x),
-                parts.weight,
-                bias,
-                parts.lora_A.to(casts.adapter),
-                parts.lora_B.to(casts.adapter),
-                parts.scaling,
-                quant_state=parts.quant_state,
-                compute_dtype=casts.compute,
-                dropout_p=getattr(dropout, "p", 0.0),
-                training=dropout.training,
-            )
+        if self.autocast:
+            with torch.autocast(x.device.type, enabled=False):
+                return self._run(x)
+        return self._run(x)
+
+    def _run(self, x: Tensor) -> Tensor:
+        base, weight, quant_state, bias, lora_A, lora_B, dropout, scaling = self.parts
+        casts = self.casts
+        if quant_state is not None:
+            bnb.settle_compute_dtype(base, x)
+        if bias is not None:
+            # bitsandbytes, too, rounds it to compute_dtype, but writes the result into the bias.
+            bias = _cast(bias, casts.compute or casts.x)
+        return lora_linear(
+            _cast(x, casts.x),
+            weight,
+            bias,
+            _cast(lora_A, casts.adapter),
+            _cast(lora_B, casts.adapter),
+            scaling,
+            quant_state=quant_state,
+            compute_dtype=casts.compute,
+            dropout_p=getattr(dropout, "p", 0.0),
+            training=dropout.training,
+        )
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def fast_path(
@@ -168,7 +169,12 @@ def layer_parts(layer: Any) -> Parts | str:
         ("the dropout module", dropout),
     ):
         inner = module.__dict__
-        if any(inner[hooks] for hooks in _HOOKS):
+        if (
+            inner["_forward_hooks"]
+            or inner["_forward_pre_hooks"]
+            or inner["_backward_hooks"]
+            or inner["_backward_pre_hooks"]
+        ):
             return f"{role} has hooks, which fastlora would not call"
         if ("forward" in inner or "_hf_hook" in inner) and not _forward_is_plain(module):
             return f"{role} has a forward of its own (accelerate's offloading, or another patch)"
@@ -179,11 +185,14 @@ def layer_parts(layer: Any) -> Parts | str:
     A, B = lora_A._parameters.get("weight"), lora_B._parameters.get("weight")
     if weight is None or A is None or B is None:
         return "a weight is no parameter of its layer (parametrised or pruned)"
+    quant_state = bnb.raw_quant_state(base) if four_bit else None
+    if four_bit and bnb.is_params4bit(weight):
+        # Every look at an attribute of this subclass costs a call of its __torch_function__.
+        weight = weight.as_subclass(Tensor)
     for role, tensor in (("base weight", weight), ("bias", bias), ("lora_A", A), ("lora_B", B)):
         if tensor is None:
             continue
-        packed = tensor is weight and four_bit and bnb.is_params4bit(weight)
-        if type(tensor) not in _PLAIN and not packed:
+        if type(tensor) not in _PLAIN:
             return f"the {role} is a {type(tensor).__name__}, a tensor subclass"
         if tensor.is_meta:
             return f"the {role} is on the meta device (offloaded or not loaded)"
@@ -193,9 +202,7 @@ def layer_parts(layer: Any) -> Parts | str:
         return f"lora_A is in {_name(A.dtype)} and lora_B in {_name(B.dtype)}"
 
     N, K = base.out_features, base.in_features
-    quant_state = None
     if four_bit:
-        quant_state = bnb.raw_quant_state(base)
         if (reason := _quant_state_reason(base, weight, quant_state, (N, K))) is not None:
             return reason
     elif weight.shape != (N, K):

@@ -83,8 +83,8 @@ class MLP4bit(nn.Module):
 
     def __init__(self, **options: object) -> None:
         super().__init__()
-        self.up = linear4bit(64, 96, **options)  # type: ignore[arg-type]
-        self.down = linear4bit(96, 32, **options)  # type: ignore[arg-type]
+        self.up = linear4bit(64, 128, **options)  # type: ignore[arg-type]
+        self.down = linear4bit(128, 32, **options)  # type: ignore[arg-type]
         self.is_loaded_in_4bit = True
 
     forward = MLP.forward
@@ -196,7 +196,9 @@ def _assert_alike(fast: Results, exact: Results, stock: Results) -> None:
     __tracebackhide__ = True
     assert fast.keys() == stock.keys() == exact.keys()
     for name, out in fast.items():
-        assert (out.dtype, out.shape) == (stock[name].dtype, stock[name].shape), name
+        assert out.shape == stock[name].shape, name
+        # bitsandbytes' forward rounds an fp32 bias to compute_dtype for good; fastlora leaves it.
+        assert out.dtype == stock[name].dtype or name.endswith("base_layer.bias"), name
         assert stock[name].any(), f"{name} is zero: the comparison would show nothing"
 
 
@@ -209,7 +211,7 @@ def train_step(model: nn.Module, inputs: Tensor, seed: int = 0) -> dict[str, Ten
         dtype = torch.float64 if first.dtype == torch.float64 else inputs.dtype
         x = inputs.detach().to(dtype).requires_grad_()
         y = model(x)
-        weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape)
+        weights = torch.linspace(-1, 2, y.numel(), dtype=torch.float64).view(y.shape)
         (y * weights.to(y.dtype)).sum().backward()
         assert x.grad is not None
         return {"y": y.detach(), "dx": x.grad, **gradients(model)}

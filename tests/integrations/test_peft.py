@@ -1,0 +1,738 @@
+"""The fast layers against PEFT's own: values, gradients, dtypes; and the ways in and out."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import peft
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.model import LoraModel
+from torch import Tensor, nn
+
+import fastlora
+from fastlora.integrations import peft as integration
+from fastlora.integrations.peft_guard import LAST_REASON
+from tests.integrations.conftest import BACKENDS
+from tests.integrations.models import (
+    MLP,
+    VOCAB,
+    MLP4bit,
+    assert_all_close,
+    assert_network_close,
+    exact,
+    fill_adapters,
+    gradients,
+    linear4bit,
+    llama,
+    lora_layers,
+    peft_model,
+    replaying,
+    train_step,
+)
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+
+
+def last_reasons(model: nn.Module) -> set[str | None]:
+    """Why the latest call of each LoRA layer ran PEFT's code: {""} when all ran on fastlora."""
+    return {layer.__dict__.get(LAST_REASON) for layer in lora_layers(model)}
+
+
+# ---- one layer ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer: its base ("dense", or a quant type), dtypes, dropout rate, sizes."""
+
+    base: str = "dense"
+    weight: torch.dtype = FP32  # dense: of the weight; 4-bit: compute_dtype
+    x: torch.dtype = FP32
+    adapter: torch.dtype = FP32
+    p: float = 0.0
+    nested: bool = False
+    storage: torch.dtype = torch.uint8
+    bias: str = "none"  # PEFT's `bias`
+    has_bias: bool = True
+    shape: tuple[int, ...] = (2, 7)
+    K: int = 37
+    N: int = 29
+    r: int = 3
+
+    def __str__(self) -> str:
+        default = Case()
+        fields = {k: v for k, v in vars(self).items() if v != getattr(default, k)}
+        return ",".join(f"{k}={str(v).removeprefix('torch.')}" for k, v in fields.items()) or "fp32"
+
+    def model(self) -> nn.Module:
+        if self.base == "dense":
+            linear: nn.Module = nn.Linear(self.K, self.N, bias=self.has_bias).to(self.weight)
+        else:
+            linear = linear4bit(
+                self.K,
+                self.N,
+                quant_type=self.base,
+                nested=self.nested,
+                compute_dtype=self.weight,
+                storage=self.storage,
+                bias=self.has_bias,
+            )
+        net = nn.Sequential()
+        net.add_module("up", linear)
+        net.is_loaded_in_4bit = self.base != "dense"  # type: ignore[assignment]
+        config = LoraConfig(
+            r=self.r, lora_alpha=5, target_modules=["up"], lora_dropout=self.p, bias=self.bias
+        )
+        model = fill_adapters(get_peft_model(net, config))
+        for layer in lora_layers(model):
+            layer.lora_A.to(self.adapter)
+            layer.lora_B.to(self.adapter)
+        return model
+
+
+SIZES = {"K": 72, "N": 41}  # the last of the 64-element blocks is short
+CASES = [
+    Case(),
+    Case(p=0.3),
+    Case(p=1.0),
+    Case(has_bias=False, r=1),
+    Case(bias="all"),
+    Case(shape=(), p=0.3),
+    Case(shape=(1,), r=16, N=1),
+    Case(shape=(129,), r=64, p=0.1),
+    Case(weight=BF16, x=BF16),
+    Case(weight=BF16, x=BF16, p=0.3, bias="all"),
+    Case(weight=BF16, x=BF16, adapter=BF16, p=0.3),
+    Case(weight=FP16, x=FP16, adapter=FP16),
+    Case(weight=FP16, x=FP16),
+    Case(adapter=BF16),
+    Case(weight=BF16, x=BF16, adapter=FP16),
+    Case("nf4", **SIZES),
+    Case("nf4", nested=True, p=0.3, bias="all", **SIZES),
+    Case("nf4", weight=BF16, nested=True, p=0.3, **SIZES),
+    Case("nf4", weight=BF16, x=BF16, nested=True, **SIZES),
+    Case("nf4", weight=BF16, x=BF16, adapter=BF16, p=0.3, bias="all", **SIZES),
+    Case("nf4", weight=BF16, adapter=BF16, **SIZES),
+    Case("nf4", weight=FP32, x=BF16, **SIZES),
+    Case("nf4", weight=BF16, x=FP16, adapter=FP16, **SIZES),
+    Case("nf4", weight=BF16, x=BF16, storage=BF16, nested=True, **SIZES),
+    Case("fp4", has_bias=False, p=0.3, **SIZES),
+    Case("fp4", weight=BF16, nested=True, shape=(), **SIZES),
+]
+
+
+def threesome(case: Case) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """(fast, exact, stock) models of `case`, in training mode."""
+    stock = case.model().train()
+    fast = fastlora.accelerate(copy.deepcopy(stock), verbose=False)
+    return fast, exact(stock), replaying(stock)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_layer_matches_peft(case: Case, backend: str) -> None:
+    """y, dx, dA, dB and dbias, with PEFT's dtypes, and dropout masks replayed in PEFT's layer."""
+    x = torch.randn(*case.shape, case.K).to(case.x)
+    fast, reference, stock = threesome(case)
+    results = [train_step(model, x) for model in (fast, reference, stock)]
+    assert last_reasons(fast) == {""}
+    assert len(results[0]) == 5 if case.bias != "none" else 4
+    if case.p == 1.0:  # all of x is dropped: the adapters get no gradient
+        for result in results:
+            assert not any(result.pop(name).any() for name in list(result) if "lora_" in name)
+    assert_all_close(*results)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+@pytest.mark.parametrize("case", [Case(), Case("nf4", **SIZES)], ids=str)
+def test_empty_batch(case: Case, backend: str) -> None:
+    fast, _, stock = threesome(case)
+    x = torch.randn(0, 4, case.K)
+    ours, theirs = train_step(fast, x), train_step(stock, x)
+    assert last_reasons(fast) == {""}
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+def test_strided_inputs(backend: str) -> None:
+    """x and dy with odd strides, and weights that are transposed views."""
+    fast, reference, stock = threesome(Case())
+    for model in (fast, reference, stock):
+        for layer in lora_layers(model):
+            for linear in (layer.base_layer, layer.lora_A["default"], layer.lora_B["default"]):
+                weight = linear.weight
+                linear.weight = nn.Parameter(
+                    weight.detach().T.contiguous().T, requires_grad=weight.requires_grad
+                )
+
+    def step(model: nn.Module) -> dict[str, Tensor]:
+        dtype = next(model.parameters()).dtype
+        wide = torch.linspace(-1, 1, 37 * 28).view(37, 14, 2).to(dtype).requires_grad_()
+        y = model(wide[..., 1].T)
+        y.T.backward(torch.linspace(-1, 1, y.numel()).view(y.T.shape).to(dtype))
+        assert wide.grad is not None
+        return {"y": y.detach(), "dx": wide.grad, **gradients(model)}
+
+    results = [step(model) for model in (fast, reference, stock)]
+    assert last_reasons(fast) == {""}
+    assert_all_close(*results)
+
+
+@pytest.mark.parametrize("frozen", ["lora_A", "lora_B", "both"])
+def test_frozen_adapters(frozen: str) -> None:
+    fast, reference, stock = threesome(Case())
+    for model in (fast, reference, stock):
+        for name, parameter in model.named_parameters():
+            if frozen == "both" or frozen in name:
+                parameter.requires_grad_(False)
+    x = torch.randn(5, 37)
+
+    def step(model: nn.Module) -> dict[str, Tensor]:
+        inputs = x.clone().to(next(model.parameters()).dtype).requires_grad_()
+        y = model(inputs)
+        y.square().sum().backward()
+        assert inputs.grad is not None
+        return {"y": y.detach(), "dx": inputs.grad, **gradients(model)}
+
+    results = [step(model) for model in (fast, reference, stock)]
+    assert last_reasons(fast) == {""}
+    assert len(results[0]) == (2 if frozen == "both" else 3)
+    assert_all_close(*results)
+
+
+def test_input_without_gradient() -> None:
+    fast, reference, stock = threesome(Case())
+    x = torch.randn(5, 37)
+
+    def step(model: nn.Module) -> dict[str, Tensor]:
+        y = model(x.to(next(model.parameters()).dtype))
+        y.square().sum().backward()
+        return {"y": y.detach(), **gradients(model)}
+
+    assert_all_close(*[step(model) for model in (fast, reference, stock)])
+    assert last_reasons(fast) == {""}
+
+
+def test_result_can_be_changed_in_place() -> None:
+    """Models add residuals and activations in place; the output must be a tensor of its own."""
+    fast, _, _ = threesome(Case())
+    x = torch.randn(5, 37, requires_grad=True)
+    fast(x).mul_(2).sum().backward()
+    assert x.grad is not None
+    doubled = x.grad.clone()
+    x.grad = None
+    fast(x).mul(2).sum().backward()
+    assert torch.equal(x.grad, doubled)
+
+
+# ---- autocast ----------------------------------------------------------------------------------
+
+
+AUTOCAST = [
+    Case(weight=BF16, x=BF16),
+    Case(weight=BF16, x=FP32, p=0.3, bias="all"),
+    Case(weight=BF16, x=FP32, adapter=BF16),
+    Case("nf4", weight=BF16, x=FP32, p=0.3, bias="all", **SIZES),
+    Case("nf4", weight=BF16, x=BF16, nested=True, **SIZES),
+    Case("nf4", weight=BF16, x=BF16, adapter=BF16, **SIZES),
+    Case("nf4", weight=BF16, x=FP32, adapter=BF16, **SIZES),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+@pytest.mark.parametrize("backward", ["outside", "inside"])
+@pytest.mark.parametrize("case", AUTOCAST, ids=str)
+def test_autocast(case: Case, backward: str, backend: str) -> None:
+    """bf16 autocast around the forward, with the backward outside it or inside."""
+    fast, reference, stock = threesome(case)
+    x = torch.randn(*case.shape, case.K).to(case.x)
+
+    def step(model: nn.Module) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        double = model is reference
+        inputs = x.double() if double else x.clone()
+        inputs.requires_grad_()
+        with torch.autocast("cpu", dtype=BF16, enabled=not double):
+            y = model(inputs)
+            loss = (y * torch.linspace(-1, 1, y.numel()).view(y.shape).to(y.dtype)).sum()
+            if backward == "inside":
+                loss.backward()
+        if backward == "outside":
+            loss.backward()
+        assert inputs.grad is not None
+        return {"y": y.detach(), "dx": inputs.grad, **gradients(model)}
+
+    results = [step(model) for model in (fast, reference, stock)]
+    assert last_reasons(fast) == {""}
+    assert_all_close(*results)
+
+
+# ---- networks ----------------------------------------------------------------------------------
+
+
+NETWORKS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
+    "mlp": lambda: (MLP(), torch.randn(3, 5, 37)),
+    "mlp4bit": lambda: (MLP4bit(nested=True), torch.randn(3, 5, 64)),
+    "mlp4bit bf16": lambda: (MLP4bit(compute_dtype=BF16), torch.randn(3, 5, 64)),
+    "llama": lambda: (llama(), torch.randint(0, VOCAB, (2, 9))),
+    "llama bf16": lambda: (llama().to(BF16), torch.randint(0, VOCAB, (2, 9))),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_network_matches_peft(network: str, backend: str) -> None:
+    model, inputs = NETWORKS[network]()
+    stock = peft_model(model, lora_dropout=0.2).train()
+    fast = fastlora.accelerate(copy.deepcopy(stock), verbose=False)
+    results = [train_step(m, inputs) for m in (fast, exact(stock), replaying(stock))]
+    assert last_reasons(fast) == {""}
+    assert_network_close(*results)
+
+
+def test_training_follows_peft() -> None:
+    """Losses and trained adapters after some steps with momentum and dropout."""
+    stock = peft_model(MLP(), lora_dropout=0.1).train()
+    fast = fastlora.accelerate(copy.deepcopy(stock), verbose=False)
+    batches = torch.randn(8, 37).expand(10, 8, 37)
+
+    def run(model: nn.Module) -> dict[str, Tensor]:
+        torch.manual_seed(1)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(parameters, lr=0.3, momentum=0.9)
+        losses = []
+        for batch in batches.to(parameters[0].dtype):
+            loss = (model(batch) - 1).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+        trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+        return {"losses": torch.stack(losses), **trained}
+
+    results = [run(model) for model in (fast, exact(stock), replaying(stock))]
+    assert results[0]["losses"][-1] < 0.8 * results[0]["losses"][0]
+    assert_network_close(*results)
+
+
+def test_dropout_follows_the_module_not_the_layer() -> None:
+    """p and training mode are read from the dropout module at each call, as PEFT's forward does."""
+    fast, _, stock = threesome(Case(p=0.4))
+    (ours,), (theirs,) = lora_layers(fast), lora_layers(stock)
+    x = torch.randn(6, 37)
+    for layer in (ours, theirs):
+        layer.lora_dropout.eval()  # the layer itself stays in training mode
+    assert torch.equal(ours(x), ours(x))
+    for layer in (ours, theirs):
+        layer.lora_dropout.train()
+        layer.eval()
+        layer.lora_dropout.train()
+        layer.lora_dropout["default"].p = 0.9
+    outs = []
+    for layer in (ours, theirs):
+        torch.manual_seed(3)
+        outs.append(layer(x))
+    assert not torch.equal(ours(x), outs[0])
+    torch.testing.assert_close(outs[0], outs[1])
+    assert last_reasons(fast) == {""}
+
+
+# ---- accelerate, restore, explain --------------------------------------------------------------
+
+
+def types(model: nn.Module) -> list[type]:
+    return [type(module) for module in model.modules()]
+
+
+@pytest.fixture
+def stock() -> nn.Module:
+    return peft_model(MLP(), lora_dropout=0.1)
+
+
+def test_accelerate_changes_classes_and_nothing_else(stock: nn.Module) -> None:
+    before = {name: t.data_ptr() for name, t in stock.state_dict(keep_vars=True).items()}
+    attributes = [set(layer.__dict__) for layer in lora_layers(stock)]
+    model = fastlora.accelerate(stock, verbose=False)
+    assert model is stock
+    assert {type(layer) for layer in lora_layers(model)} == {integration.FastLoraLinear}
+    assert {name: t.data_ptr() for name, t in model.state_dict(keep_vars=True).items()} == before
+    assert [set(layer.__dict__) for layer in lora_layers(model)] == attributes
+    assert isinstance(lora_layers(model)[0], peft.tuners.lora.Linear)
+
+
+@pytest.mark.parametrize("make", [lambda: MLP(), lambda: MLP4bit()], ids=["dense", "4bit"])
+def test_restore_gives_the_model_back(make: Callable[[], nn.Module]) -> None:
+    stock = peft_model(make())
+    for module in stock.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = True
+    before, attributes = types(stock), [dict(m.__dict__) for m in stock.modules()]
+    model = fastlora.accelerate(fastlora.accelerate(stock, verbose=False), verbose=False)
+    assert types(model) != before
+    model.train()
+    x = torch.randn(2, next(iter(lora_layers(model))).in_features)
+    model(x)
+    assert last_reasons(model) == {""}
+    assert fastlora.restore(model) is model
+    assert types(model) == before
+    for module, was in zip(model.modules(), attributes, strict=True):
+        assert module.__dict__.keys() == was.keys()
+        for name in ("support_avx512bf16_for_cpu", "training"):
+            assert module.__dict__.get(name) == was.get(name)
+    assert fastlora.restore(model) is model
+
+
+@pytest.mark.parametrize("part", ["PeftModel", "base_model", "inner", "layer"])
+def test_accelerate_takes_any_module_with_lora_layers(stock: nn.Module, part: str) -> None:
+    target = {
+        "PeftModel": stock,
+        "base_model": stock.base_model,
+        "inner": stock.base_model.model,
+        "layer": stock.base_model.model.up,
+    }[part]
+    assert fastlora.accelerate(target, verbose=False) is target
+    fast = [layer for layer in lora_layers(stock) if type(layer) is integration.FastLoraLinear]
+    assert len(fast) == (1 if part == "layer" else 2)
+
+
+@pytest.mark.parametrize("function", [fastlora.accelerate, fastlora.restore, fastlora.explain])
+def test_a_model_is_a_module(function: Callable[[Any], Any]) -> None:
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got dict"):
+        function({})
+
+
+def test_a_model_without_lora_layers_gets_a_warning() -> None:
+    with pytest.warns(UserWarning, match="no LoRA layers; call it after get_peft_model"):
+        fastlora.accelerate(MLP(), verbose=False)
+
+
+BANNER = "fastlora {}: 2/2 LoRA layers accelerated (2 {}), 0 on PEFT's own code\n"
+
+
+@pytest.mark.parametrize(("make", "kind"), [(MLP, "fp32"), (MLP4bit, "nf4")])
+def test_banner(
+    make: type[nn.Module],
+    kind: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("FASTLORA_QUIET", raising=False)
+    model = peft_model(make())
+    fastlora.accelerate(model)
+    captured = capsys.readouterr()
+    assert captured.err == BANNER.format(fastlora.__version__, kind)
+    assert captured.out == ""
+    fastlora.accelerate(model, verbose=False)
+    monkeypatch.setenv("FASTLORA_QUIET", "1")
+    fastlora.accelerate(model)
+    assert capsys.readouterr().err == ""
+    fastlora.accelerate(model, verbose=True)
+    assert capsys.readouterr().err == BANNER.format(fastlora.__version__, kind)
+    monkeypatch.setenv("FASTLORA_QUIET", "0")
+    monkeypatch.setenv("RANK", "1")
+    fastlora.accelerate(model)
+    assert capsys.readouterr().err == ""
+
+
+def test_explain_rows(backend: str) -> None:
+    model = peft_model(MLP4bit(nested=True), lora_dropout=0.1, lora_bias=False)
+    stock_rows = fastlora.explain(model).rows
+    assert [row.fast for row in stock_rows] == [False, False]
+    assert "call fastlora.accelerate(model)" in stock_rows[0].reason
+    fastlora.accelerate(model, verbose=False)
+    up, down = fastlora.explain(model).rows
+    assert up.name == "base_model.model.up"
+    assert (up.kind, up.base, up.shape) == ("FastLoraLinear4bit", "nf4/64 nested", (128, 64))
+    assert (up.r, up.dropout, up.adapter) == (3, 0.1, "fp32")
+    assert up.backend == backend and up.kernel.startswith("qlora_linear")
+    assert (up.reason, up.last_call) == ("", None)
+    model(torch.randn(2, 64))
+    model.base_model.model.down(torch.randn(2, 128), adapter_names=["default", "__base__"])
+    up, down = fastlora.explain(model).rows
+    assert up.last_call == ""
+    assert down.last_call == "the call passes adapter_names" and down.fast
+
+
+def test_explain_says_why_not() -> None:
+    model = peft_model(MLP())
+    with model.disable_adapter():
+        fastlora.accelerate(model, verbose=False)
+        assert {row.reason for row in fastlora.explain(model).rows} == {"the adapters are disabled"}
+    explained = fastlora.explain(peft_model(MLP()).merge_and_unload())
+    assert explained.rows == []
+    model = get_peft_model(
+        nn.ModuleDict({"up": nn.Embedding(5, 4)}), LoraConfig(target_modules=["up"])
+    )
+    (row,) = fastlora.explain(fastlora.accelerate(model, verbose=False)).rows
+    assert row.reason == "fastlora has no layer for PEFT's Embedding"
+    assert (row.base, row.shape, row.fast) == ("Embedding", None, False)
+
+
+def test_explain_prints_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fastlora.accelerate(peft_model(llama()), verbose=False)
+    explained = fastlora.explain(model)
+    texts = [str(explained)]
+    import builtins
+
+    real_import = builtins.__import__
+
+    def without_rich(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.startswith("rich"):
+            raise ImportError(name)
+        return real_import(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_rich)
+    texts.append(str(explained))
+    monkeypatch.undo()
+    assert texts[0] != texts[1]
+    for text in texts:
+        assert explained.summary() in text
+        assert "model.layers.*.self_attn.q_proj" in text and "x2" in text
+        assert "lora_linear" in text and "(1)" not in text
+    layer = lora_layers(model)[0]
+    layer.merge()
+    text = str(fastlora.explain(model))
+    assert "13/14 LoRA layers accelerated (13 fp32), 1 on PEFT's own code" in text
+    assert "(1) the adapter is merged into the base weight" in text
+
+
+def test_explain_without_a_fast_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where only the reference could serve, PEFT's own code runs, unless the user asks for it."""
+    from fastlora import backends
+
+    monkeypatch.setattr(backends.native, "unsupported", lambda *a, **k: "no such kernel.")
+    model = fastlora.accelerate(peft_model(MLP()), verbose=False)
+    monkeypatch.setattr(backends, "_forced", type("Unset", (), {"get": lambda self: None})())
+    monkeypatch.delenv("FASTLORA_BACKEND", raising=False)
+    model(torch.randn(2, 37))
+    assert last_reasons(model) == {"no fast backend for cpu. native: no such kernel."}
+    assert "no such kernel" in fastlora.explain(model).rows[0].reason
+    monkeypatch.setenv("FASTLORA_BACKEND", "reference")
+    model(torch.randn(2, 37))
+    assert last_reasons(model) == {""}
+
+
+# ---- the other ways in -------------------------------------------------------------------------
+
+
+def test_register_leaves_the_choice_of_layer_to_peft() -> None:
+    """8-bit and other subclasses of nn.Linear, embeddings and parameters keep PEFT's layers."""
+
+    class OddLinear(nn.Linear):
+        pass
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+            self.b = OddLinear(4, 4)
+            self.c = nn.Embedding(4, 4)
+            self.d = nn.Linear(4, 4)
+
+    config = fastlora.register(
+        LoraConfig(target_modules=["a", "b", "c"], target_parameters=["d.weight"])
+    )
+    model = get_peft_model(Net(), config).base_model.model
+    plain = get_peft_model(
+        Net(), LoraConfig(target_modules=["a", "b", "c"], target_parameters=["d.weight"])
+    ).base_model.model
+    assert type(model.a) is integration.FastLoraLinear
+    for name in "abcd":
+        assert isinstance(getattr(model, name), type(getattr(plain, name)))
+    assert type(model.d) is type(plain.d) and type(model.c) is type(plain.c)
+
+
+def test_register_keeps_other_custom_modules() -> None:
+    class OddLinear(nn.Linear):
+        pass
+
+    class OddLora(peft.tuners.lora.Linear):
+        pass
+
+    net = nn.ModuleDict({"a": nn.Linear(4, 4), "b": OddLinear(4, 4)})
+    config = fastlora.register(LoraConfig(target_modules=["a", "b"]))
+    config._register_custom_module({OddLinear: OddLora})
+    model = get_peft_model(net, config).base_model.model
+    assert type(model["a"]) is integration.FastLoraLinear
+    assert type(model["b"]) is OddLora
+    assert set(config._custom_modules) == {nn.Linear, OddLinear}
+
+
+def test_register_is_not_saved(tmp_path: Path) -> None:
+    plain, registered = (LoraConfig(target_modules=["up", "down"]) for _ in range(2))
+    assert fastlora.register(fastlora.register(registered)) is registered
+    assert plain.to_dict() == registered.to_dict()
+    model = get_peft_model(MLP(), registered)
+    model.save_pretrained(tmp_path)
+    loaded = LoraConfig.from_pretrained(tmp_path)
+    assert loaded._custom_modules is None
+    for copied in (copy.deepcopy(registered), pickle.loads(pickle.dumps(registered))):
+        assert {type(m) for m in lora_layers(get_peft_model(MLP(), copied))} == {
+            integration.FastLoraLinear
+        }
+
+
+def test_register_wants_a_lora_config() -> None:
+    with pytest.raises(TypeError, match=r"lora_config must be a peft.LoraConfig, got dict"):
+        fastlora.register({})  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def unpatched() -> Iterator[None]:
+    original = LoraModel.__dict__["_create_new_module"]
+    yield
+    LoraModel._create_new_module = original
+
+
+def layer_class() -> type:
+    (kind,) = {type(layer) for layer in lora_layers(peft_model(MLP()))}
+    return kind
+
+
+@pytest.mark.usefixtures("unpatched")
+def test_patch_peft() -> None:
+    original = LoraModel._create_new_module
+    fastlora.unpatch_peft()
+    fastlora.patch_peft()
+    fastlora.patch_peft()
+    assert layer_class() is integration.FastLoraLinear
+    fastlora.unpatch_peft()
+    assert LoraModel._create_new_module is original
+    assert layer_class() is peft.tuners.lora.Linear
+    fastlora.unpatch_peft()
+    assert LoraModel._create_new_module is original
+
+
+@pytest.mark.usefixtures("unpatched")
+def test_unpatch_peft_refuses_to_remove_another_patch() -> None:
+    import functools
+
+    fastlora.patch_peft()
+    ours = LoraModel._create_new_module
+
+    @functools.wraps(ours)
+    def theirs(*args: Any, **kwargs: Any) -> Any:
+        return ours(*args, **kwargs)
+
+    LoraModel._create_new_module = staticmethod(theirs)
+    fastlora.patch_peft()
+    assert LoraModel._create_new_module is theirs
+    with pytest.raises(RuntimeError, match=r"patched again after fastlora\.patch_peft"):
+        fastlora.unpatch_peft()
+    assert layer_class() is integration.FastLoraLinear
+
+
+# ---- forwards that hide the class's ------------------------------------------------------------
+
+
+def hooked(model: nn.Module) -> nn.Module:
+    """What accelerate does to a model spread over devices: a hook on every module."""
+    accelerate.hooks.attach_execution_device_hook(model, "cpu")
+    return model
+
+
+@pytest.mark.parametrize("order", ["hooks first", "accelerate first", "before PEFT"])
+def test_device_hooks(order: str) -> None:
+    """Hooks that only move inputs do not stop the fast path, whenever they were installed."""
+    stock = peft_model(hooked(MLP()) if order == "before PEFT" else MLP()).eval()
+    x = torch.randn(2, 37)
+    expected = stock(x)
+    if order == "hooks first":
+        hooked(stock)
+    fast = fastlora.accelerate(stock, verbose=False)
+    if order == "accelerate first":
+        hooked(fast)
+    torch.testing.assert_close(fast(x), expected)
+    assert last_reasons(fast) == {""}
+    assert all(row.fast for row in fastlora.explain(fast).rows)
+    # Not on the PeftModel: it answers for its base model's hook, and cannot delete it.
+    accelerate.hooks.remove_hook_from_module(fast.base_model.model, recurse=True)
+    fast(x)
+    assert last_reasons(fast) == {""}
+    fastlora.restore(fast)
+    assert torch.equal(fast(x), expected)
+    assert last_reasons(fast) == {None}
+
+
+def test_offloading_hooks_run_on_peft() -> None:
+    """With weights on the meta device between calls, only PEFT's way through the hooks is right."""
+    stock = peft_model(MLP()).eval()
+    x = torch.randn(2, 37)
+    expected = stock(x)
+    accelerate.cpu_offload(stock, execution_device="cpu")
+    fast = fastlora.accelerate(stock, verbose=False)
+    assert torch.equal(fast(x), expected)
+    (reason,) = last_reasons(fast)
+    assert reason is not None and "forward of its own" in reason
+
+
+def test_a_replaced_forward_is_explained(stock: nn.Module) -> None:
+    layer = lora_layers(stock)[0]
+    layer.forward = lambda x: x.new_zeros(*x.shape[:-1], layer.out_features)
+    fastlora.accelerate(stock, verbose=False)
+    rows = fastlora.explain(stock).rows
+    assert [row.fast for row in rows] == [False, True]
+    assert rows[0].reason == (
+        "forward was replaced on the instance, which hides that of its class; call "
+        "fastlora.accelerate before whatever replaces it"
+    )
+    assert not layer(torch.randn(2, 37)).any()
+
+
+# ---- distributed -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("order", ["accelerate first", "fully_shard first"])
+@pytest.mark.parametrize("unit", ["model", "layers", "adapters"])
+def test_fsdp2(unit: str, order: str) -> None:
+    """Sharded by model or layer, weights are plain while a layer runs; sharded below it, not."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = peft_model(MLP()).train()
+    x = torch.randn(2, 37)
+    expected = train_step(copy.deepcopy(model), x)
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    if order == "accelerate first":
+        fastlora.accelerate(model, verbose=False)
+    if unit == "layers":
+        for layer in lora_layers(model):
+            fully_shard(layer, mesh=mesh)
+    if unit == "adapters":
+        for layer in lora_layers(model):
+            fully_shard(layer.lora_A["default"], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    before = types(model)
+    fastlora.accelerate(model, verbose=False)
+    results = train_step(model, x)
+    for name, tensor in results.items():
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        torch.testing.assert_close(whole, expected[name])
+    if unit == "adapters":
+        (reason,) = last_reasons(model)
+        assert reason is not None and "FSDPLinear, not a plain nn.Linear" in reason
+    else:
+        assert last_reasons(model) == {""}
+    if order == "fully_shard first":
+        fastlora.restore(model)
+        assert types(model) == before
