@@ -422,8 +422,8 @@ def _quantize_absmax(values: Tensor) -> tuple[Tensor, QuantState]:
     """8-bit codes of `values [nblocks]` on `dynamic_code`, with one absmax per 256 of them.
 
     bitsandbytes rounds the scaled value to a grid of 2^16 points first (its table has one entry for
-    each), then takes the code nearest to that grid point. An all-zero block gets code 0, not the
-    code of zero.
+    each), then takes the code nearest to that grid point. Where absmax has no finite reciprocal, as
+    in an all-zero block, zero gets code 0, not the code of zero.
     """
     code = dynamic_code().to(values.device)
     n = values.numel()
@@ -431,12 +431,12 @@ def _quantize_absmax(values: Tensor) -> tuple[Tensor, QuantState]:
     absmax = padded.abs().amax(dim=1)
     scaled = (padded * absmax.reciprocal()[:, None]).clamp(-1, 1)
     # A fused multiply-add in fp32: the product is exact in fp64, and the sum is rounded once.
+    # NaN is 0 times an infinite reciprocal.
     grid = (((scaled + 1) * 0.5).double() * 65535 + 0.5).float().nan_to_num(0.0).int()
     midpoints = (code[:-1] + code[1:]) * 0.5
     # Divided by a tensor, as CUDA multiplies by the reciprocal of a number.
     nearest = 2.0 * grid.float() / torch.full_like(absmax, 65535)[:, None] - 1.0
     index = torch.bucketize(nearest, midpoints).to(torch.uint8)
-    index[absmax == 0] = 0
     shape = torch.Size((n,))
     state2 = QuantState(absmax, shape, code, torch.float32, NESTED_BLOCKSIZE, "dynamic")
     return index.view(-1)[:n].contiguous(), state2

@@ -238,8 +238,13 @@ def test_4bit_compute_dtype_matches_peft() -> None:
     assert ours.base_layer.compute_dtype == torch.bfloat16
     x, dy = torch.randn(19, K), torch.randn(19, N)
     expected = run(theirs, theirs, x, dy)
+    got = run(ours, ours, x, dy)
     weight = reference.dequantize_4bit(ours.weight, ours.base_layer.quant_state, torch.bfloat16)
-    assert_results(run(ours, ours, x, dy), exact_results(ours, weight, x, dy), expected)
+    assert_results(got, exact_results(ours, weight, x, dy), expected)
+    ours.base_layer.compute_dtype = None
+    wide = run(ours, ours, x, dy)
+    assert not torch.equal(got["y"], wide["y"])  # type: ignore[arg-type]
+    assert not torch.equal(got["dx"], wide["dx"])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES)

@@ -17,7 +17,7 @@ from fastlora.quant import BLOCKSIZES, QuantState, as_quant_state, packed_bytes
 F = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SHAPES = [(1,), (2,), (3,), (63,), (65,), (1, 1), (7, 13), (96, 96), (257, 129), (300, 1024)]
+SHAPES = [(1,), (2,), (3,), (63,), (65,), (1, 1), (7, 13), (96, 96), (131, 130)]
 WEIGHTS = ["normal", "zero", "half zero", "denormal", "tiny", "large", "signs", "all magnitudes"]
 
 
@@ -92,9 +92,11 @@ def test_tables_are_bitsandbytes_own() -> None:
 def test_quantize_and_dequantize_match(
     kind: str, dtype: torch.dtype, nested: bool, quant_type: str
 ) -> None:
-    for shape in SHAPES:
-        weight = make_weight(kind, shape, dtype)
-        for blocksize in BLOCKSIZES:
+    for blocksize in BLOCKSIZES:
+        # Two blocks of absmax values, the second and the weight's last block both short.
+        large = [(260 * blocksize + 17,)] if kind == "normal" and blocksize <= 512 else []
+        for shape in SHAPES + large:
+            weight = make_weight(kind, shape, dtype)
             theirs, state = F.quantize_4bit(
                 weight, blocksize=blocksize, compress_statistics=nested, quant_type=quant_type
             )
