@@ -1,0 +1,99 @@
+"""What is measured: one mode of one layer in one size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+# Name in a table and on the command line -> torch's.
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+QUANTS = ("none", "nf4", "fp4")
+MODES = {
+    "forward": "forward of a training step",
+    "backward": "backward alone: gradients of x, A and B",
+    "step": "forward and backward",
+    "inference": "forward without gradients, in eval mode",
+}
+# With this factor and inputs of unit variance the LoRA term is as large as the base's.
+SCALING = 2.0
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A LoRA layer, without the number of tokens.
+
+    Args:
+        N, K, R: out_features, in_features, rank.
+        dtype: of x and of a dense weight (compute dtype of a 4-bit one): a name in DTYPES.
+        quant: "none", "nf4" or "fp4".
+        nested: absmax of a 4-bit weight in 8 bits as well.
+        dropout: probability, on the adapter's input.
+        adapter_dtype: of A and B where a provider leaves the choice.
+    """
+
+    N: int
+    K: int
+    R: int = 16
+    dtype: str = "bf16"
+    quant: str = "none"
+    nested: bool = True
+    dropout: float = 0.0
+    adapter_dtype: str = "fp32"
+
+    @property
+    def quant_name(self) -> str:
+        """As tables and CSV files name it: "none", "nf4", "nf4 nested", ..."""
+        return f"{self.quant} nested" if self.nested and self.quant != "none" else self.quant
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the frozen weight that a forward has to read, scales included."""
+        elements = self.N * self.K
+        if self.quant == "none":
+            return elements * (4 if self.dtype == "fp32" else 2)
+        return elements // 2 + elements // 64 * (1 if self.nested else 4)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to time: `mode` of `layer` on `M` tokens."""
+
+    layer: Layer
+    M: int
+    mode: str
+
+    def __str__(self) -> str:
+        layer = self.layer
+        base = layer.dtype if layer.quant == "none" else f"{layer.dtype} on {layer.quant_name}"
+        return f"{self.mode} M={self.M} N={layer.N} K={layer.K} R={layer.R} {base}" + (
+            f" dropout {layer.dropout:g}" if layer.dropout else ""
+        )
+
+    @property
+    def flop(self) -> float:
+        """Floating-point operations of the base product and the LoRA term."""
+        layer = self.layer
+        base = 2.0 * self.M * layer.N * layer.K
+        lora = 2.0 * self.M * layer.R * (layer.N + layer.K)
+        return {
+            "forward": base + lora,
+            "inference": base + lora,
+            "backward": base + 2 * lora,
+            "step": 2 * base + 3 * lora,
+        }[self.mode]
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON keeps it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Case:
+        """Undoes `as_dict`."""
+        return cls(**{**fields, "layer": Layer(**fields["layer"])})
+
+
+def grid(layers: Iterable[Layer], tokens: Iterable[int], modes: Iterable[str]) -> list[Case]:
+    """Every mode at every M, layer by layer: what shares weights stands together."""
+    tokens, modes = list(tokens), list(modes)
+    return [Case(layer, M, mode) for layer in layers for mode in modes for M in tokens]

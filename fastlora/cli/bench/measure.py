@@ -1,0 +1,183 @@
+"""Interleaved timing: rounds in which every provider runs once, and a ratio for each round."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .case import Case
+from .check import fault
+from .providers import PROVIDERS, ROTATE_UP_TO, Built, Setup
+
+# A sample during which the system took a core away is taken again, up to so many times.
+_RETRIES = 2
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long to measure.
+
+    Args:
+        rounds: samples of each provider.
+        sample_seconds: least length of a sample: a sample is so many calls.
+    """
+
+    rounds: int = 9
+    sample_seconds: float = 0.02
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call of one provider, by round, and the calls of a sample."""
+
+    seconds: list[float]
+    calls: int
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A provider that was not timed: it can't run the case, or its result is wrong."""
+
+    reason: str
+    wrong: bool
+
+
+Outcome = Timing | Refused
+
+
+class Bench:
+    """Times cases; keeps the weights and layers of the last layer for the next case.
+
+    Args:
+        providers: names in PROVIDERS.
+        budget: how long to measure.
+    """
+
+    def __init__(self, providers: Sequence[str], budget: Budget) -> None:
+        self.providers = [PROVIDERS[name] for name in providers]
+        self.budget = budget
+        self._setup: Setup | None = None
+        self._built: dict[str, list[Built]] = {}
+
+    def run(self, case: Case, tick: Callable[[], None] = lambda: None) -> dict[str, Outcome]:
+        """Checks every provider, then times those whose result is right.
+
+        Args:
+            case: what to time.
+            tick: called after every sample.
+        """
+        if self._setup is None or self._setup.layer != case.layer:
+            self._built.clear()
+            self._setup = None
+            gc.collect()
+            self._setup = Setup(case.layer)
+        setup = self._setup
+        outcomes: dict[str, Outcome] = {}
+        timed: dict[str, list[Callable[[], object]]] = {}
+        for provider in self.providers:
+            if (reason := provider.why_not(case)) is not None:
+                outcomes[provider.name] = Refused(reason, wrong=False)
+                continue
+            if provider.name not in self._built:
+                copies = provider.copies or len(setup.weights)
+                self._built[provider.name] = [provider.build(setup, i) for i in range(copies)]
+            built = self._built[provider.name]
+            if (reason := fault(provider, built[0], setup, case)) is not None:
+                outcomes[provider.name] = Refused(reason, wrong=True)
+                continue
+            used = built if case.M <= ROTATE_UP_TO else built[:1]
+            timed[provider.name] = [_call(layer, setup, case) for layer in used]
+        return outcomes | interleave(timed, self.budget, tick)
+
+
+def _call(built: Built, setup: Setup, case: Case) -> Callable[[], object]:
+    """What one call of `case` is."""
+    x, dy = setup.tokens(case.M)
+    call, adapter = built.call, built.adapter
+    built.train(case.mode != "inference")
+    if case.mode == "inference":
+
+        def inference() -> object:
+            with torch.no_grad():
+                return call(x)
+
+        return inference
+    leaf = x.detach().requires_grad_()
+    leaves = (leaf, *adapter)
+    match case.mode:
+        case "forward":
+            return lambda: call(leaf)
+        case "step":
+            return lambda: torch.autograd.grad(call(leaf), leaves, dy)
+        case "backward":
+            y = call(leaf)
+            return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)
+    raise ValueError(f"mode must be forward, backward, step or inference, got {case.mode!r}")
+
+
+def interleave(
+    timed: dict[str, list[Callable[[], object]]],
+    budget: Budget,
+    tick: Callable[[], None] = lambda: None,
+) -> dict[str, Timing]:
+    """Times all of `timed` in rounds; each round runs each once, in a rotated order.
+
+    Args:
+        timed: name -> calls that do the same on different copies of the weight, taken in turn.
+        budget: how long to measure.
+        tick: called after every sample.
+    """
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        turns = {name: itertools.cycle(calls) for name, calls in timed.items()}
+        calls = {name: _calls(turns[name], len(timed[name]), budget) for name in timed}
+        seconds: dict[str, list[float]] = {name: [] for name in timed}
+        names = list(timed)
+        for number in range(budget.rounds):
+            shift = number % max(1, len(names))
+            order = names[shift:] + names[:shift]
+            for name in order if number % 2 == 0 else order[::-1]:
+                seconds[name].append(_sample(turns[name], calls[name]))
+                tick()
+    finally:
+        if enabled:
+            gc.enable()
+    return {name: Timing(seconds[name], calls[name]) for name in timed}
+
+
+def _calls(turn: Iterator[Callable[[], object]], copies: int, budget: Budget) -> int:
+    """Calls of a sample, after every copy was called once (the first call may prepare things)."""
+    for _ in range(copies):
+        next(turn)()
+    calls = 1
+    while (elapsed := calls * _once(turn, calls)) < 0.25 * budget.sample_seconds:
+        calls *= 4
+    return max(1, round(calls * budget.sample_seconds / elapsed + 0.5))
+
+
+def _sample(turn: Iterator[Callable[[], object]], calls: int) -> float:
+    """Seconds a call; of a few tries, the one that was interrupted least."""
+    tries: list[tuple[int, float]] = []
+    for _ in range(_RETRIES + 1):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+        seconds = _once(turn, calls)
+        interrupted = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - before
+        if not interrupted:
+            return seconds
+        tries.append((interrupted, seconds))
+    return min(tries)[1]
+
+
+def _once(turn: Iterator[Callable[[], object]], calls: int) -> float:
+    start = time.perf_counter_ns()
+    for _ in range(calls):
+        next(turn)()
+    return (time.perf_counter_ns() - start) * 1e-9 / calls
