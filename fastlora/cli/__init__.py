@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from .. import __version__
 from . import demo, finetune, info, verify
@@ -50,10 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the page of usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fastlora", description="Fused LoRA and QLoRA linear layers for PyTorch."
-    )
+    parser = _Parser(prog="fastlora", description="Fused LoRA and QLoRA linear layers for PyTorch.")
     parser.add_argument("--version", action="version", version=f"fastlora {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for command in _COMMANDS:

@@ -80,14 +80,15 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "finetune",
         help="LoRA or QLoRA on a model of yours, with PEFT beside it if you like",
         description=(
-            "Fine-tunes a causal LM with LoRA (--quant none) or QLoRA through the Transformers "
-            "Trainer, and writes an adapter that plain PEFT loads."
+            "Fine-tunes a causal LM with LoRA (--quant none) or QLoRA through the\n"
+            "Transformers Trainer, and writes an adapter that plain PEFT loads."
         ),
         argument_default=argparse.SUPPRESS,
+        usage="fastlora finetune --model PATH --data FILE --out FOLDER [options]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=(
-            "--backend both runs PEFT and fastlora from the same seed, adapter and data, a step\n"
-            "of one and a step of the other in turn, and prints time, memory and loss of each."
+            "--backend both runs PEFT and fastlora from the same seed, adapter and data, a\n"
+            "step of one and a step of the other in turn, and prints time, memory and loss."
         ),
     )
     files = parser.add_argument_group("what to train")
@@ -98,8 +99,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help='text, or JSONL with "text", "prompt" and "completion", or "messages"',
     )
     files.add_argument("--out", metavar="FOLDER", help="where adapter, checkpoints and log go")
-    files.add_argument("--resume", action="store_true", help="go on from the last save in --out")
-    files.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out")
+    again = files.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on from the last save in --out")
+    again.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out")
     files.add_argument(
         "--cache-dir", metavar="FOLDER", help="for converted GGUF files (~/.cache/fastlora)"
     )
@@ -190,6 +192,7 @@ def execute(job: Job, *, resume: bool, overwrite: bool, console: Console | None 
             f"Stopped after step {stopped.step} of {stopped.steps}, and saved. Go on with\n"
             f"  fastlora finetune --resume --out {shlex.quote(job.out)}",
             highlight=False,
+            soft_wrap=True,
         )
         return 130
     _report(console, job, results, observer.facts)
@@ -286,9 +289,9 @@ def _check(job: Job) -> None:
     if not Path(job.model).exists():
         raise CliError(f"--model: no such folder or file: {job.model}")
     _check_packages(job)
+    quiet_libraries()
     from ..integrations.transformers import load_tokenizer, model_folder
 
-    quiet_libraries()
     try:
         tokenizer = load_tokenizer(model_folder(job.model, job.cache_dir))
     except (FileNotFoundError, ValueError) as error:
@@ -331,31 +334,30 @@ def _method(job: Job) -> str:
 
 def positive(text: str) -> int:
     """An argument that is a whole number above 0."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
-    return value
+    return int(_number(text, int, lambda value: value >= 1, "a whole number from 1 on"))
 
 
 def _not_negative(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
-    return value
+    return int(_number(text, int, lambda value: value >= 0, "a whole number from 0 on"))
 
 
 def _positive_float(text: str) -> float:
-    value = float(text)
-    if not 0.0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-    return value
+    return _number(text, float, lambda value: 0.0 < value < float("inf"), "a number above 0")
 
 
 def _share(below: float) -> Callable[[str], float]:
     def share(text: str) -> float:
-        value = float(text)
-        if not 0.0 <= value < below:
-            raise argparse.ArgumentTypeError(f"must be from 0 to below {below:g}, got {text}")
-        return value
+        expected = f"a number from 0 to below {below:g}"
+        return _number(text, float, lambda value: 0.0 <= value < below, expected)
 
     return share
+
+
+def _number(text: str, kind: type[float], fits: Callable[[float], bool], expected: str) -> float:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not fits(value):
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text}")
+    return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from rich.table import Table
 
 from .compare import paired_steps
 from .terminal import gib
-from .training import BACKENDS, LAST_STEPS, write_atomically
+from .training import BACKENDS, LAST_STEPS, summarise, write_atomically
 
 CSV_FILE = "steps.csv"
 PLOT_FILE = "loss.png"
@@ -52,6 +53,7 @@ def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("seconds a step", f"{result['seconds_per_step']:.3f}"),
         ("tokens a second", f"{result['tokens_per_second']:,.0f}"),
         ("peak memory", gib(result["peak_memory_mb"])),
+        ("  above the start", gib(result["training_memory_mb"])),
         (f"loss, last {min(LAST_STEPS, result['steps'])} steps", f"{result['loss']:.4f}"),
     ]
     if result["perplexity_before"] is not None:
@@ -65,11 +67,17 @@ def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:
 def _notes(
     peft: dict[str, Any], fastlora: dict[str, Any], ratio: dict[str, float] | None
 ) -> dict[str, str]:
-    memory = fastlora["peak_memory_mb"] / peft["peak_memory_mb"] - 1
-    notes = {"peak memory": f"{memory:+.0%}"}
+    notes = {
+        label: f"{fastlora[name] / peft[name] - 1:+.0%}"
+        for label, name in (
+            ("peak memory", "peak_memory_mb"),
+            ("  above the start", "training_memory_mb"),
+        )
+        if peft[name]
+    }
     if ratio is not None:
         notes["seconds a step"] = f"{ratio['median']:.2f}x the speed"
-        notes["tokens a second"] = f"{ratio['p20']:.2f}-{ratio['p80']:.2f}x in the middle 60 %"
+        notes["tokens a second"] = f"20 to 80 %: {ratio['p20']:.2f} to {ratio['p80']:.2f}x"
     return notes
 
 
@@ -115,31 +123,30 @@ def write_plot(path: Path, logs: dict[str, list[dict[str, Any]]], title: str) ->
     except ImportError:
         return None
     figure, (by_step, by_time) = pyplot.subplots(
-        1, 2, figsize=(10, 4), sharey=True, layout="constrained"
+        1, 2, figsize=(10, 4.2), sharey=True, layout="constrained"
     )
     for backend, entries in logs.items():
+        seconds = [entry["seconds"] for entry in entries]
         style = {
-            "label": _LABELS[backend],
+            "label": f"{_LABELS[backend]}, {summarise(entries)['seconds_per_step']:.3g} s a step",
             "color": _COLOURS[backend],
             # PEFT below and wide, so that two curves that agree are both seen.
             "linewidth": 3.5 if backend == "peft" and len(logs) > 1 else 1.5,
         }
         losses = [entry["loss"] for entry in entries]
-        elapsed, clock = [], 0.0
-        for entry in entries:
-            clock += entry["seconds"]
-            elapsed.append(clock)
+        # The first step warms up (threads start, memory is touched): the clock starts after it.
+        elapsed = list(itertools.accumulate(seconds[1:], initial=0.0))
         by_step.plot([entry["step"] for entry in entries], losses, **style)
         by_time.plot(elapsed, losses, **style)
         by_time.plot(elapsed[-1], losses[-1], "o", color=_COLOURS[backend])
     by_step.set(xlabel="step", ylabel="training loss")
-    by_time.set(xlabel="seconds in training steps")
+    by_time.set(xlabel="seconds in steps, after the first")
     for axes in (by_step, by_time):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     by_step.xaxis.get_major_locator().set_params(integer=True)
     by_step.legend(frameon=False)
-    figure.suptitle(title)
+    figure.suptitle(title, fontsize="medium")
     write_atomically(path, lambda partial: figure.savefig(partial, dpi=150, format="png"))
     pyplot.close(figure)
     return path

@@ -92,13 +92,13 @@ def train(job: Job, observer: Observer, *, resume: bool) -> dict[str, Any]:
         CliError: an argument does not fit the model. Stopped: interrupted, saved.
     """
     observer.emit("status", text="loading libraries")
+    quiet_libraries()
     import torch
     from transformers import set_seed
 
     from ..integrations import transformers as hf
     from .data import Collator, batches, load_data
 
-    quiet_libraries()
     if job.threads:
         torch.set_num_threads(job.threads)
     out = Path(job.out)
@@ -155,10 +155,16 @@ def train(job: Job, observer: Observer, *, resume: bool) -> dict[str, Any]:
     with _stop_on_signal() as stop:
         trainer = _trainer(job, model, data.train, collator, log, observer, stop)
         set_seed(job.seed)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    steps = trainer.state.max_steps
-    if trainer.state.global_step < steps:
-        raise Stopped(trainer.state.global_step, steps)
+        if checkpoint is not None and _is_last(checkpoint):
+            # The Trainer would take one step more.
+            model.load_adapter(checkpoint, "default", is_trainable=True)
+            cast_adapter(model, getattr(torch, job.adapter_dtype))
+            steps = _step_of(checkpoint)
+        else:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            steps = trainer.state.max_steps
+            if trainer.state.global_step < steps:
+                raise Stopped(trainer.state.global_step, steps)
     observer.gate("end", steps)
 
     result = {
@@ -180,6 +186,7 @@ def summarise(entries: list[dict[str, Any]]) -> dict[str, Any]:
         "seconds_per_step": statistics.median(e["seconds"] for e in timed),
         "tokens_per_second": statistics.median(e["tokens_per_second"] for e in timed),
         "peak_memory_mb": max(e["peak_memory_mb"] for e in entries),
+        "training_memory_mb": max(e["peak_memory_mb"] - e["start_memory_mb"] for e in entries),
         "loss": statistics.fmean(e["loss"] for e in entries[-LAST_STEPS:]),
     }
 
@@ -279,7 +286,7 @@ def _trainer(
     import torch
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-    from ..integrations.transformers import ThroughputCallback
+    from ..integrations.transformers import ThroughputCallback, peak_memory
 
     throughput = ThroughputCallback()
     on_cpu = next(model.parameters()).device.type == "cpu"
@@ -294,8 +301,11 @@ def _trainer(
         """Comes after the clock has stopped."""
 
         first = True
+        start_memory_mb = 0.0
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            # The model, the adapter and the libraries: the peak has just been reset.
+            self.start_memory_mb = peak_memory(args.device) / 2**20
             observer.emit("begin", step=state.global_step, steps=state.max_steps)
 
         def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -309,6 +319,7 @@ def _trainer(
                 "grad_norm": logs.get("grad_norm"),
                 "learning_rate": logs["learning_rate"],
                 "first": self.first,
+                "start_memory_mb": self.start_memory_mb,
                 **throughput.last,
             }
             self.first = False
@@ -392,12 +403,15 @@ def _stop_on_signal() -> Iterator[_Stop]:
 
 def quiet_libraries() -> None:
     """Leaves the terminal to our own lines; errors still come through."""
+    import logging
     import warnings
 
-    from transformers.utils import logging
+    # It warns of kernels that it can't fetch as soon as it is imported.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    set_verbosity_error()
+    disable_progress_bar()
     # Raised once a run inside torch and the peers, about their own future.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="peft|torch|transformers")
@@ -420,6 +434,11 @@ def newest_checkpoint(out: Path) -> Path | None:
         except (OSError, json.JSONDecodeError):
             shutil.rmtree(folder, ignore_errors=True)
     return max(complete, key=_step_of, default=None)
+
+
+def _is_last(checkpoint: Path) -> bool:
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    return bool(state["global_step"] >= state["max_steps"])
 
 
 def _step_of(checkpoint: Path) -> int:

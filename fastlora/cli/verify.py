@@ -316,24 +316,22 @@ class _Inputs:
         """The ops of `backend`."""
         from .. import ops
 
-        x, dy, needs = self.x, self.dy, (True, True, True, True)
-        lora = (self.lora_A, self.lora_B)
+        x, dy, A, B, p, seed = self.x, self.dy, self.lora_A, self.lora_B, self.dropout, self.seed
+        needs = (True, True, True, True)
         if self.state is None:
-            drop = (self.dropout, self.seed)
             y, S = ops.lora_linear_fwd(
-                x, self.weight, self.bias, *lora, _SCALING, *drop, backend=backend
+                x, self.weight, self.bias, A, B, _SCALING, p, seed, backend=backend
             )
             grads = ops.lora_linear_bwd(
-                dy, x, self.weight, *lora, S, _SCALING, *drop, needs, backend=backend
+                dy, x, self.weight, A, B, S, _SCALING, p, seed, needs, backend=backend
             )
         else:
-            packed = (self.weight, self.state)
-            how = (self.dropout, self.seed, self.compute_dtype)
+            W, state, dtype = self.weight, self.state, self.compute_dtype
             y, S = ops.qlora_linear_fwd(
-                x, *packed, self.bias, *lora, _SCALING, *how, backend=backend
+                x, W, state, self.bias, A, B, _SCALING, p, seed, dtype, backend=backend
             )
             grads = ops.qlora_linear_bwd(
-                dy, x, *packed, *lora, S, _SCALING, *how, needs, backend=backend
+                dy, x, W, state, A, B, S, _SCALING, p, seed, dtype, needs, backend=backend
             )
         return _by_name(y, S, *grads)
 

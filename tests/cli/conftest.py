@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,41 @@ import torch
 pytest.importorskip("transformers", reason="the command line fine-tunes with Transformers")
 pytest.importorskip("peft", reason="the command line fine-tunes with PEFT")
 
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The work here is tiny: threads would only wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }}<|end|> {% endfor %}"
     "{% if add_generation_prompt %}<|assistant|> {% endif %}"
 )
-WORDS = "the cat sat on a mat and saw an old red dog run far from its own green house".split()
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "saw",
+    "an",
+    "old",
+    "red",
+    "dog",
+    "run",
+    "far",
+    "from",
+    "its",
+    "own",
+    "green",
+    "house",
+]
 
 
 @pytest.fixture(scope="session")

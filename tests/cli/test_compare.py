@@ -1,0 +1,82 @@
+"""Who goes when, when two runs take turns, and what is made of their times."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastlora.cli import compare
+
+
+class Worker:
+    """Stands in for a process: it runs `steps` steps, and notes each in `order`."""
+
+    def __init__(self, backend: str, steps: int, order: list[str], step: int = 0) -> None:
+        self.backend, self.steps, self.order, self.step = backend, steps, order, step
+        self.gate: str | None = "start"
+        self.facts = {"data_digest": "d", "adapter_digest": "a"}
+        self.ended = self.stopped = False
+        self.result: dict[str, Any] | None = None
+
+    def go(self) -> None:
+        if self.gate == "step":
+            self.order.append(f"{self.backend}{self.step}")
+            self.step += 1
+        if self.gate == "end":
+            self.result = {}
+        self.gate = "step" if self.step < self.steps else "end"
+
+
+def run(*workers: Worker) -> None:
+    while any(worker.result is None for worker in workers):
+        compare._open_gates(workers)  # type: ignore[arg-type]
+
+
+def test_the_order_turns_round() -> None:
+    order: list[str] = []
+    run(Worker("A", 4, order), Worker("B", 4, order))
+    assert order == ["A0", "B0", "B1", "A1", "A2", "B2", "B3", "A3"]
+
+
+def test_whoever_is_behind_catches_up() -> None:
+    order: list[str] = []
+    run(Worker("A", 4, order, step=2), Worker("B", 4, order))
+    assert order == ["B0", "B1", "A2", "B2", "B3", "A3"]
+
+
+def test_nobody_starts_while_another_works() -> None:
+    order: list[str] = []
+    one, two = Worker("A", 2, order), Worker("B", 2, order)
+    two.gate = None
+    compare._open_gates([one, two])  # type: ignore[list-item]
+    assert one.gate == "start"
+
+
+def test_both_must_start_alike() -> None:
+    one, two = Worker("A", 1, []), Worker("B", 1, [])
+    two.facts["adapter_digest"] = "other"
+    with pytest.raises(RuntimeError, match="differ in adapter_digest"):
+        compare._open_gates([one, two])  # type: ignore[list-item]
+
+
+def test_the_ratio_is_of_paired_steps_after_the_first(tmp_path: Path) -> None:
+    for backend, seconds in (("peft", [9, 4, 6, 8, 4]), ("fastlora", [1, 2, 2, 2, 4, 7])):
+        (tmp_path / backend).mkdir()
+        lines = [
+            json.dumps({"step": step, "seconds": s, "first": step == 1})
+            for step, s in enumerate(seconds, 1)
+        ]
+        (tmp_path / backend / "log.jsonl").write_text("\n".join(lines))
+    ratio = compare.ratio(tmp_path)
+    assert ratio == {"median": 2.5, "p20": 2.0, "p80": 3.0, "steps": 4}
+
+
+def test_no_ratio_from_one_step(tmp_path: Path) -> None:
+    for backend in ("peft", "fastlora"):
+        (tmp_path / backend).mkdir()
+        entry = {"step": 1, "seconds": 1.0, "first": True}
+        (tmp_path / backend / "log.jsonl").write_text(json.dumps(entry))
+    assert compare.ratio(tmp_path) is None
