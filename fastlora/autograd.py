@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from . import ops
+from .backends import forced_backend
 from .quant import QuantState, as_quant_state
 
 
@@ -159,7 +160,8 @@ def lora_linear(
             dropout_p,
             state,
             compute_dtype,
-            backend,
+            # Settled now: the backward may run outside of the `use_backend` block.
+            forced_backend(backend),
         )
     return y.view(*x.shape[:-1], y.shape[-1])
 

@@ -63,9 +63,7 @@ def lora_linear_bwd(
     _check_common(x, None, lora_A, lora_B, dropout_p, seed)
     _check_backward(dy, x, lora_B, S)
     b = choose("lora_linear_bwd", x.device.type, backend, dtype=x.dtype, adapter_dtype=lora_A.dtype)
-    return b.lora_linear_bwd(
-        dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, needs
-    )
+    return b.lora_linear_bwd(dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, needs)
 
 
 def qlora_linear_fwd(
@@ -239,7 +237,9 @@ def _check_packed(x: Tensor, weight: Tensor, state: QuantState, lora_B: Tensor) 
             f"x must be [M, K] and quant_state.shape (N, K), got {tuple(x.shape)} and {shape}"
         )
     if shape[0] != lora_B.shape[0]:
-        raise ValueError(f"lora_B must be [{shape[0]}, R] to match weight, got {tuple(lora_B.shape)}")
+        raise ValueError(
+            f"lora_B must be [{shape[0]}, R] to match weight, got {tuple(lora_B.shape)}"
+        )
     if weight.device != x.device:
         raise ValueError(f"weight must be on x's device {x.device}, got {weight.device}")
     packed = packed_bytes(weight)
@@ -275,7 +275,9 @@ def _check_common(
         raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
     if dropout_p > 0.0 and (seed is None or seed.numel() != 1 or seed.dtype != torch.int64):
         got = "None" if seed is None else f"{tuple(seed.shape)} in {seed.dtype}"
-        raise ValueError(f"seed must be an int64 tensor of one element when dropout_p > 0, got {got}")
+        raise ValueError(
+            f"seed must be an int64 tensor of one element when dropout_p > 0, got {got}"
+        )
 
 
 def _check_backward(dy: Tensor, x: Tensor, lora_B: Tensor, S: Tensor) -> None:

@@ -86,7 +86,7 @@ def code_table(quant_type: str, device: torch.device | str | None = None) -> Ten
 
 
 def quantize_bounds(code: Tensor) -> tuple[Tensor, Tensor]:
-    """Midpoints between neighbours of the sorted code `[15]` fp32, and sorted position -> code `[16]`.
+    """Midpoints between neighbours of the sorted code, `[15]`, and sorted position -> code, `[16]`.
 
     A scaled value takes the code at the number of midpoints that lie below it.
 

@@ -108,7 +108,7 @@ def _dropout(x: Tensor, p: float, seed: Tensor | int | None) -> Tensor:
     if seed is None:
         raise ValueError("seed must be an int64 tensor of one element when dropout_p > 0, got None")
     _, scale = dropout_threshold(p)
-    return torch.where(dropout_mask(*x.shape, p, seed, x.device), x * scale, 0.0)
+    return torch.where(dropout_mask(x.shape[0], x.shape[1], p, seed, x.device), x * scale, 0.0)
 
 
 # ---- LoRA on a dense base --------------------------------------------------------------------

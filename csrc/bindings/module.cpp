@@ -4,8 +4,6 @@
 #include "cpu/kernels.h"
 
 PYBIND11_MODULE(_C, module) {
-  // Fail at import, with a sentence, if FASTLORA_CPU_ISA asks for what can't be had.
-  fastlora::kernels();
   module.def(
       "build_info",
       [] {
@@ -16,5 +14,7 @@ PYBIND11_MODULE(_C, module) {
         info["torch_abi"] = "stable, torch >= 2.10";
         return info;
       },
-      "What this library was built with, and the instruction set that it runs.");
+      "What this library was built with, and the instruction set that it runs. Raises RuntimeError "
+      "if "
+      "FASTLORA_CPU_ISA asks for one that can't be had.");
 }

@@ -1,4 +1,6 @@
-"""Which backend runs an op: `backend=`, `with use_backend(...)`, FASTLORA_BACKEND, then the device's.
+"""Which backend runs an op.
+
+`backend=` decides, then `with use_backend(...)`, FASTLORA_BACKEND, and the device's own order.
 
 A backend is a module with the names and arguments of `reference`, and `unsupported(op, x, ...)`,
 which returns one sentence that says why it can't run the op, or None.
@@ -9,7 +11,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +19,7 @@ from . import native, torch_reference
 BACKENDS: dict[str, ModuleType] = {"native": native, "reference": torch_reference}
 DEVICE_ORDER: dict[str, tuple[str, ...]] = {"cpu": ("native", "reference")}
 _DEFAULT_ORDER = ("reference",)
-_forced: ContextVar[str | None] = ContextVar("fastlora_backend", default=None)
+_forced: list[str] = []  # of the `use_backend` blocks, the innermost last
 
 
 def _checked(name: str, source: str) -> str:
@@ -30,19 +31,19 @@ def _checked(name: str, source: str) -> str:
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Every op inside the `with` block runs on backend `name`, or raises why it can't."""
-    token = _forced.set(_checked(name, "use_backend(name)"))
+    _forced.append(_checked(name, "use_backend(name)"))
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced.pop()
 
 
 def forced_backend(backend: str | None = None) -> str | None:
     """The backend that the caller, a `use_backend` block or FASTLORA_BACKEND asks for."""
     if backend is not None:
         return _checked(backend, "backend")
-    if (name := _forced.get()) is not None:
-        return name
+    if _forced:
+        return _forced[-1]
     if name := os.environ.get("FASTLORA_BACKEND", ""):
         return _checked(name, "FASTLORA_BACKEND")
     return None

@@ -33,7 +33,7 @@ def build_info() -> dict[str, Any] | None:
 
 
 def unavailable_reason() -> str | None:
-    """One sentence that says why the library is missing and how to get it; None when it is there."""
+    """One sentence: why the library is missing and how to get it; None when it is there."""
     return _reason
 
 

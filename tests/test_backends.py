@@ -1,0 +1,233 @@
+"""Every backend's ops against the definition, for every case, base and dtype."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastlora import backends, ops, reference
+from fastlora.backends import native
+from tests.cases import (
+    BASES,
+    CASES,
+    DTYPES,
+    Base,
+    Case,
+    Inputs,
+    Results,
+    exact_results,
+    make_inputs,
+    plain_results,
+)
+from tests.conftest import poisoned_memory
+from tests.tolerance import assert_close_to_exact
+
+NEEDS = (True, True, True, True)
+
+
+@pytest.fixture(params=["native", "reference"])
+def backend(request: pytest.FixtureRequest) -> str:
+    if reason := backends.BACKENDS[request.param].unsupported("lora_linear_fwd", "cpu"):
+        pytest.skip(reason)
+    return request.param
+
+
+def run(case: Case, inputs: Inputs, backend: str, needs=NEEDS) -> Results:
+    options = (inputs.scaling, case.dropout_p, inputs.seed)
+    A, B = inputs.lora_A, inputs.lora_B
+    if inputs.quant_state is None:
+        y, S = ops.lora_linear_fwd(
+            inputs.x, inputs.weight, inputs.bias, A, B, *options, backend=backend
+        )
+        grads = ops.lora_linear_bwd(
+            inputs.dy, inputs.x, inputs.weight, A, B, S, *options, needs, backend=backend
+        )
+    else:
+        base = (inputs.weight, inputs.quant_state)
+        dtype = inputs.compute_dtype
+        y, S = ops.qlora_linear_fwd(
+            inputs.x, *base, inputs.bias, A, B, *options, dtype, backend=backend
+        )
+        grads = ops.qlora_linear_bwd(
+            inputs.dy, inputs.x, *base, A, B, S, *options, dtype, needs, backend=backend
+        )
+    return Results(y, *grads)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("base", BASES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_against_definition(case: Case, base: Base, dtypes: str, backend: str) -> None:
+    if base.quant_type is None and DTYPES[dtypes][2] is not None:
+        pytest.skip("a dense weight has no compute dtype of its own")
+    inputs = make_inputs(case, base, DTYPES[dtypes])
+    exact, plain = exact_results(case, inputs), plain_results(case, inputs)
+    with poisoned_memory():
+        got = run(case, inputs, backend)
+    adapter_dtype = inputs.lora_A.dtype
+    expected_dtypes = (inputs.x.dtype, inputs.x.dtype, adapter_dtype, adapter_dtype, torch.float32)
+    for (name, out), dtype in zip(got.items(), expected_dtypes, strict=True):
+        want, base_result = getattr(exact, name), getattr(plain, name)
+        assert out.dtype == dtype, name
+        if base_result is None:  # no bias in this case: compare with the exact sum alone
+            base_result = want.to(dtype)
+        assert_close_to_exact(out, want, base_result, what=name)
+
+
+@pytest.mark.parametrize("asked", range(16))
+def test_computes_only_what_is_needed(asked: int, backend: str) -> None:
+    needs = tuple(bool(asked >> i & 1) for i in range(4))
+    case = Case("", M=21, N=40, K=100, R=4, dropout_p=0.2)
+    for base in (Base(), Base("nf4", 64, nested=True)):
+        inputs = make_inputs(case, base, DTYPES["bf16, fp32 adapter"])
+        everything, some = run(case, inputs, backend), run(case, inputs, backend, needs)
+        names = ("dx", "dA", "dB", "dbias")
+        for name, need in zip(names, needs, strict=True):
+            got = getattr(some, name)
+            if not need:
+                assert got is None, name
+            else:
+                assert torch.equal(got, getattr(everything, name)), name
+
+
+def test_same_call_same_bits(backend: str) -> None:
+    """Threads take tiles in any order; the result must not depend on it."""
+    case = Case("", M=200, N=300, K=700, R=16, dropout_p=0.1)
+    inputs = make_inputs(case, Base("nf4", 64, nested=True), DTYPES["bf16, fp32 adapter"])
+    first = run(case, inputs, backend)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            again = run(case, inputs, backend)
+            for name, tensor in first.items():
+                # The reference sums as torch does, which depends on the number of threads.
+                if backend != "reference" or count == threads:
+                    assert torch.equal(tensor, getattr(again, name)), (name, count)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.999])
+def test_dropout_mask_is_the_references(p: float, backend: str) -> None:
+    """With A = B = identity and W = 0, y is drop(x): its zeros are the mask's."""
+    M, K = 37, 300
+    x, eye = torch.ones(M, K), torch.eye(K)
+    seed = torch.tensor([-12345])
+    mask = reference.dropout_mask(M, K, p, seed)
+    zeros = torch.zeros(K, K)
+    y, S = ops.lora_linear_fwd(x, zeros, None, eye, eye, 1.0, p, seed, backend=backend)
+    assert torch.equal(y != 0, mask)
+    # y = dx for dy = 1: the backward makes the same mask, along the other axis.
+    dx, *_ = ops.lora_linear_bwd(x, x, zeros, eye, eye, S, 1.0, p, seed, backend=backend)
+    assert torch.equal(dx != 0, mask)
+    few, _ = ops.lora_linear_fwd(x[:5], zeros, None, eye, eye, 1.0, p, seed, backend=backend)
+    assert torch.equal(few != 0, mask[:5])
+
+
+@pytest.mark.parametrize("rank", [0])
+def test_no_adapter_is_the_frozen_layer(rank: int, backend: str) -> None:
+    case = Case("", M=40, N=50, K=96, R=1)
+    inputs = make_inputs(case, Base("nf4", 64), DTYPES["fp32"])
+    inputs.lora_A, inputs.lora_B = torch.empty(rank, 96), torch.empty(50, rank)
+    got = run(case, inputs, backend, (True, False, False, False))
+    W = inputs.exact_weight()
+    want = inputs.x.double() @ W.T + inputs.bias.double()
+    plain = inputs.x @ inputs.working_weight().T + inputs.bias
+    assert_close_to_exact(got.y, want, plain, what="y")
+    plain_dx = inputs.dy @ inputs.working_weight()
+    assert_close_to_exact(got.dx, inputs.dy.double() @ W, plain_dx, what="dx")
+
+
+@pytest.mark.parametrize("blocksize", [32, 64, 512, 4096])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_quantize_and_dequantize_are_bit_exact(
+    blocksize: int, quant_type: str, nested: bool, dtype: torch.dtype, backend: str
+) -> None:
+    for shape in ((7, 33), (64, 128), (1, 1), (130, 577), (3, 1, 5)):
+        weight = torch.randn(shape).to(dtype)
+        weight.view(-1)[:: max(1, weight.numel() // 5)] *= 1e-30  # some tiny, some denormal
+        packed, state = ops.quantize_4bit(weight, blocksize, quant_type, nested, backend=backend)
+        want, want_state = reference.quantize_4bit(weight, blocksize, quant_type, nested)
+        assert torch.equal(packed, want)
+        for ours, theirs in zip(state.tensors(), want_state.tensors(), strict=True):
+            assert (ours is None and theirs is None) or torch.equal(ours, theirs)
+        for out_dtype in (torch.float32, torch.bfloat16, torch.float16):
+            with poisoned_memory():
+                out = ops.dequantize_4bit(packed, state, out_dtype, backend=backend)
+            assert out.shape == shape
+            assert torch.equal(out, reference.dequantize_4bit(want, want_state, out_dtype))
+
+
+def test_dequantize_writes_into_out(backend: str) -> None:
+    packed, state = reference.quantize_4bit(torch.randn(40, 96), compress_statistics=True)
+    out = torch.full((40, 96), torch.nan, dtype=torch.bfloat16)
+    assert ops.dequantize_4bit(packed, state, out=out, backend=backend) is out
+    assert torch.equal(out, reference.dequantize_4bit(packed, state, torch.bfloat16))
+
+
+def test_code_table_comes_from_the_state(backend: str) -> None:
+    """No backend may carry its own NF4 table: another code gives another weight."""
+    case = Case("", M=4, N=32, K=64, R=2)
+    inputs = make_inputs(case, Base("nf4", 64), DTYPES["fp32"])
+    before = run(case, inputs, backend)
+    inputs.quant_state.code = inputs.quant_state.code.flip(0).contiguous()
+    after, exact = run(case, inputs, backend), exact_results(case, inputs)
+    assert not torch.allclose(before.y, after.y)
+    assert_close_to_exact(after.y, exact.y, plain_results(case, inputs).y, what="y")
+
+
+def _op_arguments() -> dict[str, tuple]:
+    case = Case("", M=5, N=12, K=64, R=2, dropout_p=0.1)
+    dense = make_inputs(case, Base(), DTYPES["fp32"])
+    packed = make_inputs(case, Base("nf4", 64, nested=True), DTYPES["fp32"])
+    options = (1.0, 0.1, dense.seed)
+    quant = (packed.weight.view(-1), *native._state_args(packed.quant_state))
+    A, B, S = dense.lora_A, dense.lora_B, torch.randn(5, 2)
+    needs = (True, True, False, True)
+    bounds = torch.linspace(-0.9, 0.9, 15)
+    order = torch.arange(16, dtype=torch.uint8)
+    return {
+        "lora_linear_fwd": (dense.x, dense.weight, dense.bias, A, B, *options),
+        "lora_linear_bwd": (dense.dy, dense.x, dense.weight, A, B, S, *options, *needs),
+        "qlora_linear_fwd": (dense.x, *quant, torch.float32, dense.bias, A, B, *options),
+        "qlora_linear_bwd": (
+            dense.dy, dense.x, *quant, torch.float32, A, B, S, *options, *needs,
+        ),
+        "quantize_4bit": (dense.weight, bounds, order, 64),
+        "dequantize_4bit_out": (*quant, torch.empty(12, 64)),
+    }  # fmt: skip
+
+
+@pytest.mark.skipif(native.build_info() is None, reason=str(native.unavailable_reason()))
+@pytest.mark.parametrize("op", _op_arguments())
+def test_opcheck(op: str) -> None:
+    result = torch.library.opcheck(
+        getattr(torch.ops.fastlora, op).default,
+        _op_arguments()[op],
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )
+    assert set(result.values()) == {"SUCCESS"}
+
+
+def test_choice_of_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {module: name for name, module in backends.BACKENDS.items()}
+    default = backends.choose("lora_linear_fwd", "cpu", dtype=torch.float32)
+    assert names[default] == ("reference" if native.unavailable_reason() else "native")
+    with backends.use_backend("reference"):
+        assert names[backends.choose("lora_linear_fwd", "cpu")] == "reference"
+    monkeypatch.setenv("FASTLORA_BACKEND", "reference")
+    assert names[backends.choose("lora_linear_fwd", "cpu")] == "reference"
+    monkeypatch.setenv("FASTLORA_BACKEND", "vulkan")
+    with pytest.raises(ValueError, match=r"FASTLORA_BACKEND must be one of .*, got 'vulkan'"):
+        backends.choose("lora_linear_fwd", "cpu")
+    monkeypatch.delenv("FASTLORA_BACKEND")
+    with pytest.raises(ValueError, match="backend must be one of"):
+        backends.choose("lora_linear_fwd", "cpu", "vulkan")
+    # fp64 is the reference's alone: the automatic choice moves on, a forced one says why it can't.
+    moved = backends.choose("lora_linear_fwd", "cpu", dtype=torch.float64)
+    assert names[moved] == "reference"
+    with pytest.raises(RuntimeError, match="native: "):
+        backends.choose("lora_linear_fwd", "cpu", "native", dtype=torch.float64)
