@@ -138,7 +138,7 @@ def lora_linear(
     if weight.requires_grad:
         raise ValueError("weight must be frozen (requires_grad=False): fastlora never trains it")
     state = None if quant_state is None else as_quant_state(quant_state)
-    if torch.is_autocast_enabled(x.device.type):
+    if autocast := torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, lora_A, lora_B = x.to(dtype), lora_A.to(dtype), lora_B.to(dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -146,23 +146,19 @@ def lora_linear(
             weight = weight.to(dtype)
     if not training:
         dropout_p = 0.0
-    if dropout_p > 0.0 and seed is None:
+    if dropout_p == 0.0:
+        seed = None
+    elif seed is None:
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-    with torch.autocast(x.device.type, enabled=False):
-        y = _apply(
-            x.reshape(-1, x.shape[-1]),
-            weight,
-            bias,
-            lora_A,
-            lora_B,
-            seed if dropout_p > 0.0 else None,
-            scaling,
-            dropout_p,
-            state,
-            compute_dtype,
-            # Settled now: the backward may run outside of the `use_backend` block.
-            forced_backend(backend),
-        )
+    # The backend is settled now: the backward may run outside of a `use_backend` block.
+    backend = forced_backend(backend)
+    tensors = (x.reshape(-1, x.shape[-1]), weight, bias, lora_A, lora_B, seed)
+    options = (scaling, dropout_p, state, compute_dtype, backend)
+    if autocast:
+        with torch.autocast(x.device.type, enabled=False):
+            y = _apply(*tensors, *options)
+    else:
+        y = _apply(*tensors, *options)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -68,6 +68,7 @@ FP4_CODE: tuple[float, ...] = (
 )
 
 _CODES = {"nf4": NF4_CODE, "fp4": FP4_CODE}
+_EMPTY = torch.empty(0)
 
 
 def code_table(quant_type: str, device: torch.device | str | None = None) -> Tensor:
@@ -162,15 +163,19 @@ class QuantState:
         nested_code: Tensor | None = None,
     ) -> QuantState:
         """This state around other tensors, in the order of `tensors`."""
+        # On the path of every backward: the constructor costs a fifth of dataclasses.replace.
         state2 = self.state2
         if state2 is not None and nested_absmax is not None and nested_code is not None:
-            state2 = replace(state2, absmax=nested_absmax, code=nested_code)
-        return replace(self, absmax=absmax, code=code, offset=offset, state2=state2)
+            state2 = QuantState(
+                nested_absmax, state2.shape, nested_code, state2.dtype, state2.blocksize, "dynamic"
+            )
+        return QuantState(
+            absmax, self.shape, code, self.dtype, self.blocksize, self.quant_type, offset, state2
+        )
 
     def without_tensors(self) -> QuantState:
         """This state with empty tensors, for `with_tensors` to fill again."""
-        empty = torch.empty(0)
-        return self.with_tensors(empty, empty, None, empty, empty)
+        return self.with_tensors(_EMPTY, _EMPTY, None, _EMPTY, _EMPTY)
 
     def as_dict(self) -> dict[str, Tensor]:
         """State-dict entries, named and encoded as bitsandbytes does (prefix `weight.` left out).

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..quant import QuantState, code_table, packed_bytes, quantize_bounds
+from ..quant import QuantState, code_table, quantize_bounds
 from ..reference import nested
 
 NAME = "native"
@@ -117,7 +117,7 @@ def qlora_linear_fwd(
     """`reference.qlora_linear_fwd`."""
     return torch.ops.fastlora.qlora_linear_fwd(
         x,
-        packed_bytes(weight),
+        weight,
         *_state_args(quant_state),
         compute_dtype or x.dtype,
         bias,
@@ -147,7 +147,7 @@ def qlora_linear_bwd(
     grads = torch.ops.fastlora.qlora_linear_bwd(
         dy,
         x,
-        packed_bytes(weight),
+        weight,
         *_state_args(quant_state),
         compute_dtype or x.dtype,
         lora_A,
@@ -186,7 +186,7 @@ def dequantize_4bit(
     """`reference.dequantize_4bit`."""
     if out is None:
         out = torch.empty(quant_state.shape, dtype=dtype or quant_state.dtype)
-    torch.ops.fastlora.dequantize_4bit_out(packed_bytes(packed), *_state_args(quant_state), out)
+    torch.ops.fastlora.dequantize_4bit_out(packed, *_state_args(quant_state), out)
     return out
 
 
