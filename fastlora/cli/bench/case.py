@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 # Name in a table and on the command line -> torch's.
@@ -14,7 +14,10 @@ MODES = {
     "backward": "backward alone: gradients of x, A and B",
     "step": "forward and backward",
     "inference": "forward without gradients, in eval mode",
+    "dequantize": "the whole 4-bit weight to a dense one",
 }
+# What the ratios of a mode are taken to.
+BASELINES = dict.fromkeys(MODES, "peft") | {"dequantize": "bitsandbytes"}
 # With this factor and inputs of unit variance the LoRA term is as large as the base's.
 SCALING = 2.0
 
@@ -65,23 +68,12 @@ class Case:
 
     def __str__(self) -> str:
         layer = self.layer
+        if self.mode == "dequantize":
+            return f"dequantize N={layer.N} K={layer.K} {layer.quant_name} to {layer.dtype}"
         base = layer.dtype if layer.quant == "none" else f"{layer.dtype} on {layer.quant_name}"
         return f"{self.mode} M={self.M} N={layer.N} K={layer.K} R={layer.R} {base}" + (
             f" dropout {layer.dropout:g}" if layer.dropout else ""
         )
-
-    @property
-    def flop(self) -> float:
-        """Floating-point operations of the base product and the LoRA term."""
-        layer = self.layer
-        base = 2.0 * self.M * layer.N * layer.K
-        lora = 2.0 * self.M * layer.R * (layer.N + layer.K)
-        return {
-            "forward": base + lora,
-            "inference": base + lora,
-            "backward": base + 2 * lora,
-            "step": 2 * base + 3 * lora,
-        }[self.mode]
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON keeps it."""
@@ -94,6 +86,17 @@ class Case:
 
 
 def grid(layers: Iterable[Layer], tokens: Iterable[int], modes: Iterable[str]) -> list[Case]:
-    """Every mode at every M, layer by layer: what shares weights stands together."""
+    """Every mode at every M, layer by layer: what shares weights stands together.
+
+    Dequantising has no tokens, no rank and no dropout: it is there once for each 4-bit weight.
+    """
     tokens, modes = list(tokens), list(modes)
-    return [Case(layer, M, mode) for layer in layers for mode in modes for M in tokens]
+    cases: dict[Case, None] = {}
+    for layer in layers:
+        for mode in modes:
+            if mode == "dequantize":
+                if layer.quant != "none":
+                    cases[Case(replace(layer, R=0, dropout=0.0), 0, mode)] = None
+            else:
+                cases |= dict.fromkeys(Case(layer, M, mode) for M in tokens)
+    return list(cases)

@@ -13,7 +13,8 @@ import torch
 
 from .case import Case
 from .check import fault
-from .providers import PROVIDERS, ROTATE_UP_TO, Built, Setup
+from .inputs import ROTATE_UP_TO, Built, Setup
+from .providers import PROVIDERS
 
 # A sample during which the system took a core away is taken again, up to so many times.
 _RETRIES = 2
@@ -81,6 +82,8 @@ class Bench:
         outcomes: dict[str, Outcome] = {}
         timed: dict[str, list[Callable[[], object]]] = {}
         for provider in self.providers:
+            if case.mode not in provider.modes:
+                continue
             if (reason := provider.why_not(case)) is not None:
                 outcomes[provider.name] = Refused(reason, wrong=False)
                 continue
@@ -111,7 +114,7 @@ def _call(built: Built, setup: Setup, case: Case) -> Callable[[], object]:
     leaf = x.detach().requires_grad_()
     leaves = (leaf, *adapter)
     match case.mode:
-        case "forward":
+        case "forward" | "dequantize":
             return lambda: call(leaf)
         case "step":
             return lambda: torch.autograd.grad(call(leaf), leaves, dy)

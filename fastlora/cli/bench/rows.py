@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from ... import __version__
 from .case import Case
@@ -93,10 +92,12 @@ def case_row(case: Case, provider: str, adapter_dtype: str | None) -> Row:
 
 def timing_columns(seconds: Sequence[float], baseline: Sequence[float] | None) -> Row:
     """Quantiles of the time in ms and of the ratio baseline / time, round by round."""
-    columns = dict(zip(("ms_p20", "ms_p50", "ms_p80"), quantiles([1e3 * s for s in seconds])))
+    columns = dict(
+        zip(("ms_p20", "ms_p50", "ms_p80"), quantiles([1e3 * s for s in seconds]), strict=True)
+    )
     if baseline is not None:
         ratios = quantiles([b / s for b, s in zip(baseline, seconds, strict=True)])
-        columns |= dict(zip(("ratio_p20", "ratio_p50", "ratio_p80"), ratios))
+        columns |= dict(zip(("ratio_p20", "ratio_p50", "ratio_p80"), ratios, strict=True))
     return {name: f"{value:.4g}" for name, value in columns.items()} | {
         "samples_ms": " ".join(f"{1e3 * s:.5g}" for s in seconds)
     }

@@ -97,9 +97,7 @@ def layer_title(row: Row) -> str:
     return f"{row['N']} x {row['K']}, {base}, r = {row['R']}{dropout}"
 
 
-def _grid(
-    title: str, lines: dict[str, dict[int, str]], order: dict[str, tuple[int, int]]
-) -> Grid:
+def _grid(title: str, lines: dict[str, dict[int, str]], order: dict[str, tuple[int, int]]) -> Grid:
     tokens = sorted({M for line in lines.values() for M in line})
     labels: Sequence[str] = sorted(lines, key=lambda label: order.get(label, (0, 0)))
     return Grid(

@@ -15,7 +15,7 @@ import traceback
 from dataclasses import asdict, dataclass
 from typing import Any, TextIO
 
-from .case import Case
+from .case import BASELINES, Case
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _measure(request: Request, events: _Events) -> None:
     if request.threads:
         torch.set_num_threads(request.threads)
     from .measure import Bench, Budget, Refused
-    from .providers import BASELINE, PROVIDERS
+    from .providers import PROVIDERS
     from .rows import case_row, machine, timing_columns
 
     shared = {**machine(), "allocator": request.allocator}
@@ -85,7 +85,7 @@ def _measure(request: Request, events: _Events) -> None:
     for case in request.cases:
         events.emit("case", text=str(case))
         outcomes = bench.run(case, lambda: events.emit("tick"))
-        base = outcomes.get(BASELINE)
+        base = outcomes.get(BASELINES[case.mode])
         baseline = None if base is None or isinstance(base, Refused) else base.seconds
         for name, outcome in outcomes.items():
             what = case_row(case, name, PROVIDERS[name].adapter_dtype(case.layer))
