@@ -15,9 +15,6 @@ struct Dense {
   int64_t K;
 };
 
-// Asks for a cache line that the next panel needs; the address may lie past the weight.
-FASTLORA_INLINE void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }
-
 // Where a panel of columns goes: `panels` of kPanel columns, [unit][kPanel] each.
 template <class Unit>
 struct Panels {
@@ -78,7 +75,7 @@ static void weight_panels(F32, const Dense<T>& w, int64_t n, int64_t rows, int64
                                          int64_t k, int64_t count, uint32_t* out, int64_t ld) {
   for (int64_t i = 0; i < rows; i++) {
     uint32_t* row = out + i * ld;
-    decode_bf16(w, (n + i) * w.K + k, count,
+    decode_bf16(w, (n + i) * w.K + k, count, rows * w.K / 2,  // the next strip's row
                 [&](int64_t j, __m512i v)
                     __attribute__((always_inline)) { _mm512_storeu_si512(row + j / 2, v); });
   }
