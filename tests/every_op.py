@@ -1,0 +1,110 @@
+"""Runs every op once on small, odd sizes and holds the results to the error policy.
+
+    python tests/every_op.py [BACKEND]      prints the instruction set; raises on a wrong result
+
+A program of its own, so that it can run under another FASTLORA_CPU_ISA, on an emulated processor,
+or against an installed wheel, where there is no pytest.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastlora import lora_linear, ops, reference
+from fastlora.backends import native
+from fastlora.tolerance import exceeds
+
+SCALING, DROPOUT = 1.5, 0.1
+# M, N, K, R: a row, few rows, several tiles; no multiple of a vector or a block. M * R is large for
+# the sake of the policy, which compares the errors of many sums with those of as many others.
+SIZES = ((1, 67, 131, 509), (7, 96, 65, 73), (129, 35, 192, 3))
+DTYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float16,) * 2)
+
+
+def plain(
+    x: Tensor, weight: Tensor, bias: Tensor, lora_A: Tensor, lora_B: Tensor, kept: Tensor
+) -> Tensor:
+    """PEFT's sequence: `x W^T + bias + scaling * (drop(x) A^T) B^T`, each product rounded."""
+    _, scale = reference.dropout_threshold(DROPOUT)
+    S = F.linear((x * kept * scale).to(lora_A.dtype), lora_A)
+    return F.linear(x, weight, bias) + (F.linear(S, lora_B) * SCALING).to(x.dtype)
+
+
+def leaves(inputs: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Copies of the inputs that collect gradients, in their own dtypes or in `dtype`."""
+    return {
+        name: tensor.detach().to(dtype or tensor.dtype, copy=True).requires_grad_()
+        for name, tensor in inputs.items()
+    }
+
+
+def results(y: Tensor, dy: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    y.backward(dy.to(y.dtype))
+    grads = {f"d{name}": tensor.grad for name, tensor in inputs.items()}
+    assert all(grad is not None for grad in grads.values())
+    return {"y": y.detach(), **{name: grad for name, grad in grads.items() if grad is not None}}
+
+
+def check_layer(
+    size: tuple[int, int, int, int],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    quantized: bool,
+    backend: str,
+) -> None:
+    """Forward and all gradients of one layer, with dropout."""
+    M, N, K, R = size
+    x_dtype, adapter_dtype = dtypes
+    torch.manual_seed(M)
+    weight, state = (torch.randn(N, K) / K**0.5).to(x_dtype), None
+    if quantized:
+        weight, state = reference.quantize_4bit(weight, 64, "nf4", compress_statistics=True)
+    dense = weight if state is None else reference.dequantize_4bit(weight, state, x_dtype)
+    inputs = {
+        "x": torch.randn(M, K).to(x_dtype),
+        "bias": torch.randn(N).to(x_dtype),
+        "lora_A": (torch.randn(R, K) / K**0.5).to(adapter_dtype),
+        "lora_B": (torch.randn(N, R) / R**0.5).to(adapter_dtype),
+    }
+    dy, seed = torch.randn(M, N).to(x_dtype), torch.tensor([M])
+    kept = reference.dropout_mask(M, K, DROPOUT, seed)
+    mine, usual, wide = leaves(inputs), leaves(inputs), leaves(inputs, torch.float64)
+    how: dict[str, Any] = {"quant_state": state, "dropout_p": DROPOUT, "seed": seed}
+    y = lora_linear(weight=weight, scaling=SCALING, backend=backend, **mine, **how)
+    out = results(y, dy, mine)
+    exact = results(plain(weight=dense.double(), kept=kept, **wide), dy, wide)
+    base = results(plain(weight=dense, kept=kept, **usual), dy, usual)
+    for name in out:
+        report = exceeds(out[name], exact[name], base[name])
+        assert report.ok, f"{name}, {size}, {dtypes}, quantized={quantized}: {report}"
+
+
+def check_4bit(backend: str) -> None:
+    """Quantise and dequantise, bit by bit."""
+    for quant_type in ("nf4", "fp4"):
+        weight = torch.randn(67, 131)
+        packed, state = ops.quantize_4bit(weight, 64, quant_type, True, backend=backend)
+        same, same_state = reference.quantize_4bit(weight, 64, quant_type, True)
+        assert torch.equal(packed, same) and torch.equal(state.absmax, same_state.absmax)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            decoded = ops.dequantize_4bit(packed, state, dtype, backend=backend)
+            assert torch.equal(decoded, reference.dequantize_4bit(same, same_state, dtype))
+
+
+def main() -> None:
+    backend = sys.argv[1] if len(sys.argv) > 1 else "native"
+    check_4bit(backend)
+    for size in SIZES:
+        for dtypes in DTYPES:
+            for quantized in (False, True):
+                check_layer(size, dtypes, quantized, backend)
+    build = native.build_info()
+    print(build["cpu_isa"] if build else "no native library")
+
+
+if __name__ == "__main__":
+    main()
