@@ -1,4 +1,4 @@
-"""bitsandbytes' layers: reading their parts, keeping and restoring their layout, train-eval-train."""
+"""bitsandbytes' layers: their parts, keeping and restoring their layout, train-eval-train."""
 
 from __future__ import annotations
 

@@ -169,7 +169,9 @@ def test_a_stored_4_bit_model_loads_as_it_is(folder: Path, tmp_path: Path) -> No
     layers = [m for m in again.modules() if isinstance(m, bnb.nn.Linear4bit)]
     assert len(layers) == 14
     assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
-    with pytest.raises(ValueError, match=r"quant must be 'none' for .* stored quantised, got 'nf4'"):
+    with pytest.raises(
+        ValueError, match=r"quant must be 'none' for .* stored quantised, got 'nf4'"
+    ):
         hf.load_causal_lm(tmp_path / "stored", quant="nf4", device="cpu")
 
 
