@@ -44,7 +44,7 @@ test: build ## run the whole test suite
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 demo: build ## fine-tune a small model with fastlora, beside plain PEFT
-	$(BIN)/fastlora finetune --demo $(DEMO_ARGS)
+	$(BIN)/fastlora demo $(DEMO_ARGS)
 
 check: format-check lint types ## everything of CI that is no test
 

@@ -78,7 +78,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     """The command's arguments. Those that are not given stay absent, so that --resume can tell."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "finetune",
-        help="LoRA or QLoRA on a model of yours, with PEFT beside it if you like",
+        help="LoRA or QLoRA on your model, with PEFT beside it if you like",
         description=(
             "Fine-tunes a causal LM with LoRA (--quant none) or QLoRA through the\n"
             "Transformers Trainer, and writes an adapter that plain PEFT loads."

@@ -33,7 +33,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     """The command's arguments."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "info",
-        help="versions, instruction sets and kernels here, to paste into an issue",
+        help="versions and kernels here, to paste into an issue",
         description="Prints versions, instruction sets and the kernels that run here.",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
