@@ -205,18 +205,35 @@ class LinearFwd {
       const int64_t strip_rows = min(strip_rows_, rows - i);
       for (int64_t k = 0; k < K_; k += step) {
         const int64_t count = min(step, K_ - k), units = ceil_div(count, kPer);
-        weight_rows(Compute{}, w_, n0 + i, strip_rows, k, count, strip, ld);
+        RowStride stride{ld, 1};
+        const Unit* rows_data = strip;
+        if (const Unit* in_place = panels_ == 1 ? rows_in_place(n0 + i, k) : nullptr) {
+          rows_data = in_place;
+          stride.row = K_ / kPer;
+        } else {
+          weight_rows(Compute{}, w_, n0 + i, strip_rows, k, count, strip, ld);
+        }
         for (int64_t panel = 0; panel < panels_; panel++) {
           const int mv = vectors(panel);
-          multiply<Compute>(mv, strip_rows, strip, {ld, 1}, x_panel(panel) + k / kPer * mv * kLanes,
-                            mv * kLanes, units, C + i * token_lanes_ + panel * kPanel, token_lanes_,
-                            k > 0);
+          multiply<Compute>(mv, strip_rows, rows_data, stride,
+                            x_panel(panel) + k / kPer * mv * kLanes, mv * kLanes, units,
+                            C + i * token_lanes_ + panel * kPanel, token_lanes_, k > 0);
         }
       }
     }
     if (R_ > 0) add_lora(n0, rows, B, C);
     read_bias(n0, rows, bias);
     finish(n0, rows, bias, C);
+  }
+
+  // Rows of a dense weight as they lie in memory, if they are made of whole units.
+  const Unit* rows_in_place(int64_t n, int64_t k) const {
+    if constexpr (!std::is_same_v<Source, FourBit>) {
+      if constexpr (sizeof(*w_.data) * kPer == sizeof(Unit)) {
+        if (K_ % kPer == 0) return reinterpret_cast<const Unit*>(w_.data + n * K_ + k);
+      }
+    }
+    return nullptr;
   }
 
   void add_lora(int64_t n0, int64_t rows, float* B, float* C) const {
