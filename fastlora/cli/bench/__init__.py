@@ -8,15 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Column
-
 from ..errors import CliError
 from .case import DTYPES, MODES, QUANTS, Case, Layer, grid
+from .execute import COMPARISONS, Output, Plan, execute
 
 _DEFAULT_PROVIDERS = ("frozen", "peft", "peft-cast", "addmm", "fastlora", "fastlora-frozen")
 _QUICK_PROVIDERS = ("frozen", "peft", "fastlora")
+# These have a mode of their own.
+_DEQUANTIZERS = ("bitsandbytes", "fastlora-fresh", "fastlora-out", "write")
 # Left out of `all`: one takes seconds to compile for each size, the other seconds to run.
 _SLOW_PROVIDERS = ("compile", "reference")
 
@@ -94,10 +93,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--threads", type=_count, metavar="N", help="of torch")
     how.add_argument("--quick", action="store_true", help="a first look, in less than a minute")
+    how.add_argument(
+        "--memory",
+        action="store_true",
+        help="peak memory of step and inference too, at the largest M: some seconds a provider",
+    )
     out = parser.add_argument_group("what to write")
     out.add_argument("--csv", type=Path, metavar="FILE", help="append the rows to this file")
     out.add_argument("--markdown", type=Path, metavar="FILE", help="the tables as Markdown")
     out.add_argument("--plot", type=Path, metavar="FOLDER", help="plots as PNG")
+    out.add_argument(
+        "--compare",
+        type=_couples,
+        metavar="A:B,...",
+        help="tables of time of B / time of A (fastlora:peft)",
+    )
     out.add_argument("--times", action="store_true", help="show the milliseconds as well")
 
 
@@ -105,6 +115,11 @@ def run(args: argparse.Namespace) -> int:
     """Measures, prints the tables; 1 when a result was wrong."""
     if args.providers == "list":
         return _list_providers()
+    return execute([plan_of(args, cases_of(args))], output_of(args))
+
+
+def cases_of(args: argparse.Namespace) -> list[Case]:
+    """The cases that the layer arguments ask for."""
     quick = args.quick
     layers = [
         Layer(N, K, R, dtype, quant, args.double_quant, dropout, args.adapter_dtype)
@@ -115,92 +130,27 @@ def run(args: argparse.Namespace) -> int:
         for dropout in args.dropout or [0.05]
     ]
     tokens = args.tokens or ([1, 16, 128] if quick else [1, 16, 64, 512])
-    modes = args.mode or ["forward", "step"]
-    return execute(args, grid(layers, tokens, modes))
+    return grid(layers, tokens, args.mode or ["forward", "step"])
 
 
-def execute(args: argparse.Namespace, cases: list[Case]) -> int:
-    """Measures `cases` with the options of `args`; returns the exit status."""
-    from .lead import Results, measure
-    from .rows import append
-    from .table import ratios, times
-    from .worker import Request
-
-    console = Console()
-    providers = _providers(args)
+def plan_of(args: argparse.Namespace, cases: list[Case]) -> Plan:
+    """`cases` with the options that say how to measure them."""
     allocators = [_current() if a == "current" else a for a in args.allocators or ["current"]]
-    rounds = args.rounds or (3 if args.quick else 9)
-    results = Results()
-    total = len(allocators) * len(cases)
-    with _Bar(console, total) as bar:
-        try:
-            for allocator in allocators:
-                request = Request(
-                    cases, providers, rounds, args.sample_ms * 1e-3, allocator, args.threads
-                )
-                measure(request, bar.emit, results)
-        finally:
-            # What was measured before an interruption is kept.
-            if args.csv and results.rows:
-                append(args.csv, results.rows)
-    grids = ratios(results.rows)
-    if args.times or not grids:
-        grids += times(results.rows)
-    for table in grids:
-        console.print(table.rich())
-        console.print()
-    if args.markdown:
-        text = "\n\n".join(table.markdown() for table in grids)
-        args.markdown.write_text(text + "\n")
-    for row, reason in results.wrong:
-        console.print(
-            f"[bold red]{row['provider']}[/], {row['mode']}, M = {row['M']}: {reason} No row.",
-            highlight=False,
-        )
-    return 1 if results.wrong else 0
+    return Plan(
+        cases,
+        _providers(args),
+        list(dict.fromkeys(allocators)),
+        args.rounds or (3 if args.quick else 9),
+        args.sample_ms * 1e-3,
+        args.threads,
+        args.memory,
+    )
 
 
-class _Bar:
-    """A progress bar over the cases; plain lines where the output is no terminal."""
-
-    def __init__(self, console: Console, cases: int) -> None:
-        self._console = console
-        self._progress = Progress(
-            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
-            BarColumn(bar_width=None, table_column=Column(min_width=8, ratio=1)),
-            MofNCompleteColumn(table_column=Column(no_wrap=True)),
-            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
-            console=console,
-            expand=True,
-            transient=True,
-        )
-        self._task = self._progress.add_task("starting", total=cases)
-
-    def __enter__(self) -> _Bar:
-        if self._console.is_terminal:
-            self._progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()
-
-    def emit(self, event: str, fields: dict[str, Any]) -> None:
-        """Shows an event of a worker."""
-        match event:
-            case "machine":
-                self._console.print(
-                    f"{fields['device']}, {fields['cpu_isa']}, {fields['threads']} threads, "
-                    f"{fields['allocator']}; torch {fields['torch']}, PEFT {fields['peft']}, "
-                    f"bitsandbytes {fields['bitsandbytes']}",
-                    highlight=False,
-                    soft_wrap=True,
-                )
-            case "case":
-                self._progress.update(self._task, description=fields["text"])
-                if not self._console.is_terminal:
-                    self._console.print(fields["text"], highlight=False, soft_wrap=True)
-            case "done":
-                self._progress.advance(self._task)
+def output_of(args: argparse.Namespace) -> Output:
+    """What the options say about where results go."""
+    comparisons = args.compare or COMPARISONS
+    return Output(args.csv, args.markdown, args.plot, comparisons, args.times)
 
 
 # ---- arguments -------------------------------------------------------------------------------
@@ -210,7 +160,7 @@ def _providers(args: argparse.Namespace) -> list[str]:
     from .providers import PROVIDERS
 
     if not args.providers:
-        return list(_QUICK_PROVIDERS if args.quick else _DEFAULT_PROVIDERS)
+        return [*(_QUICK_PROVIDERS if args.quick else _DEFAULT_PROVIDERS), *_DEQUANTIZERS]
     names: list[str] = []
     for word in args.providers.split(","):
         if word == "all":
@@ -265,6 +215,16 @@ def _pairs(text: str) -> list[tuple[int, int]]:
             raise argparse.ArgumentTypeError(f"expected N,K, got {word}")
         pairs.append((numbers[0], numbers[1]))
     return pairs
+
+
+def _couples(text: str) -> list[tuple[str, str]]:
+    couples = []
+    for word in text.split(","):
+        names = word.split(":")
+        if len(names) != 2:
+            raise argparse.ArgumentTypeError(f"expected A:B, got {word}")
+        couples.append((names[0], names[1]))
+    return couples
 
 
 def _names(known: Any) -> Callable[[str], list[str]]:

@@ -43,9 +43,14 @@ class Setup:
     """The inputs of every provider: the same values, drawn once.
 
     `weights` holds copies of one weight, dense or packed, in memory of their own.
+
+    Args:
+        layer: what is drawn.
+        copies: of the weight; when None, so many that they don't fit into a cache.
     """
 
     layer: Layer
+    copies: int | None = None
     weights: list[tuple[Tensor, QuantState | None]] = field(init=False)
     lora_A: Tensor = field(init=False)
     lora_B: Tensor = field(init=False)
@@ -58,12 +63,14 @@ class Setup:
         state = None
         if layer.quant != "none":
             weight, state = ops.quantize_4bit(weight, 64, layer.quant, layer.nested)
-        copies = min(_MOST_COPIES, -(-_COLD_BYTES // layer.weight_bytes))
+        copies = self.copies or min(_MOST_COPIES, -(-_COLD_BYTES // layer.weight_bytes))
         self.weights = [(weight, state)]
         self.weights += [(weight.clone(), copy.deepcopy(state)) for _ in range(copies - 1)]
         # Rounded to x's dtype, so that fp32 adapters and cast ones have the same values.
         self.lora_A = self._normal(layer.R, layer.K).mul_(layer.K**-0.5).to(self.dtype).float()
-        self.lora_B = self._normal(layer.N, layer.R).mul_(max(1, layer.R) ** -0.5).to(self.dtype).float()
+        self.lora_B = (
+            self._normal(layer.N, layer.R).mul_(max(1, layer.R) ** -0.5).to(self.dtype).float()
+        )
         self._tokens: dict[int, tuple[Tensor, Tensor]] = {}
 
     def _normal(self, *shape: int) -> Tensor:

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from ctypes.util import find_library
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ..errors import CliError
-from .rows import Row
+from .case import Case
+from .rows import Row, case_row
 from .worker import Request
 
 ALLOCATORS = ("glibc", "tcmalloc")
@@ -108,6 +109,48 @@ def measure(request: Request, emit: Callable[[str, dict[str, Any]], None], into:
             process.kill()
             process.wait()
         if status:
-            log.seek(0)
-            last = log.read().strip().splitlines()[-1:] or [f"it ended with status {status}"]
-            raise RuntimeError(f"the measuring process failed: {failure or last[0]}")
+            raise RuntimeError(f"the measuring process failed: {failure or _last(log, status)}")
+
+
+def add_memory(
+    case: Case, request: Request, rows: list[Row], emit: Callable[[str, dict[str, Any]], None]
+) -> None:
+    """Measures the memory of `case` with every provider that has a row, in processes of their own.
+
+    Args:
+        case: in "step" or "inference" mode.
+        request: the one that the rows come from.
+        rows: get `peak_mb` and `saved_bytes`.
+        emit: told of every process that starts.
+
+    Raises:
+        RuntimeError: a process failed.
+    """
+    for row in rows:
+        if row != {**row, **case_row(case, row["provider"], row["adapter_dtype"])}:
+            continue
+        emit("case", {"text": f"memory of {row['provider']}: {case}"})
+        task = {"case": case.as_dict(), "provider": row["provider"], "threads": request.threads}
+        with tempfile.TemporaryFile("w+") as log:
+            done = subprocess.run(
+                [sys.executable, "-m", "fastlora.cli.bench.memory"],
+                input=json.dumps(task) + "\n",
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=environment(request.allocator),
+                check=False,
+            )
+            if done.returncode:
+                reason = _last(log, done.returncode)
+                raise RuntimeError(f"measuring the memory of {row['provider']} failed: {reason}")
+        memory = json.loads(done.stdout)
+        row["peak_mb"] = f"{memory['peak_mb']:.4g}"
+        row["saved_bytes"] = f"{memory['saved_bytes']:.4g}"
+
+
+def _last(log: IO[str], status: int) -> str:
+    """The last line of what a process wrote to its stderr."""
+    log.seek(0)
+    lines = log.read().strip().splitlines()
+    return lines[-1] if lines else f"it ended with status {status}"

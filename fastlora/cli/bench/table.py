@@ -2,110 +2,159 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from .case import MODES
 from .rows import Row, ratio, together
 
-_PASSES = {
+PASSES = {
     "forward": "forward",
     "backward": "backward",
     "step": "forward + backward",
     "inference": "inference",
+    "dequantize": "dequantise",
 }
-# Order of the rows of a table.
 _MODE_ORDER = list(MODES)
+_ALLOCATOR_ORDER = ("glibc", "tcmalloc")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure, and what stands in small print after it."""
+
+    text: str
+    note: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.text} ({self.note})" if self.note else self.text
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A table whose cells are text: a line a label, a column a number of tokens."""
+    """A table: a line a label, a column a number of tokens."""
 
     title: str
     columns: list[str]
-    lines: list[tuple[str, list[str]]]
+    lines: list[tuple[str, list[Cell]]]
 
     def markdown(self) -> str:
-        """As a Markdown table."""
-        head = [self.title, *self.columns]
-        out = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * len(self.columns)]
-        out += ["| " + " | ".join([label, *cells]) + " |" for label, cells in self.lines]
-        return "\n".join(out)
+        """As a Markdown table under its title."""
+        out = [f"**{self.title}**", ""]
+        out += ["| | " + " | ".join(self.columns) + " |", "|---|" + "---:|" * len(self.columns)]
+        out += [f"| {label} | " + " | ".join(map(str, cells)) + " |" for label, cells in self.lines]
+        return "\n".join(out) + "\n"
 
-    def rich(self) -> Table:
-        """For a terminal."""
+    def show(self, console: Console) -> None:
+        """Prints it to a terminal; small print goes below its figure."""
         table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-        table.add_column(self.title)
+        table.add_column("", no_wrap=True)
         for column in self.columns:
             table.add_column(column, justify="right", no_wrap=True)
         for label, cells in self.lines:
-            table.add_row(label, *cells)
-        return table
+            table.add_row(
+                label,
+                *(
+                    Text.assemble(cell.text, (f"\n{cell.note}" if cell.note else "", "dim"))
+                    for cell in cells
+                ),
+            )
+        console.print(Text(self.title, style="bold"), soft_wrap=True)
+        console.print(table)
+        console.print()
 
 
-def ratios(
-    rows: Iterable[Row],
-    provider: str = "fastlora",
-    baseline: str = "peft",
-    spread: bool = True,
-) -> list[Grid]:
+def ratios(rows: Iterable[Row], provider: str = "fastlora", baseline: str = "peft") -> list[Grid]:
     """One table a layer: time of `baseline` / time of `provider`; allocator x pass against M.
+
+    Median over the rounds, with the 20th and 80th percentile as small print.
 
     Args:
         rows: of one or more runs; where a cell was measured more than once, the newest counts.
         provider: above 1 it is the faster one.
         baseline: what it is compared with.
-        spread: adds the 20th and 80th percentile over the rounds.
     """
-    cells: dict[str, dict[str, dict[int, str]]] = {}
-    order: dict[str, tuple[int, int]] = {}
-    for group in sorted(together(rows), key=lambda g: next(iter(g.values()))["date"]):
-        if provider not in group or baseline not in group:
-            continue
-        row = group[provider]
-        low, middle, high = ratio(row, group[baseline])
-        text = _short(middle) + (f" ({_short(low)}-{_short(high)})" if spread else "")
-        label = f"{row['allocator']}, {_PASSES[row['mode']]}"
-        order.setdefault(
-            label, (0 if row["allocator"] == "glibc" else 1, _MODE_ORDER.index(row["mode"]))
-        )
-        cells.setdefault(layer_title(row), {}).setdefault(label, {})[int(row["M"])] = text
-    return [_grid(title, lines, order) for title, lines in cells.items()]
+    tables = _Tables()
+    for group in sorted(together(rows), key=lambda group: next(iter(group.values()))["date"]):
+        if provider in group and baseline in group:
+            row = group[provider]
+            low, middle, high = ratio(row, group[baseline])
+            cell = Cell(short(middle), f"{short(low)}-{short(high)}")
+            title = f"time of {baseline} / time of {provider}: {layer_title(row)}"
+            tables.put(title, f"{row['allocator']}, {PASSES[row['mode']]}", row, cell)
+    return tables.grids(_by_allocator)
 
 
 def times(rows: Iterable[Row]) -> list[Grid]:
-    """One table a layer, allocator and pass: milliseconds and ratio to PEFT of every provider."""
-    cells: dict[str, dict[str, dict[int, str]]] = {}
+    """One table a layer, allocator and pass: milliseconds of every provider, and its ratio."""
+    tables = _Tables()
     for row in sorted(rows, key=lambda row: row["date"]):
-        if not row["ms_p50"]:
-            continue
-        text = f"{float(row['ms_p50']):.3g} ms"
-        if row["ratio_p50"] and row["provider"] != "peft":
-            text += f" {_short(float(row['ratio_p50']))}x"
-        title = f"{layer_title(row)}, {_PASSES[row['mode']]}, {row['allocator']}"
-        cells.setdefault(title, {}).setdefault(row["provider"], {})[int(row["M"])] = text
-    return [_grid(title, lines, {}) for title, lines in cells.items()]
+        if row["ms_p50"]:
+            note = f"{short(float(row['ratio_p50']))}x" if row["ratio_p50"] else ""
+            cell = Cell(f"{float(row['ms_p50']):.3g} ms", "" if note == "1.00x" else note)
+            title = f"{PASSES[row['mode']]}, {row['allocator']}: {layer_title(row)}"
+            tables.put(title, row["provider"], row, cell)
+    return tables.grids()
+
+
+def memory(rows: Iterable[Row]) -> list[Grid]:
+    """One table a layer: MiB that a step of four layers takes, and bytes saved for the backward."""
+    tables = _Tables()
+    for row in sorted(rows, key=lambda row: row["date"]):
+        if row["peak_mb"]:
+            saved = f"{float(row['saved_bytes']):.2f} B saved" if row["mode"] == "step" else ""
+            cell = Cell(f"{float(row['peak_mb']):.0f} MiB", saved)
+            title = (
+                f"peak memory of four layers, {PASSES[row['mode']]}, {row['allocator']}: "
+                f"{layer_title(row)}"
+            )
+            tables.put(title, row["provider"], row, cell)
+    return tables.grids()
 
 
 def layer_title(row: Row) -> str:
-    """`4096 x 4096, nf4 nested, r = 16, dropout 0.05`."""
+    """`4096 x 4096, nf4 nested in bf16, r = 16, dropout 0.05`."""
     base = row["dtype"] if row["quant"] == "none" else f"{row['quant']} in {row['dtype']}"
+    rank = f", r = {row['R']}" if row["R"] != "0" else ""
     dropout = f", dropout {row['dropout']}" if row["dropout"] != "0" else ""
-    return f"{row['N']} x {row['K']}, {base}, r = {row['R']}{dropout}"
+    return f"{row['N']} x {row['K']}, {base}{rank}{dropout}"
 
 
-def _grid(title: str, lines: dict[str, dict[int, str]], order: dict[str, tuple[int, int]]) -> Grid:
-    tokens = sorted({M for line in lines.values() for M in line})
-    labels: Sequence[str] = sorted(lines, key=lambda label: order.get(label, (0, 0)))
-    return Grid(
-        title,
-        [f"M = {M}" for M in tokens],
-        [(label, [lines[label].get(M, "-") for M in tokens]) for label in labels],
-    )
-
-
-def _short(value: float) -> str:
+def short(value: float) -> str:
+    """Three digits, or two of a large ratio."""
     return f"{value:.0f}" if value >= 20 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+class _Tables:
+    """Cells by table, line and number of tokens, in the order in which they came."""
+
+    def __init__(self) -> None:
+        self._cells: dict[str, dict[str, dict[int, Cell]]] = {}
+        self._rows: dict[str, Row] = {}
+
+    def put(self, title: str, label: str, row: Row, cell: Cell) -> None:
+        self._cells.setdefault(title, {}).setdefault(label, {})[int(row["M"])] = cell
+        self._rows[label] = row
+
+    def grids(self, order: Callable[[Row], tuple[int, ...]] | None = None) -> list[Grid]:
+        grids = []
+        for title, lines in self._cells.items():
+            tokens = sorted({M for line in lines.values() for M in line})
+            labels: Sequence[str] = list(lines)
+            if order is not None:
+                labels = sorted(labels, key=lambda label: order(self._rows[label]))
+            columns = [f"M = {M}" if M else "" for M in tokens]
+            cells = [(label, [lines[label].get(M, Cell("-")) for M in tokens]) for label in labels]
+            grids.append(Grid(title, columns, cells))
+        return grids
+
+
+def _by_allocator(row: Row) -> tuple[int, ...]:
+    allocator = row["allocator"]
+    known = allocator in _ALLOCATOR_ORDER
+    place = _ALLOCATOR_ORDER.index(allocator) if known else len(_ALLOCATOR_ORDER)
+    return place, _MODE_ORDER.index(row["mode"])

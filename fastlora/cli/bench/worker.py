@@ -77,7 +77,7 @@ def _measure(request: Request, events: _Events) -> None:
         torch.set_num_threads(request.threads)
     from .measure import Bench, Budget, Refused
     from .providers import PROVIDERS
-    from .rows import case_row, machine, timing_columns
+    from .rows import COLUMNS, case_row, machine, timing_columns
 
     shared = {**machine(), "allocator": request.allocator}
     events.emit("machine", **shared)
@@ -93,7 +93,8 @@ def _measure(request: Request, events: _Events) -> None:
                 events.emit("refused", row=what, reason=outcome.reason, wrong=outcome.wrong)
                 continue
             columns = timing_columns(outcome.seconds, baseline)
-            events.emit("row", row={**shared, **what, **columns, "calls": str(outcome.calls)})
+            row = dict.fromkeys(COLUMNS, "") | shared | what | columns
+            events.emit("row", row={**row, "calls": str(outcome.calls)})
         events.emit("done")
 
 

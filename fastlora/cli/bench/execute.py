@@ -1,0 +1,191 @@
+"""Carries out plans: worker after worker, rows to CSV, then tables and plots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
+
+from . import lead, rows, table
+from .case import Case, Layer
+from .rows import Row
+from .worker import Request
+
+# What a table compares when nothing is asked for: (who, with whom).
+COMPARISONS = (
+    ("fastlora", "peft"),
+    ("fastlora-fresh", "bitsandbytes"),
+    ("fastlora-out", "bitsandbytes"),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure.
+
+    Args:
+        cases: in this order; cases of one layer stand together, so that they share its weights.
+        providers: names in PROVIDERS.
+        allocators: each has a process of its own: "glibc", "tcmalloc".
+        rounds, sample_seconds: as in `measure.Budget`.
+        threads: of torch; None for torch's own choice.
+        memory: measure the peak memory too, in "step" and "inference" mode, at each layer's
+            largest number of tokens.
+    """
+
+    cases: Sequence[Case]
+    providers: Sequence[str]
+    allocators: Sequence[str]
+    rounds: int = 9
+    sample_seconds: float = 0.02
+    threads: int | None = None
+    memory: bool = False
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where results go, beside the terminal.
+
+    Args:
+        csv: rows are appended to it.
+        markdown: the tables.
+        plot: folder for PNG files.
+        comparisons: pairs (who, with whom), a table each.
+        times: tables of milliseconds too.
+    """
+
+    csv: Path | None = None
+    markdown: Path | None = None
+    plot: Path | None = None
+    comparisons: Sequence[tuple[str, str]] = COMPARISONS
+    times: bool = False
+
+
+def execute(plans: Sequence[Plan], output: Output, console: Console | None = None) -> int:
+    """Measures, writes and prints; returns 1 when a result was wrong, else 0.
+
+    Rows reach the CSV file after every plan and allocator, and when the run is interrupted.
+
+    Raises:
+        CliError: an allocator is not there. RuntimeError: a worker failed.
+    """
+    console = console or Console()
+    for plan in plans:
+        for allocator in plan.allocators:
+            lead.environment(allocator)
+    results = lead.Results()
+    with _Bar(console, sum(len(plan.allocators) * len(plan.cases) for plan in plans)) as bar:
+        for plan in plans:
+            for allocator in plan.allocators:
+                _carry_out(plan, allocator, results, output.csv, bar)
+    grids = [
+        grid for who, whom in output.comparisons for grid in table.ratios(results.rows, who, whom)
+    ]
+    if output.times or not grids:
+        grids += table.times(results.rows)
+    grids += table.memory(results.rows)
+    console.print()
+    for grid in grids:
+        grid.show(console)
+    if output.markdown is not None:
+        output.markdown.write_text("\n".join(grid.markdown() for grid in grids))
+    if output.plot is not None:
+        _plot(results.rows, output.plot, console)
+    for row, reason in results.wrong:
+        console.print(
+            f"[bold red]{row['provider']}[/], {row['mode']}, M = {row['M']}: {reason} No row.",
+            highlight=False,
+        )
+    return 1 if results.wrong else 0
+
+
+def _carry_out(
+    plan: Plan, allocator: str, results: lead.Results, csv: Path | None, bar: _Bar
+) -> None:
+    first = len(results.rows)
+    request = Request(
+        list(plan.cases),
+        list(plan.providers),
+        plan.rounds,
+        plan.sample_seconds,
+        allocator,
+        plan.threads,
+    )
+    try:
+        lead.measure(request, bar.emit, results)
+        if plan.memory:
+            for case in _largest(plan.cases):
+                lead.add_memory(case, request, results.rows[first:], bar.emit)
+    finally:
+        if csv is not None and len(results.rows) > first:
+            rows.append(csv, results.rows[first:])
+
+
+def _largest(cases: Sequence[Case]) -> list[Case]:
+    """Of every layer and mode whose memory is measured, the case with most tokens."""
+    largest: dict[tuple[Layer, str], Case] = {}
+    for case in sorted(cases, key=lambda case: case.M):
+        if case.mode in ("step", "inference"):
+            largest[case.layer, case.mode] = case
+    return list(largest.values())
+
+
+def _plot(measured: list[Row], folder: Path, console: Console) -> None:
+    from .plot import write_plots
+
+    try:
+        written = write_plots(measured, folder)
+    except ImportError:
+        console.print("No plot: matplotlib is missing (pip install fastlora[bench]).")
+        return
+    for path in written:
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+
+
+class _Bar:
+    """A progress bar over the cases; plain lines where the output is no terminal."""
+
+    def __init__(self, console: Console, cases: int) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=None, table_column=Column(min_width=8, ratio=1)),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
+            console=console,
+            expand=True,
+            transient=True,
+        )
+        self._task = self._progress.add_task("starting", total=cases)
+
+    def __enter__(self) -> _Bar:
+        if self._console.is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._console.is_terminal:
+            self._progress.stop()
+
+    def emit(self, event: str, fields: dict[str, Any]) -> None:
+        """Shows an event of a worker."""
+        match event:
+            case "machine":
+                self._console.print(
+                    f"{fields['device']}, {fields['cpu_isa']}, {fields['threads']} threads, "
+                    f"{fields['allocator']}; torch {fields['torch']}, PEFT {fields['peft']}, "
+                    f"bitsandbytes {fields['bitsandbytes']}",
+                    highlight=False,
+                    soft_wrap=True,
+                )
+            case "case":
+                self._progress.update(self._task, description=fields["text"])
+                if not self._console.is_terminal:
+                    self._console.print(f"  {fields['text']}", highlight=False, soft_wrap=True)
+            case "done":
+                self._progress.advance(self._task)

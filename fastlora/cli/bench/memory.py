@@ -1,0 +1,153 @@
+"""`python -m fastlora.cli.bench.memory`: peak memory of a training step, in a process of its own.
+
+Four layers in a row, so that what a forward keeps for the backward adds up as in a model. Comes in
+on stdin: {"case", "provider", "threads"}; goes out on stdout: {"peak_mb", "saved_bytes"}.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from .case import Case
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .inputs import Built, Setup
+
+LAYERS = 4
+_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a step took.
+
+    Args:
+        peak_mb: growth of the resident memory in MiB over weights, adapters, x and dy.
+        saved_bytes: bytes that autograd keeps for the backward, for each element of the layers'
+            inputs; weights and adapters do not count. 0 in inference.
+    """
+
+    peak_mb: float
+    saved_bytes: float
+
+
+def measure(case: Case, provider: str) -> Memory:
+    """Runs steps of `LAYERS` layers (N x K, K x N, N x K, ...); call it in a fresh process.
+
+    Args:
+        case: its mode is "step" or "inference".
+        provider: a name in PROVIDERS.
+    """
+    import torch
+
+    from ...integrations.transformers import peak_memory, reset_peak_memory
+    from .inputs import Setup
+    from .providers import PROVIDERS
+
+    layer = case.layer
+    turned = replace(layer, N=layer.K, K=layer.N)
+    setups = [Setup(layer, LAYERS)]
+    if turned != layer:
+        setups = [Setup(layer, LAYERS // 2), Setup(turned, LAYERS // 2)]
+    chain = [
+        PROVIDERS[provider].build(setups[i % len(setups)], i // len(setups)) for i in range(LAYERS)
+    ]
+    for built in chain:
+        built.train(case.mode == "step")
+    dy = torch.randn(case.M, layer.N if len(setups) == 1 else layer.K).to(setups[0].dtype)
+    x = setups[0].tokens(case.M)[0]
+
+    # A first step on few tokens loads code and starts threads.
+    _step(chain, x[:2], dy[:2], case.mode)
+    device = torch.device("cpu")
+    _release()
+    reset_peak_memory(device)
+    before = peak_memory(device)
+    # More than one: what a step leaves behind in the allocator adds to the next.
+    for _ in range(_STEPS):
+        _step(chain, x, dy, case.mode)
+    peak = peak_memory(device) - before
+    elements = case.M * sum(setups[i % len(setups)].layer.K for i in range(LAYERS))
+    saved = _saved_bytes(chain, setups, x, dy) if case.mode == "step" else 0
+    return Memory(peak / 2**20, saved / elements)
+
+
+def _step(chain: list[Built], x: Tensor, dy: Tensor, mode: str) -> None:
+    import torch
+
+    with torch.set_grad_enabled(mode == "step"):
+        leaf = x.detach().requires_grad_(mode == "step")
+        y = leaf
+        for built in chain:
+            y = built.call(y)
+        if mode == "step":
+            adapters = [t for built in chain for t in built.adapter]
+            torch.autograd.grad(y, (leaf, *adapters), dy)
+
+
+def _saved_bytes(chain: list[Built], setups: Iterable[Setup], x: Tensor, dy: Tensor) -> int:
+    """Bytes of all memory that saved tensors hold on to, each counted once."""
+    import torch
+
+    held: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    # Both passes inside: a tensor that is freed must not make room for another at its address.
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = x.detach().requires_grad_()
+        for built in chain:
+            y = built.call(y)
+    for setup in setups:
+        for tensor in _constants(setup):
+            held.pop(tensor.untyped_storage().data_ptr(), None)
+    for built in chain:
+        for tensor in built.adapter:
+            held.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(held.values())
+
+
+def _constants(setup: Setup) -> list[Tensor]:
+    tensors: list[Tensor] = [*setup.__dict__.get("dense", [])]
+    for weight, state in setup.weights:
+        tensors.append(weight)
+        tensors += [t for t in state.tensors() if t is not None] if state is not None else []
+        tensors += [state.code] if state is not None else []
+    return tensors
+
+
+def _release() -> None:
+    """Gives memory that tcmalloc keeps back to the system; glibc's is trimmed with the reset."""
+    release = getattr(ctypes.CDLL(None), "MallocExtension_ReleaseFreeMemory", None)
+    if release is not None:
+        release()
+
+
+def main() -> int:
+    """Does what stdin asks for."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    request: dict[str, Any] = json.loads(sys.stdin.readline())
+    if request["threads"]:
+        import torch
+
+        torch.set_num_threads(request["threads"])
+    memory = measure(Case.from_dict(request["case"]), request["provider"])
+    out.write(json.dumps({"peak_mb": memory.peak_mb, "saved_bytes": memory.saved_bytes}) + "\n")
+    out.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,251 @@
+"""Plots of results, as PNG: bars against the floor, time against tokens, memory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .case import MODES
+from .rows import Row, ratio, together
+from .table import PASSES, layer_title
+
+# Ours in reds, what the others offer in greys and blues, limits in green.
+_COLOURS = {
+    "peft": "#6c757d",
+    "peft-cast": "#adb5bd",
+    "addmm": "#8fb3d9",
+    "compile": "#4a7fb5",
+    "bnb-packed": "#1d4e89",
+    "frozen": "#2f2f2f",
+    "frozen-dense": "#8a817c",
+    "fastlora": "#d1495b",
+    "fastlora-cast": "#e88d97",
+    "fastlora-peft": "#a4303f",
+    "fastlora-frozen": "#edae49",
+    "fastlora-dense": "#f4c095",
+    "reference": "#cdb4db",
+    "read": "#3a9d5d",
+    "bitsandbytes": "#6c757d",
+    "fastlora-fresh": "#d1495b",
+    "fastlora-out": "#a4303f",
+    "write": "#3a9d5d",
+}
+_FLOOR = "frozen"
+# A bar longer than so many floors is cut off, and its length written on it.
+_LONGEST_BAR = 3.0
+
+
+def write_plots(rows: Iterable[Row], folder: Path) -> list[Path]:
+    """Writes all plots that the rows give; returns their paths.
+
+    Args:
+        rows: where a cell was measured more than once, the newest counts.
+        folder: is created where it is missing.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    rows = sorted(rows, key=lambda row: row["date"])
+    folder.mkdir(parents=True, exist_ok=True)
+    written: list[Path] = []
+    groups = [group for group in together(rows) if "dequantize" not in _any(group)["mode"]]
+    for (title, allocator), part in _by(groups, _title, lambda row: row["allocator"]).items():
+        stem = _file_name(f"{title} {allocator}")
+        written += _bars(part, f"{title}; {allocator}", folder / f"bars-{stem}.png")
+        written += _curves(part, f"{title}; {allocator}", folder / f"time-{stem}.png")
+    with_memory = [{row["provider"]: row} for row in rows if row["peak_mb"]]
+    for (title, allocator), part in _by(with_memory, _title, lambda row: row["allocator"]).items():
+        path = folder / f"memory-{_file_name(f'{title} {allocator}')}.png"
+        written += _memory(part, f"{title}; {allocator}", path)
+    return written
+
+
+# ---- the plots -------------------------------------------------------------------------------
+
+
+def _bars(groups: list[dict[str, Row]], title: str, path: Path) -> list[Path]:
+    """Time of every provider over that of the frozen layer alone, at each M."""
+    from matplotlib import pyplot
+
+    groups = [group for group in groups if _FLOOR in group]
+    modes = _modes(groups)
+    if not modes:
+        return []
+    figure, panels = pyplot.subplots(
+        len(modes), 1, figsize=(9, 1.2 + 2.6 * len(modes)), squeeze=False, layout="constrained"
+    )
+    shown: dict[str, Any] = {}
+    for axes, mode in zip(panels[:, 0], modes, strict=True):
+        newest = {int(_any(group)["M"]): group for group in groups if _any(group)["mode"] == mode}
+        names = _ordered({name for group in newest.values() for name in group} - {_FLOOR, "read"})
+        width = 0.84 / max(1, len(names))
+        for place, M in enumerate(sorted(newest)):
+            for index, name in enumerate(names):
+                if name not in newest[M]:
+                    continue
+                low, middle, high = _cost(newest[M][name], newest[M][_FLOOR])
+                x = place + (index - (len(names) - 1) / 2) * width
+                height = min(middle, _LONGEST_BAR)
+                shown[name] = axes.bar(x, height, 0.92 * width, color=_colour(name), zorder=2)
+                if middle <= _LONGEST_BAR:
+                    error = [[middle - low], [min(high, _LONGEST_BAR) - middle]]
+                    axes.errorbar(x, middle, error, color="black", linewidth=0.8, zorder=3)
+                inside = middle > 0.8 * _LONGEST_BAR
+                axes.annotate(
+                    f"{middle:.2f}",
+                    (x, height),
+                    (0, -3 if inside else 3),
+                    textcoords="offset points",
+                    ha="center",
+                    va="top" if inside else "bottom",
+                    rotation=90,
+                    fontsize=7,
+                    color="white" if inside else "#333333",
+                    zorder=4,
+                )
+        shown["floor"] = axes.axhline(1.0, color="black", linewidth=1.0, linestyle="--", zorder=1)
+        axes.set_xticks(range(len(newest)), [f"M = {M}" for M in sorted(newest)])
+        axes.set(ylabel=PASSES[mode], ylim=(0, _LONGEST_BAR))
+        _clean(axes)
+    figure.suptitle(f"Time over the frozen layer's (PEFT's or bitsandbytes')\n{title}", fontsize=11)
+    labels = {name: "the frozen layer alone" if name == "floor" else name for name in shown}
+    figure.legend(
+        shown.values(), labels.values(), loc="outside lower center", ncols=4, frameon=False
+    )
+    return _save(figure, path)
+
+
+def _curves(groups: list[dict[str, Row]], title: str, path: Path) -> list[Path]:
+    """Milliseconds against M, both logarithmic; a band from the 20th to the 80th percentile."""
+    from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    groups = [group for group in groups if int(_any(group)["M"]) > 0]
+    modes = [
+        mode
+        for mode in _modes(groups)
+        if len({_any(group)["M"] for group in groups if _any(group)["mode"] == mode}) > 1
+    ]
+    if not modes:
+        return []
+    figure, panels = pyplot.subplots(
+        1, len(modes), figsize=(1 + 4.6 * len(modes), 4.4), squeeze=False, layout="constrained"
+    )
+    shown: dict[str, Any] = {}
+    for axes, mode in zip(panels[0], modes, strict=True):
+        lines: dict[str, dict[int, Row]] = {}
+        for group in groups:
+            for name, row in group.items():
+                if row["mode"] == mode:
+                    lines.setdefault(name, {})[int(row["M"])] = row
+        for name in _ordered(lines):
+            tokens = sorted(lines[name])
+            low, middle, high = (
+                [float(lines[name][M][column]) for M in tokens]
+                for column in ("ms_p20", "ms_p50", "ms_p80")
+            )
+            ours = name == "fastlora"
+            (shown[name],) = axes.plot(
+                tokens,
+                middle,
+                color=_colour(name),
+                linewidth=2.5 if ours else 1.5,
+                linestyle="--" if name in (_FLOOR, "read") else "-",
+                marker="o",
+                markersize=4,
+                zorder=3 if ours else 2,
+            )
+            axes.fill_between(tokens, low, high, color=_colour(name), alpha=0.15, linewidth=0)
+        axes.set(xscale="log", yscale="log", xlabel="tokens", title=PASSES[mode])
+        every = sorted({M for line in lines.values() for M in line})
+        axes.set_xticks(every, [str(M) for M in every])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
+        _clean(axes)
+    panels[0][0].set_ylabel("milliseconds a call")
+    figure.suptitle(title, fontsize=11)
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=4, frameon=False)
+    return _save(figure, path)
+
+
+def _memory(groups: list[dict[str, Row]], title: str, path: Path) -> list[Path]:
+    """Peak memory of a step of four layers, a bar a provider."""
+    from matplotlib import pyplot
+
+    modes = _modes(groups)
+    figure, panels = pyplot.subplots(
+        1, len(modes), figsize=(1.5 + 4.2 * len(modes), 3.4), squeeze=False, layout="constrained"
+    )
+    for axes, mode in zip(panels[0], modes, strict=True):
+        newest = {
+            name: row for group in groups for name, row in group.items() if row["mode"] == mode
+        }
+        names = _ordered(newest)[::-1]
+        peaks = [float(newest[name]["peak_mb"]) for name in names]
+        bars = axes.barh(names, peaks, color=[_colour(name) for name in names], zorder=2)
+        axes.bar_label(bars, [f" {peak:.0f}" for peak in peaks], fontsize=8)
+        M = newest[names[0]]["M"]
+        axes.set(xlabel=f"MiB over the weights, M = {M}", title=PASSES[mode])
+        axes.margins(x=0.12)
+        _clean(axes, "x")
+    figure.suptitle(f"Peak memory of four layers\n{title}", fontsize=11)
+    return _save(figure, path)
+
+
+# ---- helpers ---------------------------------------------------------------------------------
+
+
+def _cost(row: Row, floor: Row) -> tuple[float, float, float]:
+    low, middle, high = ratio(row, floor)
+    return 1 / high, 1 / middle, 1 / low
+
+
+def _any(group: dict[str, Row]) -> Row:
+    return next(iter(group.values()))
+
+
+def _title(row: Row) -> str:
+    return layer_title(row)
+
+
+def _by(groups: list[dict[str, Row]], *keys: Any) -> dict[tuple[str, ...], list[dict[str, Row]]]:
+    parts: dict[tuple[str, ...], list[dict[str, Row]]] = {}
+    for group in groups:
+        parts.setdefault(tuple(key(_any(group)) for key in keys), []).append(group)
+    return parts
+
+
+def _modes(groups: list[dict[str, Row]]) -> list[str]:
+    present = {_any(group)["mode"] for group in groups}
+    return [mode for mode in MODES if mode in present]
+
+
+def _ordered(names: Iterable[str]) -> list[str]:
+    order = list(_COLOURS)
+    return sorted(names, key=lambda name: order.index(name) if name in order else len(order))
+
+
+def _colour(name: str) -> str:
+    return _COLOURS.get(name, "#999999")
+
+
+def _clean(axes: Any, grid: str = "y") -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis=grid, alpha=0.25, zorder=0)
+
+
+def _file_name(title: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", title.lower().replace(" x ", "x")).strip("-")
+
+
+def _save(figure: Any, path: Path) -> list[Path]:
+    from matplotlib import pyplot
+
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return [path]
