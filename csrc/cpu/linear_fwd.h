@@ -207,7 +207,7 @@ class LinearFwd {
         const int64_t count = min(step, K_ - k), units = ceil_div(count, kPer);
         RowStride stride{ld, 1};
         const Unit* rows_data = strip;
-        if (const Unit* in_place = panels_ == 1 ? rows_in_place(n0 + i, k) : nullptr) {
+        if (const Unit* in_place = rows_in_place(n0 + i, k)) {
           rows_data = in_place;
           stride.row = K_ / kPer;
         } else {
