@@ -25,6 +25,7 @@ from .errors import CliError
 from .training import BACKENDS, LOG_FILE, Job, Observer, Stopped, read_log
 
 WORKER_LOG = "worker.log"
+_COMMAND = (sys.executable, "-m", "fastlora.cli.worker")
 
 
 @dataclass
@@ -117,7 +118,7 @@ def _start(job: Job, backend: str, resume: bool, events: queue.Queue[Any]) -> _W
     out.mkdir(parents=True, exist_ok=True)
     log = (out / WORKER_LOG).open("w")
     process = subprocess.Popen(
-        [sys.executable, "-m", "fastlora.cli.worker"],
+        _COMMAND,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=log,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fastlora.cli import compare
+from fastlora.cli import compare, finetune, worker
+from fastlora.cli.errors import CliError
 
 
 class Worker:
@@ -80,3 +84,79 @@ def test_no_ratio_from_one_step(tmp_path: Path) -> None:
         entry = {"step": 1, "seconds": 1.0, "first": True}
         (tmp_path / backend / "log.jsonl").write_text(json.dumps(entry))
     assert compare.ratio(tmp_path) is None
+
+
+# ---- processes -------------------------------------------------------------------------------
+
+
+class Observer:
+    """Notes what it is told."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, str]] = []
+
+    def emit(self, event: str, **fields: Any) -> None:
+        self.events.append((fields["backend"], event))
+
+    def gate(self, name: str, step: int) -> None:
+        raise AssertionError("only workers wait")
+
+
+def compare_with(
+    program: str, out: Path, monkeypatch: pytest.MonkeyPatch, **changed: Any
+) -> tuple[dict[str, Any], Observer]:
+    """A comparison whose workers run `program`, with `send(**event)` and `job` at hand."""
+    frame = (
+        "import json, os, sys\n"
+        "job = json.loads(sys.stdin.readline())['job']\n"
+        "def send(**event): print(json.dumps(event), flush=True)\n"
+    )
+    monkeypatch.setattr(compare, "_COMMAND", (sys.executable, "-c", frame + program))
+    job = finetune.new_job(model="m", data="d", out=str(out), **{"backend": "both", **changed})
+    observer = Observer()
+    return compare.compare(job, observer, resume=False), observer
+
+
+def test_a_worker_gets_its_job_and_its_events_come_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = (
+        "send(event='status', text=job['backend'])\n"
+        "send(event='gate', name='end', step=3)\n"
+        "assert sys.stdin.readline() == 'go\\n'\n"
+        "send(event='result', result={'out': job['out'], 'r': job['r']})\n"
+    )
+    results, observer = compare_with(program, tmp_path, monkeypatch, r=5)
+    for backend in ("peft", "fastlora"):
+        assert results[backend] == {"out": str(tmp_path / backend), "r": 5}
+        told = [event for name, event in observer.events if name == backend]
+        assert told == ["status", "gate", "result"]
+
+
+def test_a_worker_that_dies_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = "if job['backend'] == 'fastlora': os.kill(os.getpid(), 9)\nsys.stdin.readline()\n"
+    with pytest.raises(RuntimeError, match="the fastlora process was killed by signal 9"):
+        compare_with(program, tmp_path, monkeypatch)
+
+
+def test_a_worker_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = "send(event='error', kind='failure', text='OSError: disk full')\n"
+    with pytest.raises(RuntimeError, match=r"OSError: disk full \(see .*worker.log\)"):
+        compare_with(program, tmp_path, monkeypatch)
+
+
+def test_a_wrong_argument_comes_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = "send(event='error', kind='argument', text='--r: too large')\n"
+    with pytest.raises(CliError, match=r"^--r: too large$"):
+        compare_with(program, tmp_path, monkeypatch)
+
+
+def test_a_worker_ends_with_the_process_that_leads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave(status: int) -> None:
+        raise SystemExit(status)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    pipe = worker._Pipe(io.StringIO("go\n"), io.StringIO())
+    pipe.gate("step", 0)
+    with pytest.raises(SystemExit):
+        pipe.gate("step", 1)
