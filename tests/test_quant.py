@@ -108,6 +108,24 @@ def test_quantize_and_dequantize_match(
             assert_same_bits(reference.dequantize_4bit(theirs, state), expected, "theirs")
 
 
+def test_nested_codes_match_at_every_edge_between_two_codes() -> None:
+    code = F.create_dynamic_map().double()
+    grid = torch.arange(65536, dtype=torch.float64)
+    codes = torch.bucketize(grid * 2 / 65535 - 1, (code[:-1] + code[1:]) / 2)
+    first = grid[1:][codes[1:] != codes[:-1]]  # the first point of the grid that has a new code
+    assert first.numel() == 248  # around zero the codes are closer together than the grid
+    edges = ((first - 0.5) * 2 / 65535 - 1).float()
+    # Where v + 1 is rounded, 2^-24 is the least that can move a value to another grid point.
+    steps = torch.arange(-40, 41) * 2.0**-25
+    values = (edges[:, None] + steps).flatten().clamp(-1, 1)
+    values = values[: values.numel() // 255 * 255].view(-1, 255)
+    values = torch.nn.functional.pad(values, (1, 0), value=1.0).view(-1)  # absmax 1 in each block
+    theirs, state = F.quantize_blockwise(values, blocksize=256)
+    ours, our_state = reference._quantize_absmax(values)
+    assert_same_bits(our_state.absmax, state.absmax, "absmax")
+    assert_same_bits(ours, theirs, "codes")
+
+
 @pytest.mark.parametrize("quant_type", quant.QUANT_TYPES)
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
