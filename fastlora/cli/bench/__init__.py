@@ -32,12 +32,6 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
             "wrong one gets no row."
         ),
     )
-    parser.add_argument(
-        "--shape",
-        type=_pairs,
-        metavar="N,K",
-        help="out_features, in_features; several with : between (4096,4096)",
-    )
     add_options(parser)
     return parser
 
@@ -45,6 +39,12 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The arguments that `python -m benchmarks.run` has as well."""
     layer = parser.add_argument_group("layer")
+    layer.add_argument(
+        "--shape",
+        type=_pairs,
+        metavar="N,K",
+        help="out_features, in_features; several with : between (4096,4096)",
+    )
     layer.add_argument("--tokens", type=_counts, metavar="M,...", help="(1,16,64,512)")
     layer.add_argument("--rank", type=_counts, metavar="R,...", help="(16)")
     layer.add_argument(

@@ -135,8 +135,10 @@ def bnb_packed(setup: Setup, index: int) -> Built:
 def compile(setup: Setup, index: int) -> Built:
     # Timing the backward alone runs it more than once on the same graph.
     torch._functorch.config.donated_buffer = False
+    # What was compiled for other sizes counts against a limit, above which torch gives up.
+    torch._dynamo.reset()
     module = peft_layer(setup, index, torch.float32)
-    compiled = torch.compile(module)
+    compiled = torch.compile(module, dynamic=False)
     return Built(compiled, tuple(p for p in module.parameters() if p.requires_grad), module.train)
 
 

@@ -74,7 +74,7 @@ def execute(plans: Sequence[Plan], output: Output, console: Console | None = Non
     Raises:
         CliError: an allocator is not there. RuntimeError: a worker failed.
     """
-    console = console or Console()
+    console = console or table.wide_console()
     for plan in plans:
         for allocator in plan.allocators:
             lead.environment(allocator)

@@ -87,8 +87,8 @@ class Bench:
             if (reason := provider.why_not(case)) is not None:
                 outcomes[provider.name] = Refused(reason, wrong=False)
                 continue
-            if provider.name not in self._built:
-                copies = provider.copies or len(setup.weights)
+            if provider.once or provider.name not in self._built:
+                copies = 1 if provider.once else len(setup.weights)
                 self._built[provider.name] = [provider.build(setup, i) for i in range(copies)]
             built = self._built[provider.name]
             if (reason := fault(provider, built[0], setup, case)) is not None:

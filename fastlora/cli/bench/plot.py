@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .case import MODES
+from .providers import PROVIDERS
 from .rows import Row, ratio, together
 from .table import PASSES, layer_title
 
@@ -84,46 +85,49 @@ def _bars(groups: list[dict[str, Row]], title: str, path: Path) -> list[Path]:
         newest = {int(_any(group)["M"]): group for group in groups if _any(group)["mode"] == mode}
         names = _ordered({name for group in newest.values() for name in group} - {_FLOOR, "read"})
         width = 0.84 / max(1, len(names))
+        costs = {
+            (name, M): _cost(group[name], group[_FLOOR])
+            for M, group in newest.items()
+            for name in names
+            if name in group
+        }
+        limit = min(_LONGEST_BAR, 1.2 * max(cost[2] for cost in costs.values()))
         for place, M in enumerate(sorted(newest)):
             for index, name in enumerate(names):
-                if name not in newest[M]:
+                if (name, M) not in costs:
                     continue
-                low, middle, high = _cost(newest[M][name], newest[M][_FLOOR])
+                low, middle, high = costs[name, M]
                 x = place + (index - (len(names) - 1) / 2) * width
-                height = min(middle, _LONGEST_BAR)
-                shown[name] = axes.bar(x, height, 0.92 * width, color=_colour(name), zorder=2)
-                if middle <= _LONGEST_BAR:
-                    error = [[middle - low], [min(high, _LONGEST_BAR) - middle]]
+                shown[name] = axes.bar(x, middle, 0.92 * width, color=_COLOURS[name], zorder=2)
+                cut = high > limit
+                error = [[middle - low], [min(high, limit) - middle]]
+                if middle < limit:
                     axes.errorbar(x, middle, error, color="black", linewidth=0.8, zorder=3)
-                inside = middle > 0.8 * _LONGEST_BAR
                 axes.annotate(
                     f"{middle:.2f}",
-                    (x, height),
-                    (0, -3 if inside else 3),
+                    (x, min(high, limit)),
+                    (0, -3 if cut else 3),
                     textcoords="offset points",
                     ha="center",
-                    va="top" if inside else "bottom",
+                    va="top" if cut else "bottom",
                     rotation=90,
                     fontsize=7,
-                    color="white" if inside else "#333333",
+                    color="white" if cut and middle > limit else "#333333",
                     zorder=4,
                 )
-        shown["floor"] = axes.axhline(1.0, color="black", linewidth=1.0, linestyle="--", zorder=1)
+        shown[_FLOOR] = axes.axhline(1.0, color="black", linewidth=1.0, linestyle="--", zorder=1)
         axes.set_xticks(range(len(newest)), [f"M = {M}" for M in sorted(newest)])
-        axes.set(ylabel=PASSES[mode], ylim=(0, _LONGEST_BAR))
+        axes.set(ylabel=PASSES[mode], ylim=(0, 1.05 * limit))
         _clean(axes)
-    figure.suptitle(f"Time over the frozen layer's (PEFT's or bitsandbytes')\n{title}", fontsize=11)
-    labels = {name: "the frozen layer alone" if name == "floor" else name for name in shown}
-    figure.legend(
-        shown.values(), labels.values(), loc="outside lower center", ncols=4, frameon=False
-    )
+    figure.suptitle(f"Time of the layer; the frozen one without an adapter takes 1\n{title}")
+    _legend(figure, shown)
     return _save(figure, path)
 
 
 def _curves(groups: list[dict[str, Row]], title: str, path: Path) -> list[Path]:
-    """Milliseconds against M, both logarithmic; a band from the 20th to the 80th percentile."""
+    """Milliseconds against M, both logarithmic; bands from the 20th to the 80th percentile."""
     from matplotlib import pyplot
-    from matplotlib.ticker import FuncFormatter, NullLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     groups = [group for group in groups if int(_any(group)["M"]) > 0]
     modes = [
@@ -153,23 +157,26 @@ def _curves(groups: list[dict[str, Row]], title: str, path: Path) -> list[Path]:
             (shown[name],) = axes.plot(
                 tokens,
                 middle,
-                color=_colour(name),
+                color=_COLOURS[name],
                 linewidth=2.5 if ours else 1.5,
                 linestyle="--" if name in (_FLOOR, "read") else "-",
                 marker="o",
                 markersize=4,
                 zorder=3 if ours else 2,
             )
-            axes.fill_between(tokens, low, high, color=_colour(name), alpha=0.15, linewidth=0)
+            if name in ("peft", "fastlora"):
+                axes.fill_between(tokens, low, high, color=_COLOURS[name], alpha=0.15, linewidth=0)
         axes.set(xscale="log", yscale="log", xlabel="tokens", title=PASSES[mode])
         every = sorted({M for line in lines.values() for M in line})
         axes.set_xticks(every, [str(M) for M in every])
         axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
         _clean(axes)
     panels[0][0].set_ylabel("milliseconds a call")
-    figure.suptitle(title, fontsize=11)
-    figure.legend(shown.values(), shown, loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle(title)
+    _legend(figure, shown)
     return _save(figure, path)
 
 
@@ -178,8 +185,13 @@ def _memory(groups: list[dict[str, Row]], title: str, path: Path) -> list[Path]:
     from matplotlib import pyplot
 
     modes = _modes(groups)
+    providers = {name for group in groups for name in group}
     figure, panels = pyplot.subplots(
-        1, len(modes), figsize=(1.5 + 4.2 * len(modes), 3.4), squeeze=False, layout="constrained"
+        1,
+        len(modes),
+        figsize=(2 + 4.4 * len(modes), 1.4 + 0.3 * len(providers)),
+        squeeze=False,
+        layout="constrained",
     )
     for axes, mode in zip(panels[0], modes, strict=True):
         newest = {
@@ -187,13 +199,14 @@ def _memory(groups: list[dict[str, Row]], title: str, path: Path) -> list[Path]:
         }
         names = _ordered(newest)[::-1]
         peaks = [float(newest[name]["peak_mb"]) for name in names]
-        bars = axes.barh(names, peaks, color=[_colour(name) for name in names], zorder=2)
+        labels = [PROVIDERS[name].label for name in names]
+        bars = axes.barh(labels, peaks, color=[_COLOURS[name] for name in names], zorder=2)
         axes.bar_label(bars, [f" {peak:.0f}" for peak in peaks], fontsize=8)
         M = newest[names[0]]["M"]
         axes.set(xlabel=f"MiB over the weights, M = {M}", title=PASSES[mode])
         axes.margins(x=0.12)
         _clean(axes, "x")
-    figure.suptitle(f"Peak memory of four layers\n{title}", fontsize=11)
+    figure.suptitle(f"Peak memory of four layers\n{title}")
     return _save(figure, path)
 
 
@@ -226,12 +239,14 @@ def _modes(groups: list[dict[str, Row]]) -> list[str]:
 
 
 def _ordered(names: Iterable[str]) -> list[str]:
-    order = list(_COLOURS)
-    return sorted(names, key=lambda name: order.index(name) if name in order else len(order))
+    """In the order of _COLOURS; names that this version does not know are left out."""
+    known = set(names)
+    return [name for name in _COLOURS if name in known]
 
 
-def _colour(name: str) -> str:
-    return _COLOURS.get(name, "#999999")
+def _legend(figure: Any, shown: dict[str, Any]) -> None:
+    labels = [PROVIDERS[name].label for name in shown]
+    figure.legend(shown.values(), labels, loc="outside lower center", ncols=3, frameon=False)
 
 
 def _clean(axes: Any, grid: str = "y") -> None:

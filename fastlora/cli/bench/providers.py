@@ -32,7 +32,7 @@ class Provider:
         dropout: whose random numbers make the mask: "torch", "fastlora" or "own", which can't be
             replayed; then the result is checked without dropout.
         needs: packages that it imports, bitsandbytes for a 4-bit weight alone.
-        copies: how many of the Setup's copies it takes; 0 for all.
+        once: it is built for every case anew, and takes one copy of the weight.
         modes: what it is measured in.
         unsupported: one sentence that says why it can't run a case, or None.
     """
@@ -43,7 +43,7 @@ class Provider:
     adapter: str | None = "given"
     dropout: str = "fastlora"
     needs: tuple[str, ...] = ()
-    copies: int = 0
+    once: bool = False
     modes: tuple[str, ...] = LINEAR_MODES
     unsupported: Callable[[Case], str | None] = lambda case: None
 
@@ -226,7 +226,7 @@ _ALL = (
         adapter="fp32",
         dropout="own",
         needs=_PEERS,
-        copies=1,
+        once=True,
     ),
     Provider(
         "bnb-packed",

@@ -52,7 +52,7 @@ class Grid:
     def show(self, console: Console) -> None:
         """Prints it to a terminal; small print goes below its figure."""
         table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-        table.add_column("", no_wrap=True)
+        table.add_column("")
         for column in self.columns:
             table.add_column(column, justify="right", no_wrap=True)
         for label, cells in self.lines:
@@ -127,6 +127,14 @@ def layer_title(row: Row) -> str:
 def short(value: float) -> str:
     """Three digits, or two of a large ratio."""
     return f"{value:.0f}" if value >= 20 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def wide_console() -> Console:
+    """The terminal; a file gets lines as long as a table needs, not 80 characters."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200
+    return console
 
 
 class _Tables:
