@@ -26,6 +26,11 @@ FASTLORA_INLINE int log2_of(int64_t power) { return __builtin_ctzll(static_cast<
 // Asks for a cache line that is needed soon; the address may lie past the weight.
 FASTLORA_INLINE void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }
 
+// The same for a loop that reads `step` bytes at a time: asks once for each line.
+FASTLORA_INLINE void prefetch_once(const void* address, uintptr_t step) {
+  if (reinterpret_cast<uintptr_t>(address) % 64 < step) prefetch(address);
+}
+
 #if defined(__AVX512F__)
 
 struct Table {
@@ -167,7 +172,7 @@ FASTLORA_INLINE void decode_bf16(const FourBit& w, int64_t begin, int64_t count,
           (__m256i)_mm512_cvtneps_pbh(mul(load(w.code), broadcast(w.absmax[block]))));
       for (; i + kGroup <= end; i += kGroup) {
         const uint8_t* q = w.packed + (begin + i) / 2;
-        prefetch(q + ahead);
+        prefetch_once(q + ahead, kGroup / 2);
         const __m512i bytes =
             _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q)));
         const __m512i index = _mm512_srlv_epi16(_mm512_permutexvar_epi8(spread, bytes), shift);

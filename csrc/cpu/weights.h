@@ -95,7 +95,7 @@ FASTLORA_INLINE void interleave(__m512i a, __m512i b, uint32_t* out) {
   for (int64_t i = 0; i < rows; i += 2) {
     const bf16* a = w.data + (n + i) * w.K + k;
     for (int64_t c = 0; c < count; c += kGroup) {
-      prefetch(a + c + rows * w.K);
+      prefetch(a + c + rows * w.K);  // the next panel's rows
       prefetch(a + c + (rows + 1) * w.K);
       const __m512i low = load_bf16x32(a + c, count - c);
       const __m512i high =
@@ -117,8 +117,8 @@ FASTLORA_INLINE void interleave(__m512i a, __m512i b, uint32_t* out) {
         const int64_t block_a = (a + c) >> w.shift, block_b = (b + c) >> w.shift;
         const int64_t end =
             min(min(((block_a + 1) << w.shift) - a, ((block_b + 1) << w.shift) - b), count);
-        prefetch(w.packed + (a + c + rows * w.K) / 2);
-        prefetch(w.packed + (b + c + rows * w.K) / 2);
+        prefetch_once(w.packed + (a + c + rows * w.K) / 2, kGroup);  // the next panel's rows
+        prefetch_once(w.packed + (b + c + rows * w.K) / 2, kGroup);
         const __m512i table = bf16_table(w.code, w.absmax[block_a], w.absmax[block_b]);
         for (; c + kGroup <= end; c += kGroup) {
           decode_pairs(w.packed + (a + c) / 2, w.packed + (b + c) / 2, table,
