@@ -14,7 +14,7 @@ import torch
 from .case import Case
 from .check import fault
 from .inputs import ROTATE_UP_TO, Built, Setup
-from .providers import PROVIDERS
+from .providers import PROVIDERS, Provider
 
 # A sample during which the system took a core away is taken again, up to so many times.
 _RETRIES = 2
@@ -50,6 +50,7 @@ class Refused:
 
 
 Outcome = Timing | Refused
+Calls = list[Callable[[], object]]
 
 
 class Bench:
@@ -73,30 +74,35 @@ class Bench:
             case: what to time.
             tick: called after every sample.
         """
+        prepared = self.calls(case)
+        refused = {name: what for name, what in prepared.items() if isinstance(what, Refused)}
+        timed = {name: what for name, what in prepared.items() if not isinstance(what, Refused)}
+        return refused | interleave(timed, self.budget, tick)
+
+    def calls(self, case: Case) -> dict[str, Calls | Refused]:
+        """By provider: what to time, one call for each copy of the weight. Checked."""
         if self._setup is None or self._setup.layer != case.layer:
             self._built.clear()
             self._setup = None
             gc.collect()
             self._setup = Setup(case.layer)
-        setup = self._setup
-        outcomes: dict[str, Outcome] = {}
-        timed: dict[str, list[Callable[[], object]]] = {}
-        for provider in self.providers:
-            if case.mode not in provider.modes:
-                continue
-            if (reason := provider.why_not(case)) is not None:
-                outcomes[provider.name] = Refused(reason, wrong=False)
-                continue
-            if provider.once or provider.name not in self._built:
-                copies = 1 if provider.once else len(setup.weights)
-                self._built[provider.name] = [provider.build(setup, i) for i in range(copies)]
-            built = self._built[provider.name]
-            if (reason := fault(provider, built[0], setup, case)) is not None:
-                outcomes[provider.name] = Refused(reason, wrong=True)
-                continue
-            used = built if case.M <= ROTATE_UP_TO else built[:1]
-            timed[provider.name] = [_call(layer, setup, case) for layer in used]
-        return outcomes | interleave(timed, self.budget, tick)
+        return {
+            provider.name: self._prepare(provider, self._setup, case)
+            for provider in self.providers
+            if case.mode in provider.modes
+        }
+
+    def _prepare(self, provider: Provider, setup: Setup, case: Case) -> Calls | Refused:
+        if (reason := provider.why_not(case)) is not None:
+            return Refused(reason, wrong=False)
+        if provider.once or provider.name not in self._built:
+            copies = 1 if provider.once else len(setup.weights)
+            self._built[provider.name] = [provider.build(setup, i) for i in range(copies)]
+        built = self._built[provider.name]
+        if (reason := fault(provider, built[0], setup, case)) is not None:
+            return Refused(reason, wrong=True)
+        used = built if case.M <= ROTATE_UP_TO else built[:1]
+        return [_call(layer, setup, case) for layer in used]
 
 
 def _call(built: Built, setup: Setup, case: Case) -> Callable[[], object]:
@@ -125,7 +131,7 @@ def _call(built: Built, setup: Setup, case: Case) -> Callable[[], object]:
 
 
 def interleave(
-    timed: dict[str, list[Callable[[], object]]],
+    timed: dict[str, Calls],
     budget: Budget,
     tick: Callable[[], None] = lambda: None,
 ) -> dict[str, Timing]:

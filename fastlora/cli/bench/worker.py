@@ -79,9 +79,9 @@ def _measure(request: Request, events: _Events) -> None:
     from .providers import PROVIDERS
     from .rows import COLUMNS, case_row, machine, timing_columns
 
+    bench = Bench(request.providers, Budget(request.rounds, request.sample_seconds))
     shared = {**machine(), "allocator": request.allocator}
     events.emit("machine", **shared)
-    bench = Bench(request.providers, Budget(request.rounds, request.sample_seconds))
     for case in request.cases:
         events.emit("case", text=str(case))
         outcomes = bench.run(case, lambda: events.emit("tick"))

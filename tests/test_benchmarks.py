@@ -1,0 +1,417 @@
+"""The benchmark harness: rounds, the gate, rows, comparison, tables and plots, on tiny layers."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import compare, run, shapes, targets
+from fastlora.backends import native
+from fastlora.cli import main
+from fastlora.cli.bench import lead, rows, table
+from fastlora.cli.bench.case import MODES, Case, Layer, grid
+from fastlora.cli.bench.execute import Output, Plan, execute
+from fastlora.cli.bench.inputs import Built, Setup
+from fastlora.cli.bench.measure import Bench, Budget, Refused, Timing, interleave
+from fastlora.cli.bench.providers import PROVIDERS
+from fastlora.cli.bench.worker import Request
+from fastlora.cli.errors import CliError
+
+QUICK = Budget(rounds=2, sample_seconds=1e-4)
+TINY = Layer(64, 128, 4, quant="nf4", dropout=0.1)
+NATIVE = native.unavailable_reason() is None
+OURS = "fastlora" if NATIVE else "reference"
+# Compiling takes seconds, and repacking needs AVX512-BF16.
+NEVER_SKIPPED = {
+    name
+    for name in PROVIDERS
+    if name not in ("compile", "bnb-packed") and (NATIVE or not name.startswith("fastlora"))
+}
+
+needs_peers = pytest.mark.usefixtures("peers")
+
+
+@pytest.fixture
+def peers() -> None:
+    pytest.importorskip("peft", reason="the baseline is PEFT")
+    pytest.importorskip("bitsandbytes", reason="the baseline's 4-bit layer is bitsandbytes'")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The layers here are tiny: threads would only wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# ---- measuring ---------------------------------------------------------------------------------
+
+
+def test_every_round_runs_everyone_once_in_a_rotated_order() -> None:
+    calls: list[str] = []
+    timed = {name: [lambda name=name: calls.append(name)] for name in "abc"}
+    ticks: list[None] = []
+    timings = interleave(timed, Budget(rounds=6, sample_seconds=1e-9), lambda: ticks.append(None))
+    assert {name: len(t.seconds) for name, t in timings.items()} == dict.fromkeys("abc", 6)
+    assert len(ticks) == 18
+    # A sample is one or more calls in a row.
+    order = [b for a, b in zip(["", *calls], calls, strict=False) if a != b]
+    assert {"abc", "bca", "cab"} & {"".join(order[i : i + 3]) for i in range(len(order))}
+
+
+def test_copies_of_the_weight_are_taken_in_turn() -> None:
+    calls: list[int] = []
+    timed = {"a": [lambda i=i: calls.append(i) for i in range(3)]}
+    interleave(timed, QUICK)
+    assert calls[:9] == [0, 1, 2] * 3
+    setup = Setup(dataclasses.replace(TINY, quant="none"))
+    pointers = {weight.data_ptr() for weight, _ in setup.weights}
+    assert len(pointers) == len(setup.weights) > 1
+
+
+@needs_peers
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_every_provider_passes_the_gate(quant: str, mode: str) -> None:
+    bench = Bench([name for name in PROVIDERS if name != "compile"], QUICK)
+    cases = grid([dataclasses.replace(TINY, quant=quant)], [5], [mode])
+    if mode == "dequantize" and quant == "none":
+        assert not cases
+        return
+    outcomes = bench.run(cases[0])
+    wrong = {n: o for n, o in outcomes.items() if isinstance(o, Refused) and o.wrong}
+    assert not wrong
+    needs_4bit = {"frozen-dense", "fastlora-dense"} if quant == "none" else set()
+    expected = {name for name in NEVER_SKIPPED - needs_4bit if mode in PROVIDERS[name].modes}
+    assert {n for n, o in outcomes.items() if isinstance(o, Timing)} >= expected
+
+
+def _wrong_result(setup: Setup, index: int) -> Built:
+    right = PROVIDERS["reference"].build(setup, index)
+    return dataclasses.replace(right, call=lambda x: right.call(x) * 1.05)
+
+
+def _wrong_gradient(setup: Setup, index: int) -> Built:
+    right = PROVIDERS["reference"].build(setup, index)
+    B = right.adapter[1]
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        # The value is right; B's gradient is 5 % too long.
+        B.register_hook(lambda grad: grad * 1.05) if not B._backward_hooks else None
+        return right.call(x)
+
+    return dataclasses.replace(right, call=call)
+
+
+def _without_dropout(setup: Setup, index: int) -> Built:
+    right = PROVIDERS["reference"].build(setup, index)
+    right.train(False)
+    return dataclasses.replace(right, train=lambda training: None)
+
+
+@pytest.mark.parametrize(
+    ("build", "what"),
+    [(_wrong_result, "y"), (_wrong_gradient, "dB"), (_without_dropout, "y")],
+    ids=["result", "gradient", "dropout"],
+)
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_gate_refuses_a_wrong_provider(
+    quant: str, build: object, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cheat = dataclasses.replace(PROVIDERS["reference"], name="cheat", build=build)
+    monkeypatch.setitem(PROVIDERS, "cheat", cheat)
+    layer = dataclasses.replace(TINY, quant=quant)
+    outcomes = Bench(["reference", "cheat"], QUICK).run(Case(layer, 33, "step"))
+    assert isinstance(outcomes["reference"], Timing)
+    refused = outcomes["cheat"]
+    assert isinstance(refused, Refused)
+    assert refused.wrong
+    assert refused.reason.startswith(f"{what} is wrong: ")
+
+
+def test_gate_refuses_a_wrong_dequantisation(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(setup: Setup, index: int) -> Built:
+        right = PROVIDERS["fastlora-fresh"].build(setup, index)
+        return dataclasses.replace(right, call=lambda x: right.call(x).nextafter(torch.tensor(1.0)))
+
+    cheat = dataclasses.replace(
+        PROVIDERS["fastlora-fresh"], name="cheat", build=build, unsupported=lambda case: None
+    )
+    monkeypatch.setitem(PROVIDERS, "cheat", cheat)
+    (case,) = grid([dataclasses.replace(TINY, dtype="fp32")], [], ["dequantize"])
+    outcome = Bench(["cheat"], QUICK).run(case)["cheat"]
+    assert isinstance(outcome, Refused)
+    assert outcome.wrong
+
+
+@needs_peers
+@pytest.mark.parametrize(("provider", "saved"), [(OURS, 2.0), ("peft", 8.0)])
+def test_saved_bytes_are_those_of_the_formula(provider: str, saved: float) -> None:
+    from fastlora.cli.bench.memory import measure
+
+    layer = Layer(128, 128, 4, dropout=0.1)
+    memory = measure(Case(layer, 64, "step"), provider)
+    # S [M, R] is kept in fp32 by both.
+    assert memory.saved_bytes == pytest.approx(saved + 4 * layer.R / layer.K, abs=0.01)
+    assert memory.peak_mb >= 0
+
+
+# ---- rows --------------------------------------------------------------------------------------
+
+
+def a_row(
+    provider: str, ms: list[float], peft: list[float] | None = None, **cells: str
+) -> rows.Row:
+    """A row as a worker makes it."""
+    layer = Layer(64, 128, 16, quant="nf4", dropout=0.05)
+    shared = {
+        "date": "2026-01-01T00:00:00+00:00",
+        "commit": "abc",
+        "device": "cpu",
+        "cpu_isa": "avx2",
+        "threads": "1",
+        "allocator": "glibc",
+    }
+    what = rows.case_row(Case(layer, 16, "step"), provider, "fp32")
+    seconds = [m * 1e-3 for m in ms]
+    columns = rows.timing_columns(seconds, None if peft is None else [m * 1e-3 for m in peft])
+    return {**dict.fromkeys(rows.COLUMNS, ""), **shared, **what, **columns, **cells}
+
+
+PEFT_MS = [10.0, 20.0, 12.0]
+OURS_MS = [5.0, 4.0, 4.0]
+
+
+def test_ratio_is_taken_round_by_round() -> None:
+    peft, ours = a_row("peft", PEFT_MS, PEFT_MS), a_row("fastlora", OURS_MS, PEFT_MS)
+    # The ratios are 2, 5 and 3; the ratio of the medians would be the same 3, that of means 3.2.
+    assert rows.ratio(ours, peft) == pytest.approx((2.4, 3.0, 4.2))
+    assert (ours["ratio_p20"], ours["ratio_p50"], ours["ratio_p80"]) == ("2.4", "3", "4.2")
+    with pytest.raises(ValueError, match="not of the same rounds"):
+        rows.ratio(ours, {**peft, "date": "2026-01-02T00:00:00+00:00"})
+
+
+def test_rows_survive_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "results.csv"
+    written = [a_row("peft", PEFT_MS, PEFT_MS), a_row("fastlora", OURS_MS, PEFT_MS)]
+    rows.append(path, written[:1])
+    rows.append(path, written[1:])
+    assert rows.read(path) == written
+    assert path.read_text().splitlines()[0] == ",".join(rows.COLUMNS)
+    assert len(path.read_text().splitlines()) == 3
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="has other columns"):
+        rows.append(tmp_path / "other.csv", written)
+    with pytest.raises(ValueError, match="lacks date"):
+        rows.read(tmp_path / "other.csv")
+
+
+# ---- comparing, tables, plots ------------------------------------------------------------------
+
+
+def compared(tmp_path: Path, before: rows.Row, after: rows.Row, *options: str) -> int:
+    for name, row in (("before", before), ("after", after)):
+        (tmp_path / f"{name}.csv").unlink(missing_ok=True)
+        rows.append(tmp_path / f"{name}.csv", [row])
+    return compare.main([str(tmp_path / "before.csv"), str(tmp_path / "after.csv"), *options])
+
+
+def test_compare_finds_a_slow_down(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steady = [10.0, 10.0, 10.0]
+    before = a_row("fastlora", [5.0, 5.1, 4.9], steady)
+    slower = a_row("fastlora", [6.0, 6.1, 5.9], steady)
+    assert compared(tmp_path, before, slower) == 1
+    assert "1 compared, 1 slower by more than 10%" in capsys.readouterr().out
+    assert compared(tmp_path, before, slower, "--threshold", "1.3") == 0
+    assert compared(tmp_path, slower, before) == 0
+
+
+def test_compare_knows_noise_and_slow_days(tmp_path: Path) -> None:
+    steady = [10.0, 10.0, 10.0]
+    before = a_row("fastlora", [5.0, 5.1, 4.9], steady)
+    # The median is 20 % up, but two rounds in five were as fast as before.
+    assert compared(tmp_path, before, a_row("fastlora", [6, 6.1, 6, 4.9, 5], [10.0] * 5)) == 0
+    # Everything takes twice the time today: the ratio to the baseline stands.
+    today = a_row("fastlora", [10.0, 10.2, 9.8], [20.0, 20.0, 20.0])
+    assert compared(tmp_path, before, today) == 0
+    assert compared(tmp_path, before, today, "--by", "time") == 1
+
+
+def test_compare_needs_something_to_compare(tmp_path: Path) -> None:
+    before = a_row("fastlora", [5.0])
+    with pytest.raises(SystemExit, match="2"):
+        compared(tmp_path, before, {**before, "M": "17"})
+
+
+def many_rows() -> list[rows.Row]:
+    made = []
+    for M in ("1", "16", "64"):
+        for mode in ("forward", "step"):
+            for allocator in ("glibc", "tcmalloc"):
+                cells = {"M": M, "mode": mode, "allocator": allocator}
+                for provider, ms in (("frozen", 3.0), ("peft", 9.0), ("fastlora", 2.0)):
+                    memory = {"peak_mb": "80", "saved_bytes": "2.02"} if M == "64" else {}
+                    samples = [ms, 1.1 * ms]
+                    made.append(a_row(provider, samples, [9.0, 9.9], **cells, **memory))
+    return made
+
+
+def test_ratio_table_has_a_line_for_each_allocator_and_pass() -> None:
+    (grid_,) = table.ratios(many_rows())
+    assert grid_.markdown().splitlines() == [
+        "**time of peft / time of fastlora: 64 x 128, nf4 nested in bf16, r = 16, dropout 0.05**",
+        "",
+        "| | M = 1 | M = 16 | M = 64 |",
+        "|---|---:|---:|---:|",
+        *(
+            f"| {label} | 4.50 (4.50-4.50) | 4.50 (4.50-4.50) | 4.50 (4.50-4.50) |"
+            for label in (
+                "glibc, forward",
+                "glibc, forward + backward",
+                "tcmalloc, forward",
+                "tcmalloc, forward + backward",
+            )
+        ),
+    ]
+    assert not table.ratios(many_rows(), "fastlora", "compile")
+
+
+def test_newest_measurement_counts() -> None:
+    old = [a_row("peft", [9.0], [9.0]), a_row("fastlora", [3.0], [9.0])]
+    new = [{**row, "date": "2027-01-01T00:00:00+00:00"} for row in old]
+    new[1] = {**new[1], **rows.timing_columns([1e-3], [9e-3])}
+    (grid_,) = table.ratios(new + old)
+    assert grid_.lines == [("glibc, forward + backward", [table.Cell("9.00", "9.00-9.00")])]
+
+
+def test_plots_are_written(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="plots are matplotlib's")
+    from fastlora.cli.bench.plot import write_plots
+
+    written = write_plots(many_rows(), tmp_path / "plots")
+    assert sorted(path.name.split("-")[0] for path in written) == [
+        *("bars", "bars", "memory", "memory", "time", "time")
+    ]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+
+
+def test_targets_report_what_was_reached() -> None:
+    cells = {"N": "4096", "K": "4096", "mode": "forward", "M": "64"}
+    peft = a_row("peft", [9.0, 9.0], [9.0, 9.0], **cells)
+    grids = targets.report([peft, a_row("fastlora", [1.0, 1.0], [9.0, 9.0], **cells)])
+    assert [grid_.lines for grid_ in grids] == [
+        [("glibc, forward", [table.Cell("9.00 ✓", "9.00-9.00, aim 4.5")])]
+    ]
+    (missed,) = targets.report([peft, a_row("fastlora", [3.0, 3.0], [9.0, 9.0], **cells)])
+    assert missed.lines[0][1][0].text == "3.00 ✗"
+
+
+# ---- commands ----------------------------------------------------------------------------------
+
+
+def test_suites_name_known_providers_and_give_cases() -> None:
+    for name, suite in shapes.SUITES.items():
+        assert suite.cases(), name
+        assert set(suite.providers) <= set(PROVIDERS), name
+    for target_table in targets.TABLES:
+        for target in target_table.lines:
+            assert {target.provider, target.baseline} <= set(PROVIDERS)
+
+
+def test_run_measures_suites_at_other_sizes() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("suites", nargs="*")
+    run.bench.add_options(parser)
+    plans = run._plans(parser.parse_args(["main", "memory", "--tokens", "2,3", "--threads", "1"]))
+    assert [sorted({case.M for case in plan.cases}) for plan in plans] == [[2, 3], [2, 3]]
+    assert [plan.memory for plan in plans] == [False, True]
+    with pytest.raises(CliError, match="no such suite"):
+        run._plans(parser.parse_args(["everything"]))
+
+
+def test_environment_of_an_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LD_PRELOAD", "/x/libjemalloc.so.2:/x/other.so")
+    assert lead.environment("glibc")["LD_PRELOAD"] == "/x/other.so"
+    monkeypatch.setattr(lead, "tcmalloc", lambda: "/y/libtcmalloc_minimal.so.4")
+    assert lead.environment("tcmalloc")["LD_PRELOAD"] == "/y/libtcmalloc_minimal.so.4:/x/other.so"
+    assert os.environ["LD_PRELOAD"] == "/x/libjemalloc.so.2:/x/other.so"
+    monkeypatch.setattr(lead, "tcmalloc", lambda: None)
+    with pytest.raises(CliError, match="libtcmalloc-minimal4"):
+        lead.environment("tcmalloc")
+
+
+def test_a_request_survives_the_pipe() -> None:
+    cases = grid([TINY], [1, 2], ["step", "dequantize"])
+    request = Request(cases, ["peft"], 3, 0.01, "glibc", None)
+    assert Request.from_json(request.as_json()) == request
+
+
+@pytest.mark.slow
+@needs_peers
+def test_command_measures_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    csv, markdown = tmp_path / "rows.csv", tmp_path / "table.md"
+    command = ["bench", "--shape", "64,128", "--tokens", "1,3", "--mode", "step", "--rank", "4"]
+    command += [
+        "--providers",
+        f"peft,{OURS}",
+        "--compare",
+        f"{OURS}:peft",
+        "--rounds",
+        "2",
+        "--sample-ms",
+        "0.1",
+    ]
+    allocators = ["glibc", "tcmalloc"] if lead.tcmalloc() else ["glibc"]
+    command += ["--allocators", ",".join(allocators), "--threads", "1"]
+    assert main([*command, "--csv", str(csv), "--markdown", str(markdown)]) == 0
+    written = rows.read(csv)
+    assert [(r["allocator"], r["provider"], r["M"]) for r in written] == [
+        (allocator, provider, M)
+        for allocator in allocators
+        for M in ("1", "3")
+        for provider in ("peft", OURS)
+    ]
+    filled = set(rows.COLUMNS) - {"commit", "peak_mb", "saved_bytes"}
+    assert all(row[name] for row in written for name in filled)
+    assert all(len(rows.samples(row)) == 2 for row in written)
+    assert "| glibc, forward + backward | " in markdown.read_text()
+    assert f"time of peft / time of {OURS}" in capsys.readouterr().out
+
+
+def test_a_failing_worker_is_reported(tmp_path: Path) -> None:
+    plan = Plan(grid([TINY], [1], ["step"]), ["nobody"], ["glibc"], threads=1)
+    with pytest.raises(RuntimeError, match="KeyError: 'nobody'"):
+        execute([plan], Output(csv=tmp_path / "rows.csv"))
+    assert not (tmp_path / "rows.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--providers", "unsloth"], "--providers"),
+        (["--shape", "64"], "expected N,K"),
+        (["--quant", "int8"], "expected none, nf4, fp4"),
+        (["--dropout", "1"], "must be from 0 to below 1"),
+        (["--tokens", "0"], "must be 1 or more"),
+        (["--compare", "peft"], "expected A:B"),
+    ],
+)
+def test_wrong_arguments_take_one_line(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status = main(["bench", *options])
+    except SystemExit as stopped:
+        status = int(stopped.code or 0)
+    assert status == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
