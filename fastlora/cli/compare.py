@@ -65,8 +65,8 @@ def compare(job: Job, observer: Observer, *, resume: bool) -> dict[str, Any]:
     try:
         for backend in BACKENDS:
             workers.append(_start(job, backend, resume, events))
-        with _forwarded_signals(workers):
-            _lead(workers, events, observer)
+        with _forwarded_signals(workers) as stop:
+            _lead(workers, events, observer, stop)
     finally:
         for worker in workers:
             if worker.process.poll() is None:
@@ -142,11 +142,16 @@ def _read(worker: _Worker, events: queue.Queue[Any]) -> None:
     events.put((worker, None))
 
 
-def _lead(workers: list[_Worker], events: queue.Queue[Any], observer: Observer) -> None:
+def _lead(
+    workers: list[_Worker], events: queue.Queue[Any], observer: Observer, stop: _Stop
+) -> None:
     while not all(worker.ended for worker in workers):
         worker, event = events.get()
         if event is None:
             if worker.result is None and not worker.stopped:
+                if stop.asked:
+                    # The signal came before the worker was ready for one.
+                    raise KeyboardInterrupt
                 raise RuntimeError(_death(worker))
             worker.ended = True
         elif event["event"] == "error":
@@ -212,18 +217,26 @@ def _death(worker: _Worker) -> str:
     return f"the {worker.backend} process was {how} (see {worker.log.name})"
 
 
+class _Stop:
+    """Whether a signal has asked the workers to stop."""
+
+    asked = False
+
+
 @contextmanager
-def _forwarded_signals(workers: list[_Worker]) -> Iterator[None]:
+def _forwarded_signals(workers: list[_Worker]) -> Iterator[_Stop]:
     """Passes Ctrl-C and SIGTERM on to the workers, which save and stop."""
+    stop = _Stop()
 
     def forward(number: int, frame: Any) -> None:
+        stop.asked = True
         for worker in workers:
             if worker.process.poll() is None:
                 worker.process.send_signal(signal.SIGINT)
 
     before = {n: signal.signal(n, forward) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield stop
     finally:
         for number, previous in before.items():
             signal.signal(number, previous)

@@ -59,7 +59,7 @@ _DEFAULTS: dict[str, Any] = {
     "threads": None,
     "cache_dir": None,
 }
-# These may differ between a run and its resumption without changing what it computes.
+# These may differ between a run and its resumption: they change nothing but rounding.
 _FREE_ON_RESUME = ("out", "save_every", "threads", "cache_dir")
 _WRITTEN = (
     *BACKENDS,
@@ -223,7 +223,7 @@ def _report(
     if fast := facts.get("fastlora", {}).get("fast"):
         layers = ", ".join(f"{count} {backend}" for backend, count in sorted(fast.items()))
         console.print(f"fastlora's layers: {layers}", highlight=False)
-    if "peft" in facts and job.quant != "none":
+    if facts.get("peft", {}).get("device") == "cpu" and job.quant != "none":
         console.print("PEFT runs with bitsandbytes' CPU repacking off: it would drop gradients.")
     console.print(f"In {job.out}: {written}", highlight=False, soft_wrap=True)
 

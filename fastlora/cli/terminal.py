@@ -117,7 +117,7 @@ class TerminalObserver:
     def _show_facts(self, facts: dict[str, Any]) -> None:
         self.console.print(
             f"data     {facts['data']}\n"
-            f"adapter  {facts['adapted']} layers, {facts['trainable']:,} parameters; "
-            f"{facts['threads']} threads",
+            f"adapter  {facts['adapted']} layers, {facts['trainable']:,} parameters\n"
+            f"device   {facts['device']}, {facts['threads']} threads",
             highlight=False,
         )

@@ -117,6 +117,9 @@ def train(job: Job, observer: Observer, *, resume: bool) -> dict[str, Any]:
         )
     except (FileNotFoundError, ValueError) as error:
         raise CliError(f"--model: {error}") from error
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", job.seq_len)
+    if job.seq_len > limit:
+        raise CliError(f"--seq-len: the model takes {limit} tokens, not {job.seq_len}")
     data = load_data(job.data, tokenizer, job.seq_len, job.eval_split)
     collator = Collator(tokenizer)
 
@@ -137,6 +140,7 @@ def train(job: Job, observer: Observer, *, resume: bool) -> dict[str, Any]:
         trainable=trainable,
         adapted=_adapted_layers(model),
         fast=fast,
+        device=str(next(model.parameters()).device),
         threads=torch.get_num_threads(),
         resumed=_step_of(checkpoint) if checkpoint else 0,
     )
@@ -228,8 +232,10 @@ def _target_modules(model: Any, given: str) -> str | list[str]:
     if given == "all-linear":
         return given
     import torch
+    from transformers.pytorch_utils import Conv1D
 
-    names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    linear = (torch.nn.Linear, Conv1D)
+    names = [name for name, module in model.named_modules() if isinstance(module, linear)]
     targets = [t.strip() for t in given.split(",") if t.strip()]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):

@@ -31,6 +31,7 @@ from transformers import (
 QUANT_TYPES = ("nf4", "fp4", "none")
 # Part of the cache key: raise it when a conversion would come out differently.
 _GGUF_CACHE_VERSION = 1
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 
 
 class FastLoraCallback(TrainerCallback):
@@ -80,12 +81,12 @@ class ThroughputCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._device = args.device
+        self._tokens_before = int(state.num_input_tokens_seen)
         reset_peak_memory(self._device)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._tokens_before = int(state.num_input_tokens_seen)
         self._synchronize()
         self._began = time.perf_counter()
 
@@ -94,7 +95,9 @@ class ThroughputCallback(TrainerCallback):
     ) -> None:
         self._synchronize()
         seconds = time.perf_counter() - self._began
+        # From the last step's end on: Transformers 4 counts a batch before the step begins.
         tokens = int(state.num_input_tokens_seen) - self._tokens_before
+        self._tokens_before += tokens
         self.last = {
             "seconds": seconds,
             "tokens": tokens,
@@ -178,7 +181,8 @@ def load_causal_lm(
 
     Raises:
         FileNotFoundError: path, its config or its tokenizer is missing.
-        ValueError: unknown quant, or quant for a model that is stored quantised.
+        ValueError: unknown quant, quant for a model that is stored quantised, or a tokenizer that
+            can't be loaded.
     """
     if quant not in QUANT_TYPES:
         raise ValueError(f"quant must be one of {', '.join(QUANT_TYPES)}, got {quant!r}")
@@ -217,14 +221,17 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder`.
 
     Raises:
-        FileNotFoundError: there is none, or its class can't be built from what is there.
+        FileNotFoundError: there is none. ValueError: it can't be built from what is there.
     """
+    files = (path for pattern in _TOKENIZER_FILES for path in Path(folder).glob(pattern))
+    if not any(files):
+        raise FileNotFoundError(f"no tokenizer in {folder}")
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        # Which of these comes depends on the file that is missing and on the version of
-        # Transformers.
-        raise FileNotFoundError(f"no tokenizer in {folder}") from error
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        # Which of these comes depends on what is missing and on the version of Transformers.
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"the tokenizer in {folder} can't be loaded: {reason}") from error
 
 
 def model_folder(

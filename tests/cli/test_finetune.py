@@ -323,6 +323,7 @@ def test_ctrl_c_stops_both_and_the_one_behind_catches_up(
         ({"target_modules": "nose"}, "--target-modules: the model has no linear layer 'nose'"),
         ({"target_modules": ","}, "--target-modules: give all-linear or names"),
         ({"seq_len": 100000}, "too few for a window of --seq-len 100000"),
+        ({"seq_len": 129}, "--seq-len: the model takes 128 tokens, not 129"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -371,6 +372,18 @@ def test_a_model_needs_a_tokenizer(
         shutil.copy(tiny_model / name, bare)
     assert main(arguments(model=bare)) == 2
     assert f"--model: no tokenizer in {bare}" in capsys.readouterr().err
+
+
+def test_a_broken_tokenizer(
+    arguments: Arguments, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_model, broken)
+    (broken / "tokenizer.json").write_text("{}")
+    assert main(arguments(model=broken)) == 2
+    error = capsys.readouterr().err
+    assert f"--model: the tokenizer in {broken} can't be loaded: " in error
+    assert error.count("\n") == 1
 
 
 def test_a_folder_without_a_model(
