@@ -187,10 +187,14 @@ def test_pure_wheel(project: Path, tmp_path: Path) -> None:
     assert any(name.endswith("/LICENSE") for name in names)
 
     wheel.extractall(tmp_path)
-    assert output(run([sys.executable, EVERY_OP, "reference"], tmp_path)) == "no native library\n"
+    # -S: an editable install's finder, which would serve this checkout's library, is not loaded.
+    python: list[str | Path] = [sys.executable, "-S"]
+    path = os.pathsep.join([str(tmp_path), sysconfig.get_path("purelib")])
+    done = run([*python, EVERY_OP, "reference"], tmp_path, PYTHONPATH=path)
+    assert output(done) == "no native library\n"
     code = "import fastlora; from fastlora.backends import native as n; print(fastlora.__file__)"
     code += "; print(n.unavailable_reason())"
-    file, reason = output(run([sys.executable, "-c", code], tmp_path)).splitlines()
+    file, reason = output(run([*python, "-c", code], tmp_path, PYTHONPATH=path)).splitlines()
     assert Path(file).is_relative_to(tmp_path)
     assert "FASTLORA_NATIVE=1 pip install" in reason
 
