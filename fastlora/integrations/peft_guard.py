@@ -185,6 +185,8 @@ def layer_parts(layer: Any) -> Parts | str:
     A, B = lora_A._parameters.get("weight"), lora_B._parameters.get("weight")
     if weight is None or A is None or B is None:
         return "a weight is no parameter of its layer (parametrised or pruned)"
+    if four_bit and torch.compiler.is_compiling():
+        return "torch.compile does not trace bitsandbytes' weights into fastlora"
     quant_state = bnb.raw_quant_state(base) if four_bit else None
     if four_bit and bnb.is_params4bit(weight):
         # Every look at an attribute of this subclass costs a call of its __torch_function__.
@@ -348,11 +350,11 @@ def plan(layer: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, A
     for key, value in kwargs.items():
         if value is not None or key not in _PEFT_KWARGS:
             return f"the call passes {key}"
-    if torch.compiler.is_compiling():
-        return "torch.compile or torch.export is tracing; PEFT's own code compiles without breaks"
-    if is_tracing():
-        return "torch.jit.trace is tracing"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_exporting() or is_tracing():
+        return "torch.export or torch.jit.trace is recording a graph"
+    if torch.compiler.is_compiling() and forced_backend() == "reference":
+        return "torch.compile does not trace the reference"
+    if torch._C._are_functorch_transforms_active():
         return "the call is inside a torch.func transform (vmap, grad, jvp)"
     if forward_ad._current_level >= 0:
         return "forward-mode AD is active"
@@ -393,9 +395,6 @@ def forward_or_stock(
     The reason of the latest call is kept in the layer's `__dict__`, for `explain`.
     """
     found = plan(layer, x, args, kwargs)
-    if isinstance(found, str):
-        if not torch.compiler.is_compiling():
-            layer.__dict__[LAST_REASON] = found
-        return stock(x, *args, **kwargs)
-    layer.__dict__[LAST_REASON] = ""
-    return found.run(x)
+    if not torch.compiler.is_compiling():
+        layer.__dict__[LAST_REASON] = found if isinstance(found, str) else ""
+    return stock(x, *args, **kwargs) if isinstance(found, str) else found.run(x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 import fastlora
 from fastlora.backends import native
@@ -21,12 +22,26 @@ BACKENDS = [
 
 
 @pytest.fixture(autouse=True)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The backend of the test: forced, so that no test passes by falling back to PEFT's code.
 
-    `@pytest.mark.parametrize("backend", BACKENDS, indirect=True)` runs a test on each.
+    `@pytest.mark.parametrize("backend", BACKENDS, indirect=True)` runs a test on each, and "auto"
+    leaves the choice to fastlora.
     """
     best = "native" if native.unavailable_reason() is None else "reference"
     name: str = getattr(request, "param", best)
+    monkeypatch.delenv("FASTLORA_BACKEND", raising=False)
+    if name == "auto":
+        yield name
+        return
     with fastlora.use_backend(name):
         yield name
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """On matrices this small, a second thread only waits: it makes the tests ten times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

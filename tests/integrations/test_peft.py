@@ -18,6 +18,7 @@ from peft.tuners.lora.model import LoraModel
 from torch import Tensor, nn
 
 import fastlora
+from fastlora.backends import native
 from fastlora.integrations import peft as integration
 from fastlora.integrations.peft_guard import LAST_REASON
 from tests.integrations.conftest import BACKENDS
@@ -507,20 +508,28 @@ def test_explain_prints_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "(1) the adapter is merged into the base weight" in text
 
 
-def test_explain_without_a_fast_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", ["auto"], indirect=True)
+def test_explain_without_a_fast_backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where only the reference could serve, PEFT's own code runs, unless the user asks for it."""
-    from fastlora import backends
-
-    monkeypatch.setattr(backends.native, "unsupported", lambda *a, **k: "no such kernel.")
+    monkeypatch.setattr(native, "unsupported", lambda *_, **__: "no such kernel.")
     model = fastlora.accelerate(peft_model(MLP()), verbose=False)
-    monkeypatch.setattr(backends, "_forced", type("Unset", (), {"get": lambda self: None})())
-    monkeypatch.delenv("FASTLORA_BACKEND", raising=False)
     model(torch.randn(2, 37))
     assert last_reasons(model) == {"no fast backend for cpu. native: no such kernel."}
     assert "no such kernel" in fastlora.explain(model).rows[0].reason
     monkeypatch.setenv("FASTLORA_BACKEND", "reference")
     model(torch.randn(2, 37))
     assert last_reasons(model) == {""}
+
+
+@pytest.mark.skipif(
+    native.unavailable_reason() is not None, reason=str(native.unavailable_reason())
+)
+@pytest.mark.parametrize("backend", ["auto"], indirect=True)
+def test_the_compiled_backend_is_the_default(backend: str) -> None:
+    model = fastlora.accelerate(peft_model(MLP()), verbose=False)
+    model(torch.randn(2, 37))
+    assert last_reasons(model) == {""}
+    assert {row.backend for row in fastlora.explain(model).rows} == {"native"}
 
 
 # ---- the other ways in -------------------------------------------------------------------------

@@ -769,28 +769,45 @@ def test_case(name: str, reason: str, make: Case) -> None:
 def test_jit_trace() -> None:
     call = dense()
     traced = torch.jit.trace(call.layer, (call.x,), check_trace=False)
-    assert call.layer.__dict__[LAST_REASON] == "torch.jit.trace is tracing"
+    reason = "torch.export or torch.jit.trace is recording a graph"
+    assert call.layer.__dict__[LAST_REASON] == reason
     assert "fastlora::" not in str(traced.inlined_graph)
     x = torch.randn(3, 37)
     assert torch.equal(traced(x), stock_forward(Call(call.layer, x)))
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("capture", ["compile", "export"])
-def test_compile_and_export(capture: str) -> None:
-    """Neither breaks the graph nor meets an op of fastlora."""
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(strict: bool) -> None:
+    """An exported program runs without fastlora."""
     call = dense()
-    call.layer(call.x)
-    if capture == "compile":
-        compiled = torch.compile(call.layer, backend="aot_eager", fullgraph=True)
-        torch._dynamo.reset()
-        ours = compiled(call.x)
-    else:
-        program = torch.export.export(call.layer, (call.x,))
-        assert "fastlora." not in str(program.graph)
-        ours = program.module()(call.x)
-    torch.testing.assert_close(ours, stock_forward(call))
-    assert call.layer.__dict__[LAST_REASON] == ""
+    program = torch.export.export(call.layer, (call.x,), strict=strict)
+    assert "fastlora." not in str(program.graph)
+    torch.testing.assert_close(program.module()(call.x), stock_forward(call))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("make", "name", "reason"),
+    [
+        (four_bit, "native", "torch.compile does not trace bitsandbytes' weights into fastlora"),
+        (dense, "reference", "torch.compile does not trace the reference"),
+        (dora, "native", "the adapter is a LoRA variant (DoraLinearVariant)"),
+    ],
+    ids=["4-bit", "reference", "DoRA"],
+)
+def test_reasons_while_compiling(make: Case, name: str, reason: str) -> None:
+    call = make()
+    found = []
+
+    def run(x: Tensor) -> Tensor:
+        found.append(fast_path(call.layer, x)[1])
+        return x + 1
+
+    torch._dynamo.reset()
+    with fastlora.use_backend(name):
+        torch.compile(run, backend="eager", fullgraph=True)(call.x)
+    assert found == [reason]
 
 
 TRANSFORM = "the call is inside a torch.func transform (vmap, grad, jvp)"
