@@ -17,7 +17,7 @@ from pathlib import Path
 
 from fastlora.cli import bench, info
 from fastlora.cli.bench.case import Case, grid
-from fastlora.cli.bench.execute import Plan, execute
+from fastlora.cli.bench.execute import ModelPlan, Plan, execute
 from fastlora.cli.bench.lead import ALLOCATORS, tcmalloc
 from fastlora.cli.errors import CliError
 
@@ -51,9 +51,11 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
 
 
-def _plans(args: argparse.Namespace) -> list[Plan]:
+def _plans(args: argparse.Namespace) -> list[Plan] | list[ModelPlan]:
     if not args.allocators:
         args.allocators = [name for name in ALLOCATORS if name != "tcmalloc" or tcmalloc()]
+    if args.model:
+        return [bench.model_plan_of(args)]
     if args.shape or args.quick:
         if args.suites:
             raise CliError(f"{args.suites[0]}: give suites, or --shape or --quick")

@@ -7,6 +7,7 @@ pytest benchmarks --benchmark-compare --benchmark-compare-fail=median:10%
 from __future__ import annotations
 
 import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
 
 from fastlora.backends import native
 from fastlora.cli.bench.case import Case, Layer
@@ -29,7 +30,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_speed(name: str, benchmark) -> None:
+def test_speed(name: str, benchmark: BenchmarkFixture) -> None:
     case = CASES[name]
     provider = "fastlora-out" if case.mode == "dequantize" else "fastlora"
     calls = Bench([provider], Budget()).calls(case)[provider]

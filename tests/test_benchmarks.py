@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +17,12 @@ import torch
 from benchmarks import compare, run, shapes, targets
 from fastlora.backends import native
 from fastlora.cli import main
-from fastlora.cli.bench import lead, rows, table
-from fastlora.cli.bench.case import MODES, Case, Layer, grid
+from fastlora.cli.bench import lead, model, rows, table
+from fastlora.cli.bench.case import MODEL_MODES, MODES, Case, Layer, grid
 from fastlora.cli.bench.execute import Output, Plan, execute
 from fastlora.cli.bench.inputs import Built, Setup
 from fastlora.cli.bench.measure import Bench, Budget, Refused, Timing, interleave
+from fastlora.cli.bench.model import ModelRequest
 from fastlora.cli.bench.providers import PROVIDERS
 from fastlora.cli.bench.worker import Request
 from fastlora.cli.errors import CliError
@@ -150,6 +154,65 @@ def test_gate_refuses_a_wrong_dequantisation(monkeypatch: pytest.MonkeyPatch) ->
     outcome = Bench(["cheat"], QUICK).run(case)["cheat"]
     assert isinstance(outcome, Refused)
     assert outcome.wrong
+
+
+@pytest.fixture(scope="module")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a config and no weights."""
+    pytest.importorskip("transformers", reason="models are Transformers'")
+    from transformers import LlamaConfig
+
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=64,
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    ).save_pretrained(folder)
+    return folder
+
+
+def model_rows(folder: Path, modes: list[str]) -> tuple[list[rows.Row], list[str]]:
+    """The rows that `fastlora bench --model` makes, and what it refused; in this process."""
+    request = ModelRequest(str(folder), modes, TINY, 1, 16, 2, 1e-4, "glibc", 1)
+    made: list[rows.Row] = []
+    refused: list[str] = []
+
+    def take(event: str, fields: dict[str, Any]) -> None:
+        made.extend([fields["row"]] if event == "row" else [])
+        refused.extend([fields["reason"]] if event == "refused" else [])
+
+    model.work(json.loads(json.dumps(request.as_dict())), take)
+    return made, refused
+
+
+@needs_peers
+def test_a_model_is_timed_in_every_mode(tiny_llama: Path) -> None:
+    made, refused = model_rows(tiny_llama, list(MODEL_MODES))
+    assert not refused
+    measured = {(row["mode"], row["provider"]) for row in made} - {("decode", "bnb-packed")}
+    assert measured == set(itertools.product(MODEL_MODES, ("peft", "fastlora")))
+    assert {row["M"] for row in made if row["mode"] != "decode"} == {"16"}
+    (grid_,) = table.models(made)
+    assert len(grid_.lines) == len(made)
+
+
+@needs_peers
+def test_a_wrong_model_is_refused(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastlora.integrations import peft
+
+    def wrong(model: torch.nn.Module, verbose: bool) -> None:
+        for name, parameter in model.named_parameters():
+            if "layers.1" in name and "lora_B" in name:
+                parameter.data.add_(0.3)
+
+    monkeypatch.setattr(peft, "accelerate", wrong)
+    made, refused = model_rows(tiny_llama, ["train"])
+    assert not made
+    assert len(refused) == 1
 
 
 @needs_peers
@@ -351,7 +414,7 @@ def test_environment_of_an_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_request_survives_the_pipe() -> None:
     cases = grid([TINY], [1, 2], ["step", "dequantize"])
     request = Request(cases, ["peft"], 3, 0.01, "glibc", None)
-    assert Request.from_json(request.as_json()) == request
+    assert Request.from_dict(json.loads(json.dumps(request.as_dict()))) == request
 
 
 @pytest.mark.slow

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CliError
-from .case import DTYPES, MODES, QUANTS, Case, Layer, grid
-from .execute import COMPARISONS, Output, Plan, execute
+from .case import DTYPES, MODEL_MODES, MODES, QUANTS, Case, Layer, grid
+from .execute import COMPARISONS, ModelPlan, Output, Plan, execute
+from .model import ModelRequest
 
 _DEFAULT_PROVIDERS = ("frozen", "peft", "peft-cast", "addmm", "fastlora", "fastlora-frozen")
 _QUICK_PROVIDERS = ("frozen", "peft", "fastlora")
@@ -70,9 +71,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     layer.add_argument(
         "--mode",
         "--modes",
-        type=_names(MODES),
+        type=_names({**MODES, **MODEL_MODES}),
         metavar="NAME,...",
-        help=f"{' | '.join(MODES)} (forward,step)",
+        help=f"{' | '.join(MODES)} (forward,step); with --model {' | '.join(MODEL_MODES)} (all)",
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model",
+        metavar="PATH",
+        help="time a whole model, PEFT and fastlora in turn: a folder, a GGUF file, or a folder "
+        "with config.json alone, for random weights",
+    )
+    model.add_argument("--batch-size", type=_count, default=1, metavar="N", help="(1)")
+    model.add_argument(
+        "--seq-len", type=_count, default=512, metavar="N", help="tokens in a sequence (512)"
     )
     how = parser.add_argument_group("how")
     how.add_argument(
@@ -115,7 +127,8 @@ def run(args: argparse.Namespace) -> int:
     """Measures, prints the tables; 1 when a result was wrong."""
     if args.providers == "list":
         return _list_providers()
-    return execute([plan_of(args, cases_of(args))], output_of(args))
+    plan = model_plan_of(args) if args.model else plan_of(args, cases_of(args))
+    return execute([plan], output_of(args))
 
 
 def cases_of(args: argparse.Namespace) -> list[Case]:
@@ -129,17 +142,50 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
         for R in args.rank or [16]
         for dropout in args.dropout or [0.05]
     ]
+    if wrong := [mode for mode in args.mode or [] if mode not in MODES]:
+        raise CliError(f"--mode: {wrong[0]} needs --model")
     tokens = args.tokens or ([1, 16, 128] if quick else [1, 16, 64, 512])
     return grid(layers, tokens, args.mode or ["forward", "step"])
 
 
+def model_plan_of(args: argparse.Namespace) -> ModelPlan:
+    """What --model asks for."""
+    modes = args.mode or list(MODEL_MODES)
+    if wrong := [mode for mode in modes if mode not in MODEL_MODES]:
+        raise CliError(f"--mode: {wrong[0]} is a layer's; --model has {', '.join(MODEL_MODES)}")
+    if not Path(args.model).exists():
+        raise CliError(f"--model: no such folder or file: {args.model}")
+    layer = Layer(
+        0,
+        0,
+        (args.rank or [16])[0],
+        (args.dtype or ["bf16"])[0],
+        (args.quant or ["nf4"])[0],
+        args.double_quant,
+        (args.dropout or [0.05])[0],
+        args.adapter_dtype,
+    )
+    allocators = _allocators(args)
+    request = ModelRequest(
+        str(Path(args.model).resolve()),
+        modes,
+        layer,
+        args.batch_size,
+        args.seq_len,
+        args.rounds or (3 if args.quick else 9),
+        args.sample_ms * 1e-3,
+        allocators[0],
+        args.threads,
+    )
+    return ModelPlan(request, allocators, args.memory)
+
+
 def plan_of(args: argparse.Namespace, cases: list[Case]) -> Plan:
     """`cases` with the options that say how to measure them."""
-    allocators = [_current() if a == "current" else a for a in args.allocators or ["current"]]
     return Plan(
         cases,
         _providers(args),
-        list(dict.fromkeys(allocators)),
+        _allocators(args),
         args.rounds or (3 if args.quick else 9),
         args.sample_ms * 1e-3,
         args.threads,
@@ -182,10 +228,11 @@ def _list_providers() -> int:
     return 0
 
 
-def _current() -> str:
-    """The allocator that LD_PRELOAD asks for."""
-    preload = os.environ.get("LD_PRELOAD", "")
-    return "tcmalloc" if "tcmalloc" in preload else "glibc"
+def _allocators(args: argparse.Namespace) -> list[str]:
+    """Those asked for; "current" is the one of this process, by LD_PRELOAD."""
+    current = "tcmalloc" if "tcmalloc" in os.environ.get("LD_PRELOAD", "") else "glibc"
+    names = [current if name == "current" else name for name in args.allocators or ["current"]]
+    return list(dict.fromkeys(names))
 
 
 def _count(text: str) -> int:

@@ -16,6 +16,11 @@ MODES = {
     "inference": "forward without gradients, in eval mode",
     "dequantize": "the whole 4-bit weight to a dense one",
 }
+MODEL_MODES = {
+    "train": "a training step of a model: forward, backward, optimizer",
+    "train-checkpointed": "the same with gradient checkpointing",
+    "decode": "one more token, with the others in the cache",
+}
 # What the ratios of a mode are taken to.
 BASELINES = dict.fromkeys(MODES, "peft") | {"dequantize": "bitsandbytes"}
 # With this factor and inputs of unit variance the LoRA term is as large as the base's.

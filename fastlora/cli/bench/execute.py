@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from rich.table import Column
 
 from . import lead, rows, table
 from .case import Case, Layer
+from .model import ModelRequest
+from .pipe import Emit
 from .rows import Row
 from .worker import Request
 
@@ -46,6 +48,50 @@ class Plan:
     threads: int | None = None
     memory: bool = False
 
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    def carry_out(self, allocator: str, results: lead.Results, emit: Emit) -> None:
+        """Measures everything under `allocator`; the rows go to `results`."""
+        first = len(results.rows)
+        request = Request(
+            list(self.cases),
+            list(self.providers),
+            self.rounds,
+            self.sample_seconds,
+            allocator,
+            self.threads,
+        )
+        lead.measure(request, emit, results)
+        for case in _largest(self.cases) if self.memory else []:
+            lead.add_memory(case, request, results.rows[first:], emit)
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """What to measure of a whole model.
+
+    Args:
+        request: for any allocator.
+        allocators: as in `Plan`.
+        memory: measure the peak memory of every mode too.
+    """
+
+    request: ModelRequest
+    allocators: Sequence[str]
+    memory: bool = False
+
+    def __len__(self) -> int:
+        return len(self.request.modes)
+
+    def carry_out(self, allocator: str, results: lead.Results, emit: Emit) -> None:
+        """Measures everything under `allocator`; the rows go to `results`."""
+        first = len(results.rows)
+        request = replace(self.request, allocator=allocator)
+        lead.measure(request, emit, results)
+        if self.memory:
+            lead.add_model_memory(request, results.rows[first:], emit)
+
 
 @dataclass(frozen=True)
 class Output:
@@ -66,7 +112,9 @@ class Output:
     times: bool = False
 
 
-def execute(plans: Sequence[Plan], output: Output, console: Console | None = None) -> int:
+def execute(
+    plans: Sequence[Plan | ModelPlan], output: Output, console: Console | None = None
+) -> int:
     """Measures, writes and prints; returns 1 when a result was wrong, else 0.
 
     Rows reach the CSV file after every plan and allocator, and when the run is interrupted.
@@ -79,13 +127,18 @@ def execute(plans: Sequence[Plan], output: Output, console: Console | None = Non
         for allocator in plan.allocators:
             lead.environment(allocator)
     results = lead.Results()
-    with _Bar(console, sum(len(plan.allocators) * len(plan.cases) for plan in plans)) as bar:
+    with _Bar(console, sum(len(plan.allocators) * len(plan) for plan in plans)) as bar:
         for plan in plans:
             for allocator in plan.allocators:
-                _carry_out(plan, allocator, results, output.csv, bar)
-    grids = [
-        grid for who, whom in output.comparisons for grid in table.ratios(results.rows, who, whom)
-    ]
+                first = len(results.rows)
+                try:
+                    plan.carry_out(allocator, results, bar.emit)
+                finally:
+                    if output.csv is not None and len(results.rows) > first:
+                        rows.append(output.csv, results.rows[first:])
+    grids = table.models(results.rows)
+    for who, whom in output.comparisons:
+        grids += table.ratios(results.rows, who, whom)
     if output.times or not grids:
         grids += table.times(results.rows)
     grids += table.memory(results.rows)
@@ -102,28 +155,6 @@ def execute(plans: Sequence[Plan], output: Output, console: Console | None = Non
             highlight=False,
         )
     return 1 if results.wrong else 0
-
-
-def _carry_out(
-    plan: Plan, allocator: str, results: lead.Results, csv: Path | None, bar: _Bar
-) -> None:
-    first = len(results.rows)
-    request = Request(
-        list(plan.cases),
-        list(plan.providers),
-        plan.rounds,
-        plan.sample_seconds,
-        allocator,
-        plan.threads,
-    )
-    try:
-        lead.measure(request, bar.emit, results)
-        if plan.memory:
-            for case in _largest(plan.cases):
-                lead.add_memory(case, request, results.rows[first:], bar.emit)
-    finally:
-        if csv is not None and len(results.rows) > first:
-            rows.append(csv, results.rows[first:])
 
 
 def _largest(cases: Sequence[Case]) -> list[Case]:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import os
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable
 from ctypes.util import find_library
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from ..errors import CliError
+from . import pipe
 from .case import Case
+from .model import ModelRequest
+from .pipe import Emit
 from .rows import Row, case_row
 from .worker import Request
 
@@ -67,54 +67,31 @@ def environment(allocator: str) -> dict[str, str]:
     return env
 
 
-def measure(request: Request, emit: Callable[[str, dict[str, Any]], None], into: Results) -> None:
+def measure(request: Request | ModelRequest, emit: Emit, into: Results) -> None:
     """Runs `request` in a worker; its rows go to `into` as they come.
 
     Args:
-        request: what to measure, under which allocator.
+        request: layers or a model to time, under which allocator.
         emit: told of every event, with its fields.
         into: the results of this and of earlier workers.
 
     Raises:
         RuntimeError: the worker failed; rows that it had sent by then are kept.
     """
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "fastlora.cli.bench.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            env=environment(request.allocator),
-        )
-        assert process.stdin is not None and process.stdout is not None
-        failure = ""
-        try:
-            process.stdin.write(request.as_json() + "\n")
-            process.stdin.close()
-            for line in process.stdout:
-                event = json.loads(line)
-                name = event.pop("event")
-                if name == "row":
-                    into.rows.append(event["row"])
-                elif name == "refused":
-                    (into.wrong if event["wrong"] else into.refused).append(
-                        (event["row"], event["reason"])
-                    )
-                elif name == "error":
-                    failure = event["text"]
-                emit(name, event)
-            status = process.wait()
-        finally:
-            process.kill()
-            process.wait()
-        if status:
-            raise RuntimeError(f"the measuring process failed: {failure or _last(log, status)}")
+
+    def take(event: str, fields: dict[str, Any]) -> None:
+        if event == "row":
+            into.rows.append(fields["row"])
+        elif event == "refused":
+            kind = into.wrong if fields["wrong"] else into.refused
+            kind.append((fields["row"], fields["reason"]))
+        emit(event, fields)
+
+    module = "worker" if isinstance(request, Request) else "model"
+    pipe.lead(f"{__package__}.{module}", request.as_dict(), environment(request.allocator), take)
 
 
-def add_memory(
-    case: Case, request: Request, rows: list[Row], emit: Callable[[str, dict[str, Any]], None]
-) -> None:
+def add_memory(case: Case, request: Request, rows: list[Row], emit: Emit) -> None:
     """Measures the memory of `case` with every provider that has a row, in processes of their own.
 
     Args:
@@ -131,26 +108,34 @@ def add_memory(
             continue
         emit("case", {"text": f"memory of {row['provider']}: {case}"})
         task = {"case": case.as_dict(), "provider": row["provider"], "threads": request.threads}
-        with tempfile.TemporaryFile("w+") as log:
-            done = subprocess.run(
-                [sys.executable, "-m", "fastlora.cli.bench.memory"],
-                input=json.dumps(task) + "\n",
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env=environment(request.allocator),
-                check=False,
-            )
-            if done.returncode:
-                reason = _last(log, done.returncode)
-                raise RuntimeError(f"measuring the memory of {row['provider']} failed: {reason}")
-        memory = json.loads(done.stdout)
+        memory = _measured("memory", task, request.allocator)
+        row |= {name: f"{value:.4g}" for name, value in memory.items()}
+
+
+def add_model_memory(request: ModelRequest, rows: list[Row], emit: Emit) -> None:
+    """Measures the memory of a model's calls, each in a process of its own.
+
+    Args:
+        request: the one that the rows come from.
+        rows: get `peak_mb`.
+        emit: told of every process that starts.
+
+    Raises:
+        RuntimeError: a process failed.
+    """
+    for row in rows:
+        emit("case", {"text": f"memory of {row['provider']}: {row['mode']}"})
+        task = dataclasses.replace(request, memory_of=(row["mode"], row["provider"]))
+        memory = _measured("model", task.as_dict(), request.allocator)
         row["peak_mb"] = f"{memory['peak_mb']:.4g}"
-        row["saved_bytes"] = f"{memory['saved_bytes']:.4g}"
 
 
-def _last(log: IO[str], status: int) -> str:
-    """The last line of what a process wrote to its stderr."""
-    log.seek(0)
-    lines = log.read().strip().splitlines()
-    return lines[-1] if lines else f"it ended with status {status}"
+def _measured(module: str, task: dict[str, Any], allocator: str) -> dict[str, float]:
+    """The fields of the one event that `module` sends."""
+    figures: dict[str, float] = {}
+
+    def take(event: str, fields: dict[str, Any]) -> None:
+        figures.update(fields)
+
+    pipe.lead(f"{__package__}.{module}", task, environment(allocator), take)
+    return figures

@@ -16,8 +16,10 @@ from .check import fault
 from .inputs import ROTATE_UP_TO, Built, Setup
 from .providers import PROVIDERS, Provider
 
-# A sample during which the system took a core away is taken again, up to so many times.
+# A sample during which the system took a core away is taken again, up to so many times, unless it
+# is so long that the next one would fare no better.
 _RETRIES = 2
+_TOO_LONG_TO_RETRY = 0.2
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,7 @@ def interleave(
     timed: dict[str, Calls],
     budget: Budget,
     tick: Callable[[], None] = lambda: None,
+    switch: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Timing]:
     """Times all of `timed` in rounds; each round runs each once, in a rotated order.
 
@@ -141,19 +144,24 @@ def interleave(
         timed: name -> calls that do the same on different copies of the weight, taken in turn.
         budget: how long to measure.
         tick: called after every sample.
+        switch: called with the name before each sample, and not timed.
     """
     enabled = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
         turns = {name: itertools.cycle(calls) for name, calls in timed.items()}
-        calls = {name: _calls(turns[name], len(timed[name]), budget) for name in timed}
+        calls: dict[str, int] = {}
+        for name in timed:
+            switch(name)
+            calls[name] = _calls(turns[name], len(timed[name]), budget)
         seconds: dict[str, list[float]] = {name: [] for name in timed}
         names = list(timed)
         for number in range(budget.rounds):
             shift = number % max(1, len(names))
             order = names[shift:] + names[:shift]
             for name in order if number % 2 == 0 else order[::-1]:
+                switch(name)
                 seconds[name].append(_sample(turns[name], calls[name]))
                 tick()
     finally:
@@ -179,7 +187,7 @@ def _sample(turn: Iterator[Callable[[], object]], calls: int) -> float:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
         seconds = _once(turn, calls)
         interrupted = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - before
-        if not interrupted:
+        if not interrupted or seconds * calls > _TOO_LONG_TO_RETRY:
             return seconds
         tries.append((interrupted, seconds))
     return min(tries)[1]

@@ -1,20 +1,19 @@
 """`python -m fastlora.cli.bench.memory`: peak memory of a training step, in a process of its own.
 
-Four layers in a row, so that what a forward keeps for the backward adds up as in a model. Comes in
-on stdin: {"case", "provider", "threads"}; goes out on stdout: {"peak_mb", "saved_bytes"}.
+Four layers in a row, so that what a forward keeps for the backward adds up as in a model. Takes
+{"case", "provider", "threads"}; its one event is "memory"; see `pipe`.
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
-import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .case import Case
+from .pipe import Emit, serve
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,7 +67,7 @@ def measure(case: Case, provider: str) -> Memory:
     # A first step on few tokens loads code and starts threads.
     _step(chain, x[:2], dy[:2], case.mode)
     device = torch.device("cpu")
-    _release()
+    release_free_memory()
     reset_peak_memory(device)
     before = peak_memory(device)
     # More than one: what a step leaves behind in the allocator adds to the next.
@@ -127,27 +126,21 @@ def _constants(setup: Setup) -> list[Tensor]:
     return tensors
 
 
-def _release() -> None:
+def release_free_memory() -> None:
     """Gives memory that tcmalloc keeps back to the system; glibc's is trimmed with the reset."""
     release = getattr(ctypes.CDLL(None), "MallocExtension_ReleaseFreeMemory", None)
     if release is not None:
         release()
 
 
-def main() -> int:
-    """Does what stdin asks for."""
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    request: dict[str, Any] = json.loads(sys.stdin.readline())
+def _work(request: dict[str, Any], emit: Emit) -> None:
     if request["threads"]:
         import torch
 
         torch.set_num_threads(request["threads"])
     memory = measure(Case.from_dict(request["case"]), request["provider"])
-    out.write(json.dumps({"peak_mb": memory.peak_mb, "saved_bytes": memory.saved_bytes}) + "\n")
-    out.close()
-    return 0
+    emit("memory", {"peak_mb": memory.peak_mb, "saved_bytes": memory.saved_bytes})
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(serve(_work))

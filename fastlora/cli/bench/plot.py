@@ -10,7 +10,7 @@ from typing import Any
 from .case import MODES
 from .providers import PROVIDERS
 from .rows import Row, ratio, together
-from .table import PASSES, layer_title
+from .table import PASSES, is_model, layer_title
 
 # Ours in reds, what the others offer in greys and blues, limits in green.
 _COLOURS = {
@@ -51,7 +51,7 @@ def write_plots(rows: Iterable[Row], folder: Path) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
-    rows = sorted(rows, key=lambda row: row["date"])
+    rows = sorted((row for row in rows if not is_model(row)), key=lambda row: row["date"])
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     groups = [group for group in together(rows) if "dequantize" not in _any(group)["mode"]]

@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .case import MODES
 from .rows import Row, ratio, together
 
 PASSES = {
@@ -18,8 +17,11 @@ PASSES = {
     "step": "forward + backward",
     "inference": "inference",
     "dequantize": "dequantise",
+    "train": "training step",
+    "train-checkpointed": "training step, checkpointed",
+    "decode": "decoding a token",
 }
-_MODE_ORDER = list(MODES)
+_MODE_ORDER = list(PASSES)
 _ALLOCATOR_ORDER = ("glibc", "tcmalloc")
 
 
@@ -80,7 +82,7 @@ def ratios(rows: Iterable[Row], provider: str = "fastlora", baseline: str = "pef
     """
     tables = _Tables()
     for group in sorted(together(rows), key=lambda group: next(iter(group.values()))["date"]):
-        if provider in group and baseline in group:
+        if provider in group and baseline in group and not is_model(group[provider]):
             row = group[provider]
             low, middle, high = ratio(row, group[baseline])
             cell = Cell(short(middle), f"{short(low)}-{short(high)}")
@@ -93,7 +95,7 @@ def times(rows: Iterable[Row]) -> list[Grid]:
     """One table a layer, allocator and pass: milliseconds of every provider, and its ratio."""
     tables = _Tables()
     for row in sorted(rows, key=lambda row: row["date"]):
-        if row["ms_p50"]:
+        if row["ms_p50"] and not is_model(row):
             note = f"{short(float(row['ratio_p50']))}x" if row["ratio_p50"] else ""
             cell = Cell(f"{float(row['ms_p50']):.3g} ms", "" if note == "1.00x" else note)
             title = f"{PASSES[row['mode']]}, {row['allocator']}: {layer_title(row)}"
@@ -105,7 +107,7 @@ def memory(rows: Iterable[Row]) -> list[Grid]:
     """One table a layer: MiB that a step of four layers takes, and bytes saved for the backward."""
     tables = _Tables()
     for row in sorted(rows, key=lambda row: row["date"]):
-        if row["peak_mb"]:
+        if row["peak_mb"] and not is_model(row):
             saved = f"{float(row['saved_bytes']):.2f} B saved" if row["mode"] == "step" else ""
             cell = Cell(f"{float(row['peak_mb']):.0f} MiB", saved)
             title = (
@@ -114,6 +116,35 @@ def memory(rows: Iterable[Row]) -> list[Grid]:
             )
             tables.put(title, row["provider"], row, cell)
     return tables.grids()
+
+
+def models(rows: Iterable[Row]) -> list[Grid]:
+    """One table a model and setting: time, tokens a second, ratio to PEFT and peak memory."""
+    lines: dict[str, dict[str, list[Cell]]] = {}
+    for row in sorted(rows, key=lambda row: row["date"]):
+        if is_model(row):
+            base = row["dtype"] if row["quant"] == "none" else f"{row['quant']} in {row['dtype']}"
+            title = f"{row['op']}, {base}, r = {row['R']}, dropout {row['dropout']}"
+            label = (
+                f"{PASSES[row['mode']]}, {row['M']} tokens, {row['provider']}, {row['allocator']}"
+            )
+            milliseconds = float(row["ms_p50"])
+            lines.setdefault(title, {})[label] = [
+                Cell(f"{milliseconds:.4g} ms"),
+                Cell(f"{1e3 * int(row['M']) / milliseconds:.4g}"),
+                Cell(
+                    f"{short(float(row['ratio_p50']))}x",
+                    f"{short(float(row['ratio_p20']))}-{short(float(row['ratio_p80']))}",
+                ),
+                Cell(f"{float(row['peak_mb']):.0f} MiB" if row["peak_mb"] else "-"),
+            ]
+    columns = ["time", "tokens/s", "speed-up", "peak over the weights"]
+    return [Grid(title, columns, list(cells.items())) for title, cells in lines.items()]
+
+
+def is_model(row: Row) -> bool:
+    """Whether a whole model was measured, not a layer."""
+    return row["op"].startswith("model ")
 
 
 def layer_title(row: Row) -> str:

@@ -1,21 +1,16 @@
-"""`python -m fastlora.cli.bench.worker`: measures in a process of its own, led through pipes.
+"""`python -m fastlora.cli.bench.worker`: times layers, in a process of its own; see `pipe`.
 
-The allocator is chosen when a process starts, and peak memory belongs to a process, hence this.
-Comes in on stdin: a `Request`, as one line of JSON. Goes out on stdout: one JSON object a line,
-{"event": "machine" | "case" | "tick" | "row" | "refused" | "error", ...}. What libraries print
-goes to stderr.
+Takes a `Request`. Events: "machine", and for every case "case", "tick", "row" or "refused", "done".
 """
 
 from __future__ import annotations
 
-import json
-import os
 import sys
-import traceback
 from dataclasses import asdict, dataclass
-from typing import Any, TextIO
+from typing import Any
 
 from .case import BASELINES, Case
+from .pipe import Emit, serve
 
 
 @dataclass(frozen=True)
@@ -37,40 +32,18 @@ class Request:
     allocator: str
     threads: int | None
 
-    def as_json(self) -> str:
-        """One line."""
-        return json.dumps({**asdict(self), "cases": [case.as_dict() for case in self.cases]})
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON keeps it."""
+        return asdict(self)
 
     @classmethod
-    def from_json(cls, text: str) -> Request:
-        """Undoes `as_json`."""
-        fields = json.loads(text)
+    def from_dict(cls, fields: dict[str, Any]) -> Request:
+        """Undoes `as_dict`."""
         return cls(**{**fields, "cases": [Case.from_dict(case) for case in fields["cases"]]})
 
 
-class _Events:
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
-
-    def emit(self, event: str, **fields: Any) -> None:
-        self._file.write(json.dumps({"event": event, **fields}) + "\n")
-        self._file.flush()
-
-
-def main() -> int:
-    """Does the request on stdin; returns the exit status."""
-    events = _Events(os.fdopen(os.dup(1), "w"))
-    os.dup2(2, 1)
-    try:
-        _measure(Request.from_json(sys.stdin.readline()), events)
-    except Exception as error:
-        traceback.print_exc()
-        events.emit("error", text=f"{type(error).__name__}: {error}")
-        return 1
-    return 0
-
-
-def _measure(request: Request, events: _Events) -> None:
+def _work(fields: dict[str, Any], emit: Emit) -> None:
+    request = Request.from_dict(fields)
     import torch
 
     if request.threads:
@@ -81,22 +54,23 @@ def _measure(request: Request, events: _Events) -> None:
 
     bench = Bench(request.providers, Budget(request.rounds, request.sample_seconds))
     shared = {**machine(), "allocator": request.allocator}
-    events.emit("machine", **shared)
+    emit("machine", shared)
     for case in request.cases:
-        events.emit("case", text=str(case))
-        outcomes = bench.run(case, lambda: events.emit("tick"))
+        emit("case", {"text": str(case)})
+        outcomes = bench.run(case, lambda: emit("tick", {}))
         base = outcomes.get(BASELINES[case.mode])
         baseline = None if base is None or isinstance(base, Refused) else base.seconds
         for name, outcome in outcomes.items():
             what = case_row(case, name, PROVIDERS[name].adapter_dtype(case.layer))
             if isinstance(outcome, Refused):
-                events.emit("refused", row=what, reason=outcome.reason, wrong=outcome.wrong)
+                refused = {"row": what, "reason": outcome.reason, "wrong": outcome.wrong}
+                emit("refused", refused)
                 continue
             columns = timing_columns(outcome.seconds, baseline)
             row = dict.fromkeys(COLUMNS, "") | shared | what | columns
-            events.emit("row", row={**row, "calls": str(outcome.calls)})
-        events.emit("done")
+            emit("row", {"row": {**row, "calls": str(outcome.calls)}})
+        emit("done", {})
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(serve(_work))
