@@ -31,10 +31,12 @@ def run(
     command: list[str | Path], cwd: Path = ROOT, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Runs a command; the caller looks at its exit status."""
+    # One thread: for such small sizes, threads that wait for each other on a busy machine are all
+    # the time that there is.
     return subprocess.run(
         command,
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(cwd), **environment},
+        env={**os.environ, "PYTHONPATH": str(cwd), "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
         check=False,
