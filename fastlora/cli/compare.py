@@ -187,7 +187,9 @@ def _open_gates(workers: list[_Worker]) -> None:
         _check_same_start(running)
     stepping = [w for w in running if w.gate == "step"]
     if not stepping:
-        for worker in running:
+        # One evaluates at a time: together they would fight for the cores.
+        evaluating = [w for w in running if w.gate != "start"]
+        for worker in evaluating[:1] or running:
             worker.go()
         return
     # Whoever is behind goes first (one resumed from an earlier save, or the other has just

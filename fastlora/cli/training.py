@@ -152,6 +152,7 @@ def train(job: Job, observer: Observer, *, resume: bool) -> dict[str, Any]:
         return hf.perplexity(model, batches(data.held_out, collator, job.batch_size))
 
     if checkpoint is None:
+        observer.gate("evaluate", 0)
         run.update(perplexity_before=held_out_perplexity())
     observer.gate("start", 0)
 
@@ -179,6 +180,7 @@ def train(job: Job, observer: Observer, *, resume: bool) -> dict[str, Any]:
     }
     model.save_pretrained(out)
     run.update(result=result)
+    observer.emit("status", text="done")
     return result
 
 
