@@ -422,16 +422,8 @@ def test_a_request_survives_the_pipe() -> None:
 def test_command_measures_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     csv, markdown = tmp_path / "rows.csv", tmp_path / "table.md"
     command = ["bench", "--shape", "64,128", "--tokens", "1,3", "--mode", "step", "--rank", "4"]
-    command += [
-        "--providers",
-        f"peft,{OURS}",
-        "--compare",
-        f"{OURS}:peft",
-        "--rounds",
-        "2",
-        "--sample-ms",
-        "0.1",
-    ]
+    command += ["--providers", f"peft,{OURS},frozen-dense", "--quant", "none"]
+    command += ["--compare", f"{OURS}:peft", "--rounds", "2", "--sample-ms", "0.1"]
     allocators = ["glibc", "tcmalloc"] if lead.tcmalloc() else ["glibc"]
     command += ["--allocators", ",".join(allocators), "--threads", "1"]
     assert main([*command, "--csv", str(csv), "--markdown", str(markdown)]) == 0
@@ -446,7 +438,9 @@ def test_command_measures_and_writes(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert all(row[name] for row in written for name in filled)
     assert all(len(rows.samples(row)) == 2 for row in written)
     assert "| glibc, forward + backward | " in markdown.read_text()
-    assert f"time of peft / time of {OURS}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"time of peft / time of {OURS}" in out
+    assert out.count("frozen-dense was left out: the weight is dense.") == 1
 
 
 def test_a_failing_worker_is_reported(tmp_path: Path) -> None:

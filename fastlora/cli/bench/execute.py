@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
 from . import lead, rows, table
@@ -149,6 +149,8 @@ def execute(
         output.markdown.write_text("\n".join(grid.markdown() for grid in grids))
     if output.plot is not None:
         _plot(results.rows, output.plot, console)
+    for name, reason in dict.fromkeys((row["provider"], why) for row, why in results.refused):
+        console.print(f"[dim]{name} was left out: {reason}[/]", highlight=False, soft_wrap=True)
     for row, reason in results.wrong:
         console.print(
             f"[bold red]{row['provider']}[/], {row['mode']}, M = {row['M']}: {reason} No row.",
@@ -186,13 +188,19 @@ class _Bar:
         self._progress = Progress(
             TextColumn("{task.description}", table_column=Column(no_wrap=True)),
             BarColumn(bar_width=None, table_column=Column(min_width=8, ratio=1)),
-            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TaskProgressColumn(table_column=Column(no_wrap=True)),
             TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
             console=console,
             expand=True,
             transient=True,
+            # Each refresh takes time from what is measured.
+            refresh_per_second=2,
         )
         self._task = self._progress.add_task("starting", total=cases)
+        # Cases that are done, samples of the one that runs, and how many it will have.
+        self._done = 0
+        self._taken = 0
+        self._samples = 1
 
     def __enter__(self) -> _Bar:
         if self._console.is_terminal:
@@ -218,5 +226,11 @@ class _Bar:
                 self._progress.update(self._task, description=fields["text"])
                 if not self._console.is_terminal:
                     self._console.print(f"  {fields['text']}", highlight=False, soft_wrap=True)
+                self._taken, self._samples = 0, fields.get("samples", 1)
+            case "tick":
+                self._taken += 1
+                share = min(1.0, self._taken / self._samples)
+                self._progress.update(self._task, completed=self._done + share)
             case "done":
-                self._progress.advance(self._task)
+                self._done += 1
+                self._progress.update(self._task, completed=self._done)

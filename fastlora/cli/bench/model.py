@@ -99,15 +99,16 @@ def work(fields: dict[str, Any], emit: Emit) -> None:
     shared = {**machine(), "allocator": request.allocator}
     emit("machine", shared)
     for mode in request.modes:
-        emit("case", {"text": f"{mode}: {Path(request.model).name}"})
+        providers = [*MODEL_PROVIDERS]
+        if mode == "decode" and model.repacks:
+            providers.append(_PACKED)
+        text = f"{mode}: {Path(request.model).name}"
+        emit("case", {"text": text, "samples": request.rounds * len(providers)})
         if (fault := model.fault(mode)) is not None:
             row = request.row(mode, "fastlora")
             emit("refused", {"row": row, "reason": fault, "wrong": True})
             emit("done", {})
             continue
-        providers = [*MODEL_PROVIDERS]
-        if mode == "decode" and model.repacks:
-            providers.append(_PACKED)
         timings = interleave(
             {name: [model.call(mode, name)] for name in providers},
             Budget(request.rounds, request.sample_seconds),

@@ -56,7 +56,8 @@ def _work(fields: dict[str, Any], emit: Emit) -> None:
     shared = {**machine(), "allocator": request.allocator}
     emit("machine", shared)
     for case in request.cases:
-        emit("case", {"text": str(case)})
+        able = [name for name in request.providers if case.mode in PROVIDERS[name].modes]
+        emit("case", {"text": str(case), "samples": request.rounds * len(able)})
         outcomes = bench.run(case, lambda: emit("tick", {}))
         base = outcomes.get(BASELINES[case.mode])
         baseline = None if base is None or isinstance(base, Refused) else base.seconds
