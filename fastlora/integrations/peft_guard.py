@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -49,6 +50,15 @@ class Parts(NamedTuple):
     def op(self) -> str:
         """The forward op that serves the layer."""
         return "lora_linear_fwd" if self.quant_state is None else "qlora_linear_fwd"
+
+
+class Unserved(str):
+    """A reason that lies in dtypes, autocast, devices or backends, not in what the user asked for.
+
+    The user would rather hear of such a one, so that the layer says it in a warning.
+    """
+
+    __slots__ = ()
 
 
 class Casts(NamedTuple):
@@ -337,7 +347,7 @@ def _backend_reason(op: str, device: str, **what: torch.dtype | None) -> str | N
         if (reason := BACKENDS[name].unsupported(op, device, **what)) is None:
             return None
         reasons.append(f"{name}: {reason}")
-    return f"no fast backend for {device}. " + " ".join(reasons)
+    return " ".join([f"no fast backend for {device}.", *reasons])
 
 
 # ---- the call --------------------------------------------------------------------------------
@@ -375,7 +385,7 @@ def plan(layer: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, A
         parts, x.dtype, device, torch.get_autocast_dtype(device.type) if autocast else None
     )
     if isinstance(dtypes, str):
-        return dtypes
+        return Unserved(dtypes)
     return Plan(parts, dtypes, autocast)
 
 
@@ -396,5 +406,9 @@ def forward_or_stock(
     """
     found = plan(layer, x, args, kwargs)
     if not torch.compiler.is_compiling():
-        layer.__dict__[LAST_REASON] = found if isinstance(found, str) else ""
+        reason = found if isinstance(found, str) else ""
+        if isinstance(reason, Unserved) and layer.__dict__.get(LAST_REASON) != reason:
+            # Python shows one and the same warning once, however many layers give it.
+            warnings.warn(f"LoRA layers run on PEFT's own code: {reason}", stacklevel=1)
+        layer.__dict__[LAST_REASON] = str(reason)
     return stock(x, *args, **kwargs) if isinstance(found, str) else found.run(x)

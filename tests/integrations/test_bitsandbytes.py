@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import bitsandbytes
 import pytest
@@ -13,7 +14,9 @@ from bitsandbytes.functional import (
     dequantize_4bit,
     has_avx512bf16,
 )
+from peft import prepare_model_for_kbit_training
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import fastlora
 from fastlora.integrations import bitsandbytes as bnb
@@ -21,12 +24,14 @@ from fastlora.integrations import peft as integration
 from fastlora.integrations.peft_guard import LAST_REASON
 from tests.integrations.models import (
     MLP,
+    VOCAB,
     MLP4bit,
     assert_all_close,
     assert_network_close,
     exact,
     gradients,
     linear4bit,
+    llama,
     lora_layers,
     peft_model,
     replaying,
@@ -335,6 +340,27 @@ def test_bitsandbytes_still_repacks() -> None:
     assert bnb.is_repacked(linear)
     linear.train()(x).sum().backward()
     assert x.grad is None
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_qlora_as_transformers_sets_it_up(checkpointing: bool, tmp_path: Path) -> None:
+    """`prepare_model_for_kbit_training`: a residual stream in fp32, base products in bf16."""
+    llama().to(BF16).save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=BF16,
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
+    stock = peft_model(model, lora_dropout=0.2).train()
+    fast = fastlora.accelerate(copy.deepcopy(stock), verbose=False)
+    assert {type(layer) for layer in lora_layers(fast)} == {integration.FastLoraLinear4bit}
+    ids = torch.randint(0, VOCAB, (2, 9))
+    results = [train_step(m, ids) for m in (fast, exact(stock), replaying(stock))]
+    assert last_reasons(fast) == {""}
+    assert_network_close(*results)
 
 
 # ---- merging -----------------------------------------------------------------------------------

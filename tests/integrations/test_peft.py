@@ -480,6 +480,37 @@ def test_explain_says_why_not() -> None:
     assert (row.base, row.shape, row.fast) == ("Embedding", None, False)
 
 
+def test_explain_knows_every_kind_of_lora_layer() -> None:
+    """Also those for which fastlora has no class, and AdaLoRA's, which count as LoRA layers."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+            self.embedding = nn.Embedding(5, 8)
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.attention = nn.MultiheadAttention(8, 2)
+            self.raw = nn.Linear(8, 8)
+
+    targets = ["linear", "embedding", "conv", "attention"]
+    config = LoraConfig(r=2, target_modules=targets, target_parameters=["raw.weight"])
+    model = fastlora.accelerate(get_peft_model(Net(), config), verbose=False)
+    rows = {row.name.removeprefix("base_model.model."): row for row in fastlora.explain(model).rows}
+    assert rows["linear"].fast and rows["linear"].r == 2
+    for name, kind in (
+        ("embedding", "Embedding"),
+        ("conv", "Conv2d"),
+        ("attention", "MultiheadAttention"),
+        ("raw", "ParamWrapper"),
+    ):
+        assert rows[name].reason == f"fastlora has no layer for PEFT's {kind}"
+    adalora = peft.AdaLoraConfig(target_modules=["up"], total_step=10)
+    model = fastlora.accelerate(get_peft_model(MLP(), adalora), verbose=False)
+    (row,) = fastlora.explain(model).rows
+    assert row.reason == "fastlora has no layer for PEFT's SVDLinear"
+    assert str(fastlora.explain(model))
+
+
 def test_explain_prints_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
     model = fastlora.accelerate(peft_model(llama()), verbose=False)
     explained = fastlora.explain(model)

@@ -6,6 +6,7 @@ sentence that names it. A condition that is taken out of the guard fails its cas
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -871,6 +872,20 @@ def test_devices() -> None:
             assert casts(elsewhere, FP32, cpu, None) == reason
     parts.quant_state.absmax = parts.quant_state.absmax.to("meta")
     assert casts(parts, FP32, cpu, None) == reason
+
+
+def test_what_a_user_would_rather_know_is_said_once() -> None:
+    call = dense()
+    with pytest.warns(UserWarning, match="own code: autocast to bfloat16 copies") as record:
+        for _ in range(3):
+            with torch.autocast(**BF16_AUTOCAST):
+                call.layer(call.x)
+    assert len(record) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call.layer(call.x)
+        call.layer.enable_adapters(False)
+        call.layer(call.x)
 
 
 def test_float64_compute_dtype() -> None:
