@@ -180,7 +180,7 @@ def _note(worker: _Worker, event: dict[str, Any]) -> None:
 
 def _open_gates(workers: list[_Worker]) -> None:
     """Lets the next worker go, once all of them wait (or have ended)."""
-    running = [w for w in workers if not (w.ended or w.stopped or w.result)]
+    running = [w for w in workers if not (w.ended or w.stopped or w.result is not None)]
     if not running or any(w.gate is None for w in running):
         return
     if all(w.gate == "start" for w in running):

@@ -59,6 +59,14 @@ def test_nobody_starts_while_another_works() -> None:
     assert one.gate == "start"
 
 
+@pytest.mark.parametrize("gate", ["evaluate", "end"])
+def test_one_evaluates_at_a_time(gate: str) -> None:
+    one, two = Worker("A", 0, []), Worker("B", 0, [])
+    one.gate = two.gate = gate
+    compare._open_gates([one, two])  # type: ignore[list-item]
+    assert two.gate == gate and one.gate == "end"
+
+
 def test_both_must_start_alike() -> None:
     one, two = Worker("A", 1, []), Worker("B", 1, [])
     two.facts["adapter_digest"] = "other"
