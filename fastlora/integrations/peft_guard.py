@@ -205,7 +205,10 @@ def layer_parts(layer: Any) -> Parts | str:
         if tensor is None:
             continue
         if type(tensor) not in _PLAIN:
-            return f"the {role} is a {type(tensor).__name__}, a tensor subclass"
+            kind = type(tensor).__name__
+            if kind == "DTensor":
+                return f"the {role} is sharded (a DTensor; FSDP2 gathers it during the forward)"
+            return f"the {role} is a {kind}, a tensor subclass"
         if tensor.is_meta:
             return f"the {role} is on the meta device (offloaded or not loaded)"
     if weight.requires_grad:

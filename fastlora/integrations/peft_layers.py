@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import MethodType
 from typing import Any
 
@@ -28,21 +28,22 @@ class FastLoraLinear(Linear):
 
 def swap_in(layer: nn.Module) -> None:
     """Makes `layer` a fast layer, where fastlora has a class for it, by changing its class."""
-    if (fast := _fast_class(type(layer))) is not None:
+    if (fast := _counterpart(type(layer), _pairs())) is not None:
         _change_class(layer, fast)
         disable_cpu_repacking(layer)
 
 
 def swap_out(layer: nn.Module) -> None:
     """Undoes `swap_in`, except for `disable_cpu_repacking`."""
-    if (stock := _stock_class(type(layer))) is not None:
+    pairs = [(fast, stock) for stock, fast in _pairs()]
+    if (stock := _counterpart(type(layer), pairs)) is not None:
         _change_class(layer, stock)
         layer.__dict__.pop(LAST_REASON, None)
 
 
 def is_fast(layer: nn.Module) -> bool:
-    """True for the layers that `swap_in` made."""
-    return _stock_class(type(layer)) is not None
+    """True for layers of our classes and of classes derived from them."""
+    return any(isinstance(layer, fast) for _, fast in _pairs())
 
 
 def bypass_reason(layer: nn.Module) -> str | None:
@@ -82,27 +83,23 @@ def _pairs() -> Iterator[tuple[type, type]]:
         yield stock, FastLoraLinear4bit
 
 
-def _fast_class(kind: type) -> type | None:
-    """Our class for a layer of class `kind`; None when `kind` is neither PEFT's own nor FSDP2's."""
-    for stock, fast in _pairs():
-        if kind is stock:
-            return fast
-        # `fully_shard` puts a layer into a class of its own, (FSDPModule, <class of the layer>).
-        if kind.__bases__[1:] == (stock,) and kind.__bases__[0].__module__.startswith("torch."):
-            return _rebased(kind, stock, fast)
+def _counterpart(kind: type, pairs: Iterable[tuple[type, type]]) -> type | None:
+    """The class that stands for `kind` on the other side of `pairs`; None when there is none.
+
+    `fully_shard` puts a module into a class of its own, `(FSDPModule, <class of the module>)`. Its
+    counterpart is a copy with the last base exchanged.
+    """
+    for old, new in pairs:
+        if kind is old:
+            return new
+        if kind.__bases__[1:] == (old,) and kind.__bases__[0].__module__.startswith("torch."):
+            return vars(kind).get(_MADE_FROM) or _rebased(kind, old, new)
     return None
 
 
 @functools.cache
-def _rebased(kind: type, stock: type, fast: type) -> type:
-    """A copy of class `kind` with `fast` in the place of its base class `stock`."""
+def _rebased(kind: type, old: type, new: type) -> type:
+    """A copy of class `kind` with `new` in the place of its base class `old`."""
     body = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
-    bases = tuple(fast if base is stock else base for base in kind.__bases__)
+    bases = tuple(new if base is old else base for base in kind.__bases__)
     return type(kind.__name__, bases, {**body, _MADE_FROM: kind})
-
-
-def _stock_class(kind: type) -> type | None:
-    """The class from which `_fast_class` came to `kind`."""
-    if _MADE_FROM in vars(kind):
-        return vars(kind)[_MADE_FROM]
-    return next((stock for stock, fast in _pairs() if kind is fast), None)

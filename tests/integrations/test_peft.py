@@ -742,28 +742,33 @@ def process_group(tmp_path: Path) -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("order", ["accelerate first", "fully_shard first"])
-@pytest.mark.parametrize("unit", ["model", "layers", "adapters"])
+@pytest.mark.parametrize("unit", ["model", "layers", "adapters", "4-bit layers"])
 def test_fsdp2(unit: str, order: str) -> None:
     """Sharded by model or layer, weights are plain while a layer runs; sharded below it, not."""
     from torch.distributed.fsdp import fully_shard
 
-    model = peft_model(MLP()).train()
-    x = torch.randn(2, 37)
+    # Of 4-bit weights, those stored in a float dtype can be sharded.
+    net = MLP4bit(storage=BF16, nested=True) if unit == "4-bit layers" else MLP()
+    model = peft_model(net).train()
+    x = torch.randn(2, lora_layers(model)[0].in_features)
     expected = train_step(copy.deepcopy(model), x)
     mesh = torch.distributed.init_device_mesh("cpu", (1,))
     if order == "accelerate first":
         fastlora.accelerate(model, verbose=False)
-    if unit == "layers":
-        for layer in lora_layers(model):
+    for layer in lora_layers(model):
+        if "layers" in unit:
             fully_shard(layer, mesh=mesh)
-    if unit == "adapters":
-        for layer in lora_layers(model):
+        if unit == "adapters":
             fully_shard(layer.lora_A["default"], mesh=mesh)
     fully_shard(model, mesh=mesh)
     before = types(model)
     fastlora.accelerate(model, verbose=False)
+    assert (types(model) == before) == (order == "accelerate first")
+    if unit != "adapters":
+        assert "is sharded (a DTensor" in fastlora.explain(model).rows[0].reason
     results = train_step(model, x)
     for name, tensor in results.items():
         whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -773,6 +778,10 @@ def test_fsdp2(unit: str, order: str) -> None:
         assert reason is not None and "FSDPLinear, not a plain nn.Linear" in reason
     else:
         assert last_reasons(model) == {""}
+    fast = types(model)
+    fastlora.restore(model)
     if order == "fully_shard first":
-        fastlora.restore(model)
         assert types(model) == before
+    assert not any("fastlora" in base.__module__ for kind in types(model) for base in kind.__mro__)
+    fastlora.accelerate(model, verbose=False)
+    assert types(model) == fast
