@@ -29,6 +29,7 @@ $(REQUIREMENTS): requirements/dev.txt requirements/weights.txt
 
 # Metadata and the first build of the kernels; `build` then recompiles what has changed.
 $(INSTALLED): $(REQUIREMENTS) pyproject.toml setup.py
+	@rm -f $(VENV)/.installed-* $(if $(filter 0,$(FASTLORA_NATIVE)),fastlora/_C*.so)
 	@echo "installing fastlora into $(VENV); its native kernels compile for minutes, once"
 	$(PIP) install -q --no-build-isolation --no-deps -e .
 	@touch $@

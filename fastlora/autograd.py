@@ -152,7 +152,7 @@ def lora_linear(
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
     # The backend is settled now: the backward may run outside of a `use_backend` block.
     backend = forced_backend(backend)
-    tensors = (x.reshape(-1, x.shape[-1]), weight, bias, lora_A, lora_B, seed)
+    tensors = (x.reshape(x.shape[:-1].numel(), x.shape[-1]), weight, bias, lora_A, lora_B, seed)
     options = (scaling, dropout_p, state, compute_dtype, backend)
     if autocast:
         with torch.autocast(x.device.type, enabled=False):

@@ -242,6 +242,11 @@ def _check_packed(x: Tensor, weight: Tensor, state: QuantState, lora_B: Tensor) 
         )
     if weight.device != x.device:
         raise ValueError(f"weight must be on x's device {x.device}, got {weight.device}")
+    for tensor in state.tensors():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(
+                f"quant_state's tensors must be on x's device {x.device}, got {tensor.device}"
+            )
     packed = packed_bytes(weight)
     _check_bytes(packed, state)
     return packed

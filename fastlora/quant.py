@@ -68,7 +68,7 @@ FP4_CODE: tuple[float, ...] = (
 )
 
 _CODES = {"nf4": NF4_CODE, "fp4": FP4_CODE}
-_EMPTY = torch.empty(0)
+_EMPTY = torch.empty(0, device="cpu")
 
 
 def code_table(quant_type: str, device: torch.device | str | None = None) -> Tensor:
@@ -106,9 +106,9 @@ def dynamic_code() -> Tensor:
 
     Source: 8-bit Approximations for Parallelism in Deep Learning, arXiv:1511.04561.
     """
-    values = [torch.tensor([0.0, 1.0])]
+    values = [torch.tensor([0.0, 1.0], device="cpu")]
     for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32, device="cpu")
         decade = 10 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2)
         values += [decade, -decade]
     return torch.cat(values).sort().values

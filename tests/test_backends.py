@@ -125,6 +125,36 @@ def test_dropout_mask_is_the_references(p: float, backend: str) -> None:
     assert torch.equal(few != 0, mask[:5])
 
 
+@pytest.mark.parametrize(("N", "K"), [(0, 64), (5, 0), (0, 0)])
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("M", [0, 3, 20])
+def test_a_weight_without_elements(N: int, K: int, quantised: bool, M: int, backend: str) -> None:
+    base = Base("nf4", 64) if quantised else Base()
+    inputs = make_inputs(Case("", M, N, max(K, 1), R=2), base, DTYPES["fp32"])
+    if K == 0:
+        inputs.x, inputs.lora_A = torch.randn(M, 0), torch.randn(2, 0)
+        inputs.weight = inputs.weight[:0] if quantised else torch.randn(N, 0)
+        if quantised:
+            inputs.weight, inputs.quant_state = reference.quantize_4bit(torch.empty(N, 0))
+    got = run(Case("", M, N, K, R=2), inputs, backend)
+    # Without columns y is the bias; without rows there is no y, and no gradient.
+    assert torch.equal(got.y, inputs.bias.expand(M, N))
+    assert torch.equal(got.dx, torch.zeros(M, K)) and torch.equal(got.dA, torch.zeros(2, K))
+    assert torch.equal(got.dB, torch.zeros(N, 2))
+    torch.testing.assert_close(got.dbias, inputs.dy.sum(0))
+
+
+def test_default_device_does_not_leak_in(backend: str) -> None:
+    weight = torch.randn(8, 64)
+    want, state = reference.quantize_4bit(weight, compress_statistics=True)
+    decoded = reference.dequantize_4bit(want, state)
+    with torch.device("meta"):
+        packed, got = ops.quantize_4bit(weight, compress_statistics=True, backend=backend)
+        assert torch.equal(ops.dequantize_4bit(packed, got, backend=backend), decoded)
+    assert torch.equal(packed, want)
+    assert all(torch.equal(a, b) for a, b in zip(got.tensors(), state.tensors(), strict=True))
+
+
 @pytest.mark.parametrize("rank", [0])
 def test_no_adapter_is_the_frozen_layer(rank: int, backend: str) -> None:
     case = Case("", M=40, N=50, K=96, R=1)

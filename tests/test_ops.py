@@ -84,6 +84,13 @@ def test_4bit_arguments(changed, error, message) -> None:
         call(Base("nf4", 64), **changed)
 
 
+def test_state_on_another_device() -> None:
+    state = make_inputs(CASE, Base("nf4", 64, nested=True), DTYPES["fp32"]).quant_state
+    state.code = state.code.to("meta")
+    with pytest.raises(ValueError, match=r"quant_state's tensors must be on x's device cpu"):
+        call(Base("nf4", 64, nested=True), quant_state=state)
+
+
 def test_absmax_of_another_weight() -> None:
     state = make_inputs(Case("", 4, 12, 64, 2), Base("nf4", 64), DTYPES["fp32"]).quant_state
     state.shape = torch.Size((6, 64))

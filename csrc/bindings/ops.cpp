@@ -19,6 +19,7 @@ const ParallelFor& parallel_for() {
       [](int64_t tiles, void (*body)(const void*, int64_t, int64_t), const void* context) {
         const int64_t threads =
             std::min<int64_t>(tiles, static_cast<int64_t>(torch::stable::get_num_threads()));
+        if (tiles <= 0) return;
         if (threads <= 1) return body(context, 0, tiles);
         std::atomic<int64_t> next{0};
         torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
@@ -62,6 +63,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_any, const Weight& weight,
                                    const Tensor& B_any, double scaling, double dropout_p,
                                    const OptionalTensor& seed) {
   const int64_t M = x_any.size(0), R = A_any.size(0);
+  check_not_empty(weight);
   check_matrix(x_any, "x", M, weight.K);
   check_matrix(A_any, "lora_A", R, weight.K);
   check_matrix(B_any, "lora_B", weight.N, R);
@@ -103,6 +105,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy_any, const 
                                                     const OptionalTensor& seed, bool need_dx,
                                                     bool need_dA, bool need_dB, bool need_dbias) {
   const int64_t M = x_any.size(0), R = A_any.size(0), N = weight.N, K = weight.K;
+  check_not_empty(weight);
   check_matrix(x_any, "x", M, K);
   check_matrix(dy_any, "dy", M, N);
   check_matrix(A_any, "lora_A", R, K);

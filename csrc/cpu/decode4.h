@@ -152,35 +152,46 @@ FASTLORA_INLINE __m512i bf16_table(const float* code, float absmax_low, float ab
                                       mul(values, broadcast(absmax_low)));
 }
 
-// Rows in bf16: sink(i, 32 values) as `decode` does; asks for the bytes that are needed `ahead` bytes
-// later.
-template <class Sink>
-FASTLORA_INLINE void decode_bf16(const FourBit& w, int64_t begin, int64_t count, int64_t ahead,
-                                 const Sink& sink) {
+// The whole groups among `count` codes from flat element `begin` on, in 16 bits: sink(i, 32 values).
+// Returns how many codes these are: 0 unless `begin` is a multiple of kGroup.
+//   make_table(absmax)   the sixteen scaled codes in 16 bits
+//   ahead                asks for the bytes that are needed this many bytes later
+template <class MakeTable, class Sink>
+FASTLORA_INLINE int64_t decode_words(const FourBit& w, int64_t begin, int64_t count, int64_t ahead,
+                                     const MakeTable& make_table, const Sink& sink) {
+  if (begin % kGroup != 0) return 0;
   const __m512i shift = _mm512_set1_epi32(4);  // even elements: the high nibble
   const __m512i spread =
       _mm512_setr_epi32(0x00000000, 0x01010101, 0x02020202, 0x03030303, 0x04040404, 0x05050505,
                         0x06060606, 0x07070707, 0x08080808, 0x09090909, 0x0a0a0a0a, 0x0b0b0b0b,
                         0x0c0c0c0c, 0x0d0d0d0d, 0x0e0e0e0e, 0x0f0f0f0f);
   int64_t i = 0;
-  if (begin % kGroup == 0) {
-    while (i + kGroup <= count) {
-      const int64_t block = (begin + i) >> w.shift;
-      const int64_t end = min(count, ((block + 1) << w.shift) - begin);
-      // Both halves alike: a look-up reads five bits, the fifth of which is noise here.
-      const __m512i table = _mm512_broadcast_i64x4(
-          (__m256i)_mm512_cvtneps_pbh(mul(load(w.code), broadcast(w.absmax[block]))));
-      for (; i + kGroup <= end; i += kGroup) {
-        const uint8_t* q = w.packed + (begin + i) / 2;
-        prefetch_once(q + ahead, kGroup / 2);
-        const __m512i bytes =
-            _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q)));
-        const __m512i index = _mm512_srlv_epi16(_mm512_permutexvar_epi8(spread, bytes), shift);
-        sink(i, _mm512_permutexvar_epi16(index, table));
-      }
+  while (i + kGroup <= count) {
+    const int64_t block = (begin + i) >> w.shift;
+    const int64_t end = min(count, ((block + 1) << w.shift) - begin);
+    // Both halves alike: a look-up reads five bits, the fifth of which is noise here.
+    const __m512i table = _mm512_broadcast_i64x4(make_table(w.absmax[block]));
+    for (; i + kGroup <= end; i += kGroup) {
+      const uint8_t* q = w.packed + (begin + i) / 2;
+      prefetch_once(q + ahead, kGroup / 2);
+      const __m512i bytes =
+          _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q)));
+      const __m512i index = _mm512_srlv_epi16(_mm512_permutexvar_epi8(spread, bytes), shift);
+      sink(i, _mm512_permutexvar_epi16(index, table));
     }
   }
-  for (; i < count; i += kGroup) {
+  return i;
+}
+
+// Rows in bf16: sink(i, 32 values) as `decode` does; asks for the bytes that are needed `ahead` bytes
+// later.
+template <class Sink>
+FASTLORA_INLINE void decode_bf16(const FourBit& w, int64_t begin, int64_t count, int64_t ahead,
+                                 const Sink& sink) {
+  const auto table = [&](float absmax) __attribute__((always_inline)) {
+    return (__m256i)_mm512_cvtneps_pbh(mul(load(w.code), broadcast(absmax)));
+  };
+  for (int64_t i = decode_words(w, begin, count, ahead, table, sink); i < count; i += kGroup) {
     float values[kGroup] = {};
     decode_any(w, begin + i, min(kGroup, count - i), values);
     sink(i, (__m512i)_mm512_cvtne2ps_pbh(load(values + kLanes), load(values)));

@@ -11,6 +11,7 @@ namespace fastlora {
 namespace {
 
 constexpr size_t kHugePage = size_t{1} << 21;
+constexpr size_t kWorthKeeping = size_t{32} << 20;
 
 struct Block {
   void* data = nullptr;
@@ -18,11 +19,15 @@ struct Block {
   ~Block() { std::free(data); }
 };
 
+Block& block_of(Scratch kind) {
+  thread_local Block blocks[2];
+  return blocks[static_cast<int>(kind)];
+}
+
 }  // namespace
 
 void* scratch(Scratch kind, size_t bytes) {
-  thread_local Block blocks[2];
-  Block& block = blocks[static_cast<int>(kind)];
+  Block& block = block_of(kind);
   if (bytes > block.size) {
     std::free(block.data);
     block.size = (bytes + kHugePage - 1) / kHugePage * kHugePage;
@@ -36,6 +41,14 @@ void* scratch(Scratch kind, size_t bytes) {
 #endif
   }
   return block.data;
+}
+
+void trim_scratch(Scratch kind) {
+  Block& block = block_of(kind);
+  if (block.size <= kWorthKeeping) return;
+  std::free(block.data);
+  block.data = nullptr;
+  block.size = 0;
 }
 
 }  // namespace fastlora

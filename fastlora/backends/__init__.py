@@ -30,7 +30,10 @@ def _checked(name: str, source: str) -> str:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Every op inside the `with` block runs on backend `name`, or raises why it can't."""
+    """Every op inside the `with` block runs on backend `name`, or raises why it can't.
+
+    The choice holds for the whole process, other threads included.
+    """
     _forced.append(_checked(name, "use_backend(name)"))
     try:
         yield

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import reference
 from ..quant import QuantState, code_table, quantize_bounds
-from ..reference import nested
 
 NAME = "native"
 
@@ -23,7 +23,8 @@ except ImportError as error:
     _build = None
     _reason = (
         f"the compiled library fastlora._C can't be loaded ({error}); "
-        "`FASTLORA_NATIVE=1 pip install --no-build-isolation fastlora` builds it."
+        "in fastlora's source folder, `FASTLORA_NATIVE=1 pip install --no-build-isolation .` "
+        "builds it."
     )
 
 
@@ -63,6 +64,11 @@ def _state_args(state: QuantState) -> tuple[Any, ...]:
     return state.absmax, state.code, nested_absmax, nested_code, state.offset, state.blocksize
 
 
+def _empty(x: Tensor, lora_B: Tensor) -> bool:
+    """True for a weight without elements: there is nothing for a kernel to do."""
+    return x.shape[1] == 0 or lora_B.shape[0] == 0
+
+
 def _asked(grads: tuple[Tensor, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
 
@@ -78,6 +84,8 @@ def lora_linear_fwd(
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`reference.lora_linear_fwd`."""
+    if _empty(x, lora_B):
+        return reference.lora_linear_fwd(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
     return torch.ops.fastlora.lora_linear_fwd(
         x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed
     )
@@ -96,6 +104,10 @@ def lora_linear_bwd(
     needs: tuple[bool, bool, bool, bool] = (True, True, True, False),
 ) -> tuple[Tensor | None, ...]:
     """`reference.lora_linear_bwd`."""
+    if _empty(x, lora_B):
+        return reference.lora_linear_bwd(
+            dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, needs
+        )
     grads = torch.ops.fastlora.lora_linear_bwd(
         dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, *needs
     )
@@ -115,6 +127,10 @@ def qlora_linear_fwd(
     compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`reference.qlora_linear_fwd`."""
+    if _empty(x, lora_B):
+        return reference.qlora_linear_fwd(
+            x, weight, quant_state, bias, lora_A, lora_B, scaling, dropout_p, seed, compute_dtype
+        )
     return torch.ops.fastlora.qlora_linear_fwd(
         x,
         weight,
@@ -144,6 +160,21 @@ def qlora_linear_bwd(
     needs: tuple[bool, bool, bool, bool] = (True, True, True, False),
 ) -> tuple[Tensor | None, ...]:
     """`reference.qlora_linear_bwd`."""
+    if _empty(x, lora_B):
+        return reference.qlora_linear_bwd(
+            dy,
+            x,
+            weight,
+            quant_state,
+            lora_A,
+            lora_B,
+            S,
+            scaling,
+            dropout_p,
+            seed,
+            compute_dtype,
+            needs,
+        )
     grads = torch.ops.fastlora.qlora_linear_bwd(
         dy,
         x,
@@ -168,13 +199,13 @@ def quantize_4bit(
     compress_statistics: bool = False,
 ) -> tuple[Tensor, QuantState]:
     """`reference.quantize_4bit`."""
-    code = code_table(quant_type)
+    code = code_table(quant_type, weight.device)
     bounds, order = quantize_bounds(code)
     packed, absmax = torch.ops.fastlora.quantize_4bit(
         weight.detach(), bounds, order.to(torch.uint8), blocksize
     )
     state = QuantState(absmax, weight.shape, code, weight.dtype, blocksize, quant_type)
-    return packed, nested(state) if compress_statistics else state
+    return packed, reference.nested(state) if compress_statistics else state
 
 
 def dequantize_4bit(
@@ -185,7 +216,7 @@ def dequantize_4bit(
 ) -> Tensor:
     """`reference.dequantize_4bit`."""
     if out is None:
-        out = torch.empty(quant_state.shape, dtype=dtype or quant_state.dtype)
+        out = torch.empty(quant_state.shape, dtype=dtype or quant_state.dtype, device=packed.device)
     torch.ops.fastlora.dequantize_4bit_out(packed, *_state_args(quant_state), out)
     return out
 

@@ -88,5 +88,6 @@ def topics(cache_dir: str | None) -> Path:
 
     path = cache_folder(cache_dir) / "demo" / "topics.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n\n".join(manual.topics[name] for name in sorted(manual.topics)))
+    text = "\n\n".join(manual.topics[name] for name in sorted(manual.topics))
+    path.write_text(text, encoding="utf-8")
     return path

@@ -323,7 +323,8 @@ def _check_packages(job: Job) -> None:
     missing = [name for name in needed if find_spec(name) is None]
     if missing:
         raise CliError(
-            f"missing: {', '.join(missing)}; `pip install fastlora[finetune]` brings what it takes"
+            f"missing: {', '.join(missing)}; in fastlora's source folder, "
+            "`pip install '.[finetune]'` brings what it takes"
         )
 
 

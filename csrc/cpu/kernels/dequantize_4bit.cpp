@@ -29,6 +29,19 @@ void dequantize(const Dequantize4bit& p, int64_t begin, int64_t end) {
     }
     // The table is not rounded: the store rounds, and to the same value.
     const FourBit w{q.packed, q.code, absmax - first, 0, shift, DType::f32};
+#if defined(__AVX512VBMI__)
+    if constexpr (sizeof(T) == 2) {
+      const auto table = [&](float scale) __attribute__((always_inline)) {
+        T values[kLanes];
+        store(values, mul(load(q.code), broadcast(scale)));
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
+      };
+      constexpr int64_t kAhead = 2048;  // bytes
+      begin += decode_words(w, begin, stop - begin, kAhead, table,
+                            [&, at = out + begin](int64_t i, __m512i v)
+                                __attribute__((always_inline)) { _mm512_storeu_si512(at + i, v); });
+    }
+#endif
     decode(w, begin, stop - begin, [&](int64_t i, Vec v) __attribute__((always_inline)) {
       if (begin + i + kLanes <= stop) {
         store(out + begin + i, v);

@@ -36,6 +36,7 @@ void lora_linear_bwd(const LoraLinearBwd& p, const ParallelFor& parallel) {
   const float* absmax =
       p.dx ? plain_absmax(p.weight, parallel, reinterpret_cast<float*>(memory)) : nullptr;
   run(absmax, memory + statistics, nullptr);
+  trim_scratch(Scratch::shared);
 }
 
 }  // namespace FASTLORA_ISA

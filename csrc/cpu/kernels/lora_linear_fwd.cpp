@@ -33,6 +33,7 @@ void lora_linear_fwd(const LoraLinearFwd& p, const ParallelFor& parallel) {
   char* memory = static_cast<char*>(scratch(Scratch::shared, statistics + bytes));
   const float* absmax = plain_absmax(p.weight, parallel, reinterpret_cast<float*>(memory));
   run(absmax, memory + statistics, nullptr);
+  trim_scratch(Scratch::shared);
 }
 
 }  // namespace FASTLORA_ISA

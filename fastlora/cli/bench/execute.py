@@ -174,7 +174,7 @@ def _plot(measured: list[Row], folder: Path, console: Console) -> None:
     try:
         written = write_plots(measured, folder)
     except ImportError:
-        console.print("No plot: matplotlib is missing (pip install fastlora[bench]).")
+        console.print("No plot: matplotlib is missing (pip install matplotlib).")
         return
     for path in written:
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
