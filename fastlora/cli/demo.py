@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     console.print(
         "QLoRA on SmolLM2-135M-Instruct, LoRA on all linear layers.\n"
-        f"The model is in the package {PACKAGE}, the text is Python's manual (pydoc_data).\n",
+        f"Model: package {PACKAGE}. Text: Python's own manual (pydoc_data).\n",
         highlight=False,
     )
     quiet_libraries()
