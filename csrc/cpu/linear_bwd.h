@@ -8,6 +8,7 @@
 #pragma once
 
 #include "scratch.h"
+#include "tiles.h"
 #include "weights.h"
 
 namespace fastlora {
@@ -103,19 +104,8 @@ class LinearBwd {
     });
   }
 
-  using Stage = void (LinearBwd::*)(int64_t tile);
-  void each(int64_t tiles, Stage stage) {
-    struct Context {
-      LinearBwd* self;
-      Stage stage;
-    } context{this, stage};
-    parallel_.run(
-        tiles,
-        [](const void* c, int64_t begin, int64_t end) {
-          const auto* context = static_cast<const Context*>(c);
-          for (int64_t i = begin; i < end; i++) (context->self->*context->stage)(i);
-        },
-        &context);
+  void each(int64_t tiles, void (LinearBwd::*stage)(int64_t tile)) {
+    for_each_tile(parallel_, this, stage, tiles);
   }
 
   void shrink(int64_t tile) {

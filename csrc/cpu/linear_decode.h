@@ -5,6 +5,7 @@
 #pragma once
 
 #include "scratch.h"
+#include "tiles.h"
 #include "weights.h"
 
 namespace fastlora {
@@ -246,19 +247,8 @@ class LinearDecode {
   }
 
  private:
-  using Stage = void (LinearDecode::*)(int64_t tile);
-  void each(int64_t tiles, Stage stage) {
-    struct Context {
-      LinearDecode* self;
-      Stage stage;
-    } context{this, stage};
-    parallel_.run(
-        tiles,
-        [](const void* c, int64_t begin, int64_t end) {
-          const auto* context = static_cast<const Context*>(c);
-          for (int64_t i = begin; i < end; i++) (context->self->*context->stage)(i);
-        },
-        &context);
+  void each(int64_t tiles, void (LinearDecode::*stage)(int64_t tile)) {
+    for_each_tile(parallel_, this, stage, tiles);
   }
 
   void widen(const X* x) {

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "scratch.h"
+#include "tiles.h"
 #include "weights.h"
 
 namespace fastlora {
@@ -105,19 +106,8 @@ class LinearFwd {
   }
   const Unit* x_panel(int64_t panel) const { return x_panels_ + panel * kPanel * units_; }
 
-  using Stage = void (LinearFwd::*)(int64_t tile);
-  void each(int64_t tiles, Stage stage) {
-    struct Context {
-      LinearFwd* self;
-      Stage stage;
-    } context{this, stage};
-    parallel_.run(
-        tiles,
-        [](const void* c, int64_t begin, int64_t end) {
-          const auto* context = static_cast<const Context*>(c);
-          for (int64_t i = begin; i < end; i++) (context->self->*context->stage)(i);
-        },
-        &context);
+  void each(int64_t tiles, void (LinearFwd::*stage)(int64_t tile)) {
+    for_each_tile(parallel_, this, stage, tiles);
   }
 
   void pack_and_shrink(int64_t tile) {
