@@ -25,13 +25,15 @@ if TYPE_CHECKING:
 
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
 # M, N, K, R. Odd sizes: no multiple of a tile, a vector or a 4-bit block in any direction; one row
-# and few rows (kernels for generation), and enough rows for several tiles.
+# and few rows (kernels for generation), enough rows for several tiles, and enough work that threads
+# share it.
 _SIZES = (
     (1, 96, 128, 64),
     (7, 131, 65, 16),
     (37, 64, 192, 3),
     (129, 101, 131, 1),
     (70, 259, 320, 8),
+    (521, 387, 449, 24),
 )
 _QUICK_SIZES = ((1, 96, 128, 64), (17, 67, 65, 3), (129, 64, 192, 16))
 # x, adapter and, for a 4-bit weight, compute dtype: the combinations that PEFT makes.
