@@ -61,6 +61,8 @@ def accelerate(model: _Model, *, verbose: bool | None = None) -> _Model:
     `explain` says which and why. bitsandbytes' in-place repacking of 4-bit weights in eval mode is
     switched off for the whole model, and undone where it has happened and nothing was lost.
 
+    Differentiating twice through a fast layer (`create_graph=True`) raises; `restore` first.
+
     Args:
         model: a `PeftModel`, its base model, or any module with PEFT's LoRA layers inside. Calling
             it again after adding adapters to new layers is fine.

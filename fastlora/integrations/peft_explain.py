@@ -17,7 +17,7 @@ from .. import __version__
 from ..backends import choose
 from . import bitsandbytes as bnb
 from .peft_guard import LAST_REASON, Parts, casts, layer_parts
-from .peft_layers import bypass_reason, is_fast
+from .peft_layers import bypass_reason, fast_class, is_fast
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -211,13 +211,9 @@ def _kernel(parts: Parts) -> tuple[str, str] | str:
 
 
 def _stock_reason(layer: nn.Module) -> str:
-    kind = type(layer)
-    if (kind.__module__, kind.__name__) in (
-        ("peft.tuners.lora.layer", "Linear"),
-        ("peft.tuners.lora.bnb", "Linear4bit"),
-    ):
+    if fast_class(layer) is not None:
         return "PEFT's own layer; call fastlora.accelerate(model), again if it was added since"
-    return f"fastlora has no layer for PEFT's {kind.__name__}"
+    return f"fastlora has no layer for PEFT's {type(layer).__name__}"
 
 
 def _input_dtype(parts: Parts) -> torch.dtype:

@@ -28,7 +28,7 @@ class FastLoraLinear(Linear):
 
 def swap_in(layer: nn.Module) -> None:
     """Makes `layer` a fast layer, where fastlora has a class for it, by changing its class."""
-    if (fast := _counterpart(type(layer), _pairs())) is not None:
+    if (fast := fast_class(layer)) is not None:
         _change_class(layer, fast)
         disable_cpu_repacking(layer)
 
@@ -39,6 +39,11 @@ def swap_out(layer: nn.Module) -> None:
     if (stock := _counterpart(type(layer), pairs)) is not None:
         _change_class(layer, stock)
         layer.__dict__.pop(LAST_REASON, None)
+
+
+def fast_class(layer: nn.Module) -> type | None:
+    """The class that `swap_in` would give to one of PEFT's own layers; None for all others."""
+    return _counterpart(type(layer), _pairs())
 
 
 def is_fast(layer: nn.Module) -> bool:

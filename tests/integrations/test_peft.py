@@ -236,6 +236,21 @@ def test_result_can_be_changed_in_place() -> None:
     assert torch.equal(x.grad, doubled)
 
 
+def test_differentiating_twice_raises() -> None:
+    """Better than a wrong result: PEFT's own layer can do it, after `restore`."""
+    fast, _, _ = threesome(Case())
+    x = torch.randn(5, 37, requires_grad=True)
+
+    def penalty() -> Tensor:
+        (dx,) = torch.autograd.grad(fast(x).square().sum(), x, create_graph=True)
+        return dx.square().sum()
+
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        penalty().backward()
+    fastlora.restore(fast)
+    penalty().backward()
+
+
 # ---- autocast ----------------------------------------------------------------------------------
 
 
