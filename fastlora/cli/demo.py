@@ -30,7 +30,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         ),
     )
     parser.add_argument("--out", metavar="FOLDER", default="fastlora-demo")
-    parser.add_argument("--steps", type=finetune.positive, metavar="N", default=30)
+    parser.add_argument("--steps", type=finetune.positive, metavar="N", default=20)
     parser.add_argument(
         "--backend", choices=("both", "peft", "fastlora"), default="both", metavar="NAME"
     )
