@@ -891,6 +891,49 @@ def test_what_a_user_would_rather_know_is_said_once() -> None:
         call.layer(call.x)
 
 
+DENSE, FOUR_BIT = None, BF16  # the compute_dtype of the product with the base weight
+
+
+@pytest.mark.parametrize(
+    ("base", "adapter", "x", "autocast", "expected"),
+    [
+        (DENSE, FP32, FP32, None, Casts(FP32, FP32, None)),
+        (DENSE, BF16, FP32, None, Casts(FP32, FP32, None)),
+        (FOUR_BIT, FP32, FP32, None, Casts(FP32, FP32, BF16)),
+        (FOUR_BIT, FP32, BF16, None, Casts(BF16, FP32, BF16)),
+        (FOUR_BIT, BF16, BF16, None, Casts(BF16, BF16, BF16)),
+        (FOUR_BIT, FP16, BF16, None, Casts(BF16, FP32, BF16)),
+        (FOUR_BIT, FP32, BF16, BF16, Casts(BF16, BF16, BF16)),
+        (FOUR_BIT, FP32, FP32, BF16, Casts(FP32, FP32, BF16)),
+        (FOUR_BIT, BF16, FP32, BF16, Casts(FP32, FP32, BF16)),
+    ],
+)
+def test_dtype_policy(
+    base: torch.dtype | None,
+    adapter: torch.dtype,
+    x: torch.dtype,
+    autocast: torch.dtype | None,
+    expected: Casts,
+) -> None:
+    call = dense() if base is None else four_bit(compute_dtype=base)
+    call.A.to(adapter)
+    call.B.to(adapter)
+    parts = layer_parts(call.layer)
+    assert isinstance(parts, Parts)
+    assert casts(parts, x, torch.device("cpu"), autocast) == expected
+
+
+@pytest.mark.parametrize("adapter", [FP32, BF16])
+@pytest.mark.parametrize("x", [FP32, BF16])
+def test_dtype_policy_of_dense_layers_under_autocast(x: torch.dtype, adapter: torch.dtype) -> None:
+    call = bf16()
+    call.A.to(adapter)
+    call.B.to(adapter)
+    parts = layer_parts(call.layer)
+    assert isinstance(parts, Parts)
+    assert casts(parts, x, torch.device("cpu"), BF16) == Casts(BF16, BF16, None)
+
+
 def test_float64_compute_dtype() -> None:
     """bitsandbytes takes it, and returns memory that nobody wrote to."""
     parts = layer_parts(four_bit().layer)
