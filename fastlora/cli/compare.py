@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from .errors import CliError
-from .training import BACKENDS, LOG_FILE, Job, Observer, Stopped, read_log
+from .records import LOG_FILE, read_log
+from .training import BACKENDS, Job, Observer, Stopped
 
 WORKER_LOG = "worker.log"
 _COMMAND = (sys.executable, "-m", "fastlora.cli.worker")

@@ -17,20 +17,10 @@ from rich.console import Console
 from .compare import compare
 from .data import load_data
 from .errors import CliError
+from .records import LOG_FILE, RUN_FILE, read_log, read_run, write_atomically
 from .report import CSV_FILE, PLOT_FILE, print_comparison, print_result, write_csv, write_plot
 from .terminal import TerminalObserver
-from .training import (
-    BACKENDS,
-    LOG_FILE,
-    RUN_FILE,
-    Job,
-    Stopped,
-    quiet_libraries,
-    read_log,
-    read_run,
-    train,
-    write_atomically,
-)
+from .training import BACKENDS, Job, Stopped, quiet_libraries, train
 
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 DTYPES = tuple(_SHORT)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
-import shutil
 import signal
-import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +14,18 @@ from typing import Any, Protocol
 
 from .. import __version__
 from .errors import CliError
+from .records import (
+    LOG_FILE,
+    RUN_FILE,
+    Log,
+    RunFile,
+    is_last,
+    newest_checkpoint,
+    step_of,
+    summarise,
+)
 
 BACKENDS = ("peft", "fastlora")
-LOG_FILE = "log.jsonl"
-RUN_FILE = "run.json"
-# The loss of a single batch says little; a curve's end is the mean of so many steps.
-LAST_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def train(job: Job, observer: Observer, *, resume: bool) -> dict[str, Any]:
         torch.set_num_threads(job.threads)
     out = Path(job.out)
     out.mkdir(parents=True, exist_ok=True)
-    run = _RunFile(out / RUN_FILE)
+    run = RunFile(out / RUN_FILE)
     checkpoint = newest_checkpoint(out) if resume else None
 
     observer.emit("status", text="loading the model")
@@ -142,7 +145,7 @@ def train(job: Job, observer: Observer, *, resume: bool) -> dict[str, Any]:
         fast=fast,
         device=str(next(model.parameters()).device),
         threads=torch.get_num_threads(),
-        resumed=_step_of(checkpoint) if checkpoint else 0,
+        resumed=step_of(checkpoint) if checkpoint else 0,
     )
 
     def held_out_perplexity() -> float | None:
@@ -156,15 +159,15 @@ def train(job: Job, observer: Observer, *, resume: bool) -> dict[str, Any]:
         run.update(perplexity_before=held_out_perplexity())
     observer.gate("start", 0)
 
-    log = _Log(out / LOG_FILE, keep_to_step=_step_of(checkpoint) if checkpoint else 0)
+    log = Log(out / LOG_FILE, keep_to_step=step_of(checkpoint) if checkpoint else 0)
     with _stop_on_signal() as stop:
         trainer = _trainer(job, model, data.train, collator, log, observer, stop)
         set_seed(job.seed)
-        if checkpoint is not None and _is_last(checkpoint):
+        if checkpoint is not None and is_last(checkpoint):
             # The Trainer would take one step more.
             model.load_adapter(checkpoint, "default", is_trainable=True)
             cast_adapter(model, getattr(torch, job.adapter_dtype))
-            steps = _step_of(checkpoint)
+            steps = step_of(checkpoint)
         else:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             steps = trainer.state.max_steps
@@ -182,19 +185,6 @@ def train(job: Job, observer: Observer, *, resume: bool) -> dict[str, Any]:
     run.update(result=result)
     observer.emit("status", text="done")
     return result
-
-
-def summarise(entries: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over the steps of a log, without the first step after each start."""
-    timed = [e for e in entries if not e["first"]] or entries
-    return {
-        "steps": entries[-1]["step"],
-        "seconds_per_step": statistics.median(e["seconds"] for e in timed),
-        "tokens_per_second": statistics.median(e["tokens_per_second"] for e in timed),
-        "peak_memory_mb": max(e["peak_memory_mb"] for e in entries),
-        "training_memory_mb": max(e["peak_memory_mb"] - e["start_memory_mb"] for e in entries),
-        "loss": statistics.fmean(e["loss"] for e in entries[-LAST_STEPS:]),
-    }
 
 
 # ---- the model -------------------------------------------------------------------------------
@@ -287,7 +277,7 @@ def _trainer(
     model: Any,
     examples: list[Any],
     collator: Any,
-    log: _Log,
+    log: Log,
     observer: Observer,
     stop: _Stop,
 ) -> Any:
@@ -424,89 +414,3 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="peft|torch|transformers")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-
-# ---- what is on disk -------------------------------------------------------------------------
-
-
-def newest_checkpoint(out: Path) -> Path | None:
-    """The complete checkpoint with the highest step. Those that a kill cut off are removed.
-
-    The Trainer writes trainer_state.json last, so a checkpoint is complete when that can be read.
-    """
-    complete = []
-    for folder in out.glob("checkpoint-*"):
-        try:
-            json.loads((folder / "trainer_state.json").read_text())
-            complete.append(folder)
-        except (OSError, json.JSONDecodeError):
-            shutil.rmtree(folder, ignore_errors=True)
-    return max(complete, key=_step_of, default=None)
-
-
-def _is_last(checkpoint: Path) -> bool:
-    state = json.loads((checkpoint / "trainer_state.json").read_text())
-    return bool(state["global_step"] >= state["max_steps"])
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rsplit("-", 1)[1])
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Calls `write(temporary path)`, then renames: readers see the old file or all of the new."""
-    partial = path.with_name(f".{path.name}.partial")
-    write(partial)
-    partial.replace(path)
-
-
-class _RunFile:
-    """`run.json`: what was run and what came out."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def read(self) -> dict[str, Any]:
-        return read_run(self.path.parent) or {}
-
-    def update(self, **fields: Any) -> None:
-        content = json.dumps({**self.read(), **fields}, indent=2) + "\n"
-        write_atomically(self.path, lambda partial: partial.write_text(content))
-
-
-def read_run(out: Path) -> dict[str, Any] | None:
-    """What `run.json` in `out` holds; None when there is none."""
-    try:
-        return dict(json.loads((out / RUN_FILE).read_text()))
-    except FileNotFoundError:
-        return None
-
-
-class _Log:
-    """`log.jsonl`: one line a step. A resumed run drops the steps after its checkpoint."""
-
-    def __init__(self, path: Path, keep_to_step: int) -> None:
-        self.path = path
-        kept = [e for e in read_log(path) if e["step"] <= keep_to_step]
-        lines = "".join(json.dumps(entry) + "\n" for entry in kept)
-        write_atomically(path, lambda partial: partial.write_text(lines))
-
-    def write(self, entry: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
-
-    def entries(self) -> list[dict[str, Any]]:
-        return read_log(self.path)
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The entries of a log; a last line that a kill cut off is left out."""
-    if not path.is_file():
-        return []
-    entries = []
-    for line in path.read_text().splitlines():
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return entries

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from fastlora.cli import main
-from fastlora.cli.training import newest_checkpoint, read_log
+from fastlora.cli.records import newest_checkpoint, read_log
 
 pytest.importorskip("bitsandbytes", reason="QLoRA quantises with bitsandbytes")
 

@@ -1,0 +1,117 @@
+"""What a run keeps on disk: its settings, its log and its checkpoints, whole after a kill."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+LOG_FILE = "log.jsonl"
+RUN_FILE = "run.json"
+# The loss of a single batch says little; a curve's end is the mean of so many steps.
+LAST_STEPS = 10
+
+
+def newest_checkpoint(out: Path) -> Path | None:
+    """The complete checkpoint with the highest step. Those that a kill cut off are removed.
+
+    The Trainer writes trainer_state.json last, so a checkpoint is complete when that can be read.
+    """
+    complete = []
+    for folder in out.glob("checkpoint-*"):
+        try:
+            json.loads((folder / "trainer_state.json").read_text())
+            complete.append(folder)
+        except (OSError, json.JSONDecodeError):
+            shutil.rmtree(folder, ignore_errors=True)
+    return max(complete, key=step_of, default=None)
+
+
+def is_last(checkpoint: Path) -> bool:
+    """True when the run had ended where the checkpoint was saved."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    return bool(state["global_step"] >= state["max_steps"])
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which the checkpoint was saved."""
+    return int(checkpoint.name.rsplit("-", 1)[1])
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Calls `write(temporary path)`, then renames: readers see the old file or all of the new."""
+    partial = path.with_name(f".{path.name}.partial")
+    write(partial)
+    partial.replace(path)
+
+
+class RunFile:
+    """`run.json`: what was run and what came out."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> dict[str, Any]:
+        """What it holds so far."""
+        return read_run(self.path.parent) or {}
+
+    def update(self, **fields: Any) -> None:
+        """Adds or replaces fields."""
+        content = json.dumps({**self.read(), **fields}, indent=2) + "\n"
+        write_atomically(self.path, lambda partial: partial.write_text(content))
+
+
+def read_run(out: Path) -> dict[str, Any] | None:
+    """What `run.json` in `out` holds; None when there is none."""
+    try:
+        return dict(json.loads((out / RUN_FILE).read_text()))
+    except FileNotFoundError:
+        return None
+
+
+class Log:
+    """`log.jsonl`: one line a step. A resumed run drops the steps after its checkpoint."""
+
+    def __init__(self, path: Path, keep_to_step: int) -> None:
+        self.path = path
+        kept = [e for e in read_log(path) if e["step"] <= keep_to_step]
+        lines = "".join(json.dumps(entry) + "\n" for entry in kept)
+        write_atomically(path, lambda partial: partial.write_text(lines))
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Adds a line."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def entries(self) -> list[dict[str, Any]]:
+        """All lines."""
+        return read_log(self.path)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The entries of a log; a last line that a kill cut off is left out."""
+    if not path.is_file():
+        return []
+    entries = []
+    for line in path.read_text().splitlines():
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return entries
+
+
+def summarise(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over the steps of a log, without the first step after each start."""
+    timed = [e for e in entries if not e["first"]] or entries
+    return {
+        "steps": entries[-1]["step"],
+        "seconds_per_step": statistics.median(e["seconds"] for e in timed),
+        "tokens_per_second": statistics.median(e["tokens_per_second"] for e in timed),
+        "peak_memory_mb": max(e["peak_memory_mb"] for e in entries),
+        "training_memory_mb": max(e["peak_memory_mb"] - e["start_memory_mb"] for e in entries),
+        "loss": statistics.fmean(e["loss"] for e in entries[-LAST_STEPS:]),
+    }
