@@ -27,6 +27,7 @@ from tests.integrations.models import (
     VOCAB,
     MLP4bit,
     assert_all_close,
+    assert_network_close,
     exact,
     fill_adapters,
     gradients,
@@ -106,8 +107,7 @@ CASES = [
     Case(has_bias=False, r=1),
     Case(bias="all"),
     Case(shape=(), p=0.3),
-    Case(shape=(1,), r=16),
-    Case(shape=(33,), N=1),
+    Case(shape=(1,), r=16, N=1),
     Case(shape=(129,), r=64, p=0.1),
     Case(weight=BF16, x=BF16),
     Case(weight=BF16, x=BF16, p=0.3, bias="all"),
@@ -313,7 +313,7 @@ def test_network_matches_peft(network: str, backend: str) -> None:
     fast = fastlora.accelerate(copy.deepcopy(stock), verbose=False)
     results = [train_step(m, inputs) for m in (fast, exact(stock), replaying(stock))]
     assert last_reasons(fast) == {""}
-    assert_all_close(*results)
+    assert_network_close(*results)
 
 
 def test_training_follows_peft() -> None:
@@ -338,7 +338,7 @@ def test_training_follows_peft() -> None:
 
     results = [run(model) for model in (fast, exact(stock), replaying(stock))]
     assert results[0]["losses"][-1] < 0.8 * results[0]["losses"][0]
-    assert_all_close(*results)
+    assert_network_close(*results)
 
 
 def test_dropout_follows_the_module_not_the_layer() -> None:
