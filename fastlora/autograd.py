@@ -36,26 +36,9 @@ class LoraLinearFunction(torch.autograd.Function):
         compute_dtype: torch.dtype | None,
         backend: str | None,
     ) -> Tensor:
-        if quant_state is None:
-            y, S = ops.lora_linear_fwd(
-                x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, backend=backend
-            )
-            stats: tuple[Tensor | None, ...] = ()
-        else:
-            y, S = ops.qlora_linear_fwd(
-                x,
-                weight,
-                quant_state,
-                bias,
-                lora_A,
-                lora_B,
-                scaling,
-                dropout_p,
-                seed,
-                compute_dtype,
-                backend=backend,
-            )
-            stats = quant_state.tensors()
+        options = (scaling, dropout_p, quant_state, compute_dtype, backend)
+        y, S = _forward(x, weight, bias, lora_A, lora_B, seed, *options)
+        stats = () if quant_state is None else quant_state.tensors()
         ctx.save_for_backward(x, weight, lora_A, lora_B, S, seed, *stats)
         ctx.state = None if quant_state is None else quant_state.without_tensors()
         ctx.options = (scaling, dropout_p, compute_dtype, backend)
@@ -176,21 +159,24 @@ def _apply(
         t is not None and t.requires_grad for t in (x, bias, lora_A, lora_B)
     ):
         return LoraLinearFunction.apply(x, weight, bias, lora_A, lora_B, seed, *options)
-    scaling, dropout_p, state, compute_dtype, backend = options
+    return _forward(x, weight, bias, lora_A, lora_B, seed, *options)[0]
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    state: QuantState | None,
+    compute_dtype: torch.dtype | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """The forward op of the base's kind: y and S."""
+    lora = (bias, lora_A, lora_B, scaling, dropout_p, seed)
     if state is None:
-        return ops.lora_linear_fwd(
-            x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, backend=backend
-        )[0]
-    return ops.qlora_linear_fwd(
-        x,
-        weight,
-        state,
-        bias,
-        lora_A,
-        lora_B,
-        scaling,
-        dropout_p,
-        seed,
-        compute_dtype,
-        backend=backend,
-    )[0]
+        return ops.lora_linear_fwd(x, weight, *lora, backend=backend)
+    return ops.qlora_linear_fwd(x, weight, state, *lora, compute_dtype, backend=backend)

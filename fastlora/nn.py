@@ -276,6 +276,33 @@ class _LoraModule(nn.Module):
             )
         nn.init.zeros_(self._B)
 
+    @classmethod
+    def _around(cls, base_layer: nn.Linear | Linear4bit, **lora: Unpack[LoraOptions]) -> Self:
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._attach(base_layer, **lora)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] to y [..., N], in x's dtype."""
+        if self.merged:
+            return cast(Tensor, self.base_layer(x))
+        return lora_linear(
+            x,
+            self.weight,
+            self.bias,
+            self._A,
+            self._B,
+            self.scaling,
+            dropout_p=self.lora_dropout,
+            training=self.training,
+            **self._base_options(),
+        )
+
+    def _base_options(self) -> dict[str, Any]:
+        """What `lora_linear` must know of the base, beside weight and bias."""
+        return {}
+
     @property
     def weight(self) -> Tensor:
         """The base layer's weight: dense, or packed bytes."""
@@ -405,25 +432,7 @@ class LoraLinear(_LoraModule):
             ValueError: an option is out of range.
         """
         _check_linear(linear)
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer._attach(linear, **lora)
-        return layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] to y [..., N], in x's dtype."""
-        if self.merged:
-            return self.base_layer(x)
-        return lora_linear(
-            x,
-            self.base_layer.weight,
-            self.base_layer.bias,
-            self._A,
-            self._B,
-            self.scaling,
-            dropout_p=self.lora_dropout,
-            training=self.training,
-        )
+        return cls._around(linear, **lora)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
@@ -508,29 +517,11 @@ class QLoraLinear(_LoraModule):
         compute_dtype = getattr(linear, "compute_dtype", None)
         return cls._around(Linear4bit(weight, state, bias, compute_dtype), **lora)  # type: ignore[arg-type]
 
-    @classmethod
-    def _around(cls, base_layer: Linear4bit, **lora: Unpack[LoraOptions]) -> Self:
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer._attach(base_layer, **lora)
-        return layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] to y [..., N], in x's dtype."""
-        if self.merged:
-            return self.base_layer(x)
-        return lora_linear(
-            x,
-            self.base_layer.weight,
-            self.base_layer.bias,
-            self._A,
-            self._B,
-            self.scaling,
-            quant_state=self.base_layer.quant_state,
-            compute_dtype=self.base_layer.compute_dtype,
-            dropout_p=self.lora_dropout,
-            training=self.training,
-        )
+    def _base_options(self) -> dict[str, Any]:
+        return {
+            "quant_state": self.base_layer.quant_state,
+            "compute_dtype": self.base_layer.compute_dtype,
+        }
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)

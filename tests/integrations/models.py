@@ -13,6 +13,7 @@ from tolerance import assert_close_to_exact
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fastlora.integrations.peft_guard import LAST_REASON
 from fastlora.quant import as_quant_state
 from fastlora.reference import dequantize_4bit, dropout_mask, dropout_threshold
 
@@ -218,3 +219,8 @@ def train_step(model: nn.Module, inputs: Tensor, seed: int = 0) -> dict[str, Ten
     out = model(input_ids=inputs, labels=inputs)
     out.loss.backward()
     return {"logits": out.logits.detach(), **gradients(model)}
+
+
+def last_reasons(model: nn.Module) -> set[str | None]:
+    """Why the latest call of each LoRA layer ran PEFT's code: {""} when all ran on fastlora."""
+    return {layer.__dict__.get(LAST_REASON) for layer in lora_layers(model)}

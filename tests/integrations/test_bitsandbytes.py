@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import fastlora
 from fastlora.integrations import bitsandbytes as bnb
 from fastlora.integrations import peft as integration
-from fastlora.integrations.peft_guard import LAST_REASON
 from tests.integrations.models import (
     MLP,
     VOCAB,
@@ -30,6 +29,7 @@ from tests.integrations.models import (
     assert_network_close,
     exact,
     gradients,
+    last_reasons,
     linear4bit,
     llama,
     lora_layers,
@@ -39,10 +39,6 @@ from tests.integrations.models import (
 )
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-
-
-def last_reasons(model: nn.Module) -> set[str | None]:
-    return {layer.__dict__.get(LAST_REASON) for layer in lora_layers(model)}
 
 
 def repack(linear: bitsandbytes.nn.Linear4bit) -> None:

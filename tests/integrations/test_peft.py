@@ -20,7 +20,6 @@ from torch import Tensor, nn
 import fastlora
 from fastlora.backends import native
 from fastlora.integrations import peft as integration
-from fastlora.integrations.peft_guard import LAST_REASON
 from tests.integrations.conftest import BACKENDS
 from tests.integrations.models import (
     MLP,
@@ -31,6 +30,7 @@ from tests.integrations.models import (
     exact,
     fill_adapters,
     gradients,
+    last_reasons,
     linear4bit,
     llama,
     lora_layers,
@@ -40,11 +40,6 @@ from tests.integrations.models import (
 )
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-
-
-def last_reasons(model: nn.Module) -> set[str | None]:
-    """Why the latest call of each LoRA layer ran PEFT's code: {""} when all ran on fastlora."""
-    return {layer.__dict__.get(LAST_REASON) for layer in lora_layers(model)}
 
 
 # ---- one layer ---------------------------------------------------------------------------------

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora.integrations.peft import FastLoraLinear
-from fastlora.integrations.peft_guard import LAST_REASON
 from tests.integrations.models import (
     MLP,
     VOCAB,
@@ -33,6 +32,7 @@ from tests.integrations.models import (
     exact,
     fill_adapters,
     gradients,
+    last_reasons,
     llama,
     lora_layers,
     replaying,
@@ -365,7 +365,7 @@ def test_feature(way: str, name: str, base: nn.Module) -> None:
     what = FEATURES[name]
     models = trio(way, base, **what.config)
     results = [what.run(model) for model in models]
-    reasons = {layer.__dict__.get(LAST_REASON) for layer in lora_layers(models.fast)}
+    reasons = last_reasons(models.fast)
     assert reasons == (what.reasons if what.reasons != {"gone"} else set())
     assert_network_close(*results)
     assert models.fast.state_dict().keys() == models.stock.state_dict().keys()
@@ -394,7 +394,7 @@ def test_bf16_base(way: str, base: nn.Module, adapter: str, autocast: bool) -> N
                 layer.lora_B.to(torch.bfloat16)
         models.exact.load_state_dict(models.stock.state_dict())
     results = [run(model) for model in models]
-    assert {layer.__dict__.get(LAST_REASON) for layer in lora_layers(models.fast)} == FAST
+    assert last_reasons(models.fast) == FAST
     assert_network_close(*results)
 
 
@@ -457,7 +457,7 @@ def test_from_pretrained(
         fastlora.accelerate(loaded, verbose=False)
     assert {type(layer) for layer in lora_layers(loaded)} == {FastLoraLinear}
     assert_same_forward(loaded, models.fast)
-    assert {layer.__dict__.get(LAST_REASON) for layer in lora_layers(loaded)} == FAST
+    assert last_reasons(loaded) == FAST
 
 
 @pytest.mark.parametrize("copier", ["deepcopy", "pickle", "torch.save"])
@@ -473,7 +473,7 @@ def test_copies(way: str, base: nn.Module, copier: str, tmp_path: Path) -> None:
         copied = torch.load(tmp_path / "model.pt", weights_only=False)
     assert {type(layer) for layer in lora_layers(copied)} == {FastLoraLinear}
     assert_same_forward(copied, models.fast)
-    assert {layer.__dict__.get(LAST_REASON) for layer in lora_layers(copied)} == FAST
+    assert last_reasons(copied) == FAST
     fastlora.restore(copied)
     assert {type(layer) for layer in lora_layers(models.fast)} == {FastLoraLinear}
 
@@ -483,7 +483,7 @@ def test_hotswap(way: str, base: nn.Module, tmp_path: Path) -> None:
     other.stock.save_pretrained(tmp_path)
     hotswap_adapter(models.fast, str(tmp_path), "default")
     assert_same_forward(models.fast, other.fast)
-    assert {layer.__dict__.get(LAST_REASON) for layer in lora_layers(models.fast)} == FAST
+    assert last_reasons(models.fast) == FAST
 
 
 def test_adapters_added_later(way: str, base: nn.Module) -> None:
@@ -505,7 +505,7 @@ def test_get_peft_model_again(way: str, base: nn.Module) -> None:
     again = fill_adapters(plug(way, plain, LoraConfig(r=2, target_modules="all-linear")))
     assert {type(layer) for layer in lora_layers(again)} == {FastLoraLinear}
     train_step(again.train(), IDS)
-    assert {layer.__dict__.get(LAST_REASON) for layer in lora_layers(again)} == FAST
+    assert last_reasons(again) == FAST
 
 
 def test_restore(way: str, base: nn.Module) -> None:
