@@ -148,7 +148,7 @@ constexpr int64_t kNestedBlock = 256;  // absmax of the absmax: bitsandbytes' fi
 static inline void decode_absmax(const Quant4bit& q, int64_t begin, int64_t end, float* out) {
   const auto one = [&](int64_t b) {
     const float product = q.nested_code[q.absmax_8bit[b]] * q.nested_absmax[b / kNestedBlock];
-    out[b - begin] = product + q.nested_offset;
+    out[b - begin] = product + *q.nested_offset;
   };
   int64_t b = begin;
 #if defined(__AVX512VBMI__)
@@ -163,7 +163,7 @@ static inline void decode_absmax(const Quant4bit& q, int64_t begin, int64_t end,
   }
   // Unpacking works within 128-bit lanes: this order of the dwords undoes it.
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  const Vec offset = broadcast(q.nested_offset);
+  const Vec offset = broadcast(*q.nested_offset);
   for (; b < end && b % 64 != 0; b++) one(b);
   for (; b + 64 <= end; b += 64) {
     const __m512i index = _mm512_permutexvar_epi32(order, _mm512_loadu_si512(q.absmax_8bit + b));
