@@ -29,8 +29,17 @@ struct alignas(16) Words4 {
 
 // ---- where a thread is -------------------------------------------------------------------------
 
-FASTLORA_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
-FASTLORA_DEVICE int block_index() { return static_cast<int>(blockIdx.x); }
+// Read anew at each call, where the compiler would keep a register instead.
+FASTLORA_DEVICE int thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+FASTLORA_DEVICE int block_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+  return index;
+}
 
 // ---- conversion --------------------------------------------------------------------------------
 

@@ -22,9 +22,14 @@ namespace {
 constexpr int kThreads = 256, kWarp = 32, kWarps = kThreads / kWarp;
 constexpr int kRows = 16;     // of W, for a block
 constexpr int kColumns = 64;  // of W, for an absmax
-constexpr int kAtOnce = 4;    // such groups of columns that a warp loads at once
-constexpr int kTile = 8;      // tokens of an mma; tokens and ranks of a block that makes S
+// Such groups of columns that a warp loads at once: as many as the registers hold.
+template <int kTokenTiles>
+constexpr int kAtOnce = kTokenTiles > 2 ? 1 : 4;
+constexpr int kTile = 8;      // tokens of an mma, and of a block that makes S
+constexpr int kRanks = 4;     // of a block that makes S: with kTile tokens, a sum for each lane
+constexpr int kMostTiles = 4;  // of tokens, for a block that reads W
 constexpr int kPairs = 256;   // values of a byte
+constexpr int kBlocksOfSM = 2;
 
 constexpr uint32_t kPairBytes = kWarp * sizeof(uint32_t);  // a pair, once for each lane
 constexpr uint32_t kTableAt = kPairs * kPairBytes;
@@ -32,7 +37,8 @@ constexpr uint32_t kSharedBytes = kTableAt + kTableBytes;
 
 struct DecodeParams {
   LoraLinearFwd op;
-  int row_tiles, splits;             // of W and of the sum over its columns
+  int row_tiles, splits;  // of W and of the sum over its columns
+  int token_groups;       // the tokens of a block that reads W
   int token_tiles, rank_tiles, S_splits;
   float* partial;                    // [splits, M, N]
   float* S_partial;                  // [S_splits, M, R]
@@ -60,7 +66,11 @@ FASTLORA_DEVICE void multiply_rows(const DecodeParams& p) {
   const uint32_t shared = shared_memory(), tables = shared + kTableAt;
   const int thread = thread_index(), lane = thread % kWarp, warp = thread / kWarp;
   const int g = lane / 4, t = lane % 4;
-  const int split = block_index() % p.splits, row0 = block_index() / p.splits * kRows;
+  // Blocks that run at the same time share W's rows: with many tokens, the second read of W is one
+  // from the cache.
+  const int split = block_index() / p.token_groups % p.splits;
+  const int row0 = block_index() / (p.token_groups * p.splits) * kRows;
+  const int64_t token0 = block_index() % p.token_groups * kTokenTiles * kTile;
   const LoraLinearFwd& op = p.op;
   const Quant4bit& quant = op.weight.quant;
   const int64_t N = op.weight.N, K = op.weight.K;
@@ -69,38 +79,35 @@ FASTLORA_DEVICE void multiply_rows(const DecodeParams& p) {
   block_barrier();
 
   // Rows and tokens past the end repeat the last one and are not stored.
-  const int64_t first[2] = {smaller<int64_t>(row0 + g, N - 1) * K,
-                            smaller<int64_t>(row0 + g + 8, N - 1) * K};
-  const T* x[kTokenTiles];
-#pragma unroll
-  for (int i = 0; i < kTokenTiles; i++) {
-    const int64_t token = smaller<int64_t>(i * kTile + g, op.M - 1);
-    x[i] = static_cast<const T*>(op.x) + token * op.ldx;
-  }
+  const int64_t row = smaller<int64_t>(row0 + g, N - 1);
+  const int64_t first = row * K;
+  const int below = static_cast<int>((smaller<int64_t>(row0 + g + 8, N - 1) - row) * K);
   const uint32_t pairs = shared + 4 * static_cast<uint32_t>(lane);
   const auto look_up = [&](uint32_t word, int byte) {
     return load_shared<uint32_t>(pairs + (word >> (8 * byte) & 255) * kPairBytes);
   };
 
+  constexpr int kLoads = kAtOnce<kTokenTiles>;
   float sums[kTokenTiles][4] = {};
   const int groups = static_cast<int>(K / kColumns);
   const int end = part_start(groups, split + 1, p.splits);
-  for (int group0 = part_start(groups, split, p.splits) + warp * kAtOnce; group0 < end;
-       group0 += kWarps * kAtOnce) {
-    Words2 codes[kAtOnce][2];
-    Absmax scales[kAtOnce][2];
+  for (int group0 = part_start(groups, split, p.splits) + warp * kLoads; group0 < end;
+       group0 += kWarps * kLoads) {
+    Words2 codes[kLoads][2];
+    Absmax scales[kLoads][2];
 #pragma unroll
-    for (int i = 0; i < kAtOnce; i++) {
+    for (int i = 0; i < kLoads; i++) {
       const int64_t k = int64_t{smaller(group0 + i, end - 1)} * kColumns;
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        const uint8_t* source = quant.packed + (first[h] + k) / 2 + 8 * t;
+        const int64_t code = first + k + h * below;
+        const uint8_t* source = quant.packed + code / 2 + 8 * t;
         codes[i][h] = load_once(reinterpret_cast<const Words2*>(source));
-        scales[i][h] = load_absmax(quant, first[h] + k);
+        scales[i][h] = load_absmax(quant, code);
       }
     }
 #pragma unroll
-    for (int i = 0; i < kAtOnce; i++) {
+    for (int i = 0; i < kLoads; i++) {
       if (group0 + i >= end) break;
       const int64_t k = (group0 + i) * int64_t{kColumns} + 16 * t;
       uint32_t w[2][8];
@@ -113,7 +120,9 @@ FASTLORA_DEVICE void multiply_rows(const DecodeParams& p) {
       const float scale1 = absmax_value(quant, scales[i][1], tables);
 #pragma unroll
       for (int tile = 0; tile < kTokenTiles; tile++) {
-        const auto* tokens = reinterpret_cast<const Words4*>(x[tile] + k);
+        const int64_t token = smaller<int64_t>(token0 + tile * kTile + g, op.M - 1);
+        const auto* tokens = reinterpret_cast<const Words4*>(
+            static_cast<const T*>(op.x) + token * op.ldx + k);
         const Words4 low = tokens[0], high = tokens[1];
         float sum[4] = {};
 #pragma unroll
@@ -145,95 +154,105 @@ FASTLORA_DEVICE void multiply_rows(const DecodeParams& p) {
   block_barrier();
   for (int i = thread; i < kRows * kTokens; i += kThreads) {
     const int row = i % kRows, token = i / kRows;
-    if (row0 + row >= N || token >= op.M) continue;
+    if (row0 + row >= N || token0 + token >= op.M) continue;
     float sum = 0.0f;
 #pragma unroll
     for (int other = 0; other < kWarps; other++) {
       const int at = (other * kRows + row) * kTokens + token;
       sum += load_shared<float>(shared + 4 * static_cast<uint32_t>(at));
     }
-    p.partial[(split * op.M + token) * N + row0 + row] = sum;
+    p.partial[(split * op.M + token0 + token) * N + row0 + row] = sum;
   }
 }
 
 // ---- S -----------------------------------------------------------------------------------------
 
-// A part of S for eight tokens and eight ranks. A thread has the elements of x that one Philox counter
+// A part of S for eight tokens and four ranks. A thread has the elements of x that one Philox counter
 // decides on: four pairs, 32 apart, of a block of 128.
 template <class T>
 FASTLORA_DEVICE void make_S(const DecodeParams& p, int block) {
   constexpr int kLanes = 16, kBlocksAtOnce = kThreads / kLanes;
   const uint32_t shared = shared_memory();
-  const int thread = thread_index(), lane = thread % kWarp, warp = thread / kWarp;
+  const int thread = thread_index(), lane = thread % kWarp;
   const LoraLinearFwd& op = p.op;
   const int64_t K = op.weight.K;
   const int split = block % p.S_splits, tile = block / p.S_splits;
-  const int64_t token0 = tile % p.token_tiles * kTile, rank0 = tile / p.token_tiles * kTile;
+  const int64_t token0 = tile % p.token_tiles * kTile, rank0 = tile / p.token_tiles * kRanks;
   const int blocks = static_cast<int>(ceil_div(K, kDropoutBlock));
   const int end = part_start(blocks, split + 1, p.S_splits);
-  float sums[kTile][kTile] = {};
+  static_assert(kTile * kRanks == kWarp);
+  float sums[kWarp] = {};  // [token][rank]
+#pragma unroll 1
   for (int b = part_start(blocks, split, p.S_splits) + thread / kLanes; b < end;
        b += kBlocksAtOnce) {
-    float kept[kTile][8];
+    const int64_t first = int64_t{b} * kDropoutBlock + 2 * (thread % kLanes);
+    uint32_t keep[kTile];
 #pragma unroll
     for (int m = 0; m < kTile; m++) {
-      const int64_t token = smaller(token0 + m, op.M - 1);
-      const T* x = static_cast<const T*>(op.x) + token * op.ldx;
-      Words4 random{};
-      if (op.dropout.threshold > 0) random = random_words(token, b, thread % kLanes, op.dropout);
+      keep[m] = op.dropout.threshold == 0 ? 0xff : 0;
+      if (op.dropout.threshold == 0) continue;
+      const Words4 random = random_words(token0 + m, b, thread % kLanes, op.dropout);
 #pragma unroll
       for (int w = 0; w < 4; w++) {
-        const int64_t k = int64_t{b} * kDropoutBlock + 32 * w + 2 * (thread % kLanes);
-        float pair[2] = {};
-        if (k < K) {
-          const uint32_t word = *reinterpret_cast<const uint32_t*>(x + k);
-          pair[0] = to_float(T{static_cast<uint16_t>(word)});
-          pair[1] = to_float(T{static_cast<uint16_t>(word >> 16)});
-        }
-        if (op.dropout.threshold > 0) {
-          pair[0] = keeps_even(random.w[w], op.dropout) ? pair[0] * op.dropout.scale : 0.0f;
-          pair[1] = keeps_odd(random.w[w], op.dropout) ? pair[1] * op.dropout.scale : 0.0f;
-        }
-        kept[m][2 * w] = pair[0];
-        kept[m][2 * w + 1] = pair[1];
+        keep[m] |= static_cast<uint32_t>(keeps_even(random.w[w], op.dropout)) << (2 * w);
+        keep[m] |= static_cast<uint32_t>(keeps_odd(random.w[w], op.dropout)) << (2 * w + 1);
       }
     }
+#pragma unroll 1
+    for (int w = 0; w < 4; w++) {
+      const int64_t k = first + 32 * w;
+      if (k >= K) break;
+      float x[kTile][2];
 #pragma unroll
-    for (int r = 0; r < kTile; r++) {
-      const int64_t rank = smaller(rank0 + r, op.R - 1);
+      for (int m = 0; m < kTile; m++) {
+        const int64_t token = smaller(token0 + m, op.M - 1);
+        const T* source = static_cast<const T*>(op.x) + token * op.ldx + k;
+        const uint32_t word = *reinterpret_cast<const uint32_t*>(source);
+        x[m][0] = keep[m] >> (2 * w) & 1 ? to_float(T{static_cast<uint16_t>(word)}) : 0.0f;
+        x[m][1] = keep[m] >> (2 * w + 1) & 1 ? to_float(T{static_cast<uint16_t>(word >> 16)}) : 0.0f;
+      }
 #pragma unroll
-      for (int i = 0; i < 8; i++) {
-        const int64_t k = int64_t{b} * kDropoutBlock + 32 * (i / 2) + 2 * (thread % kLanes) + i % 2;
-        const float a = k < K ? load(op.lora_A, op.adapter_dtype, rank * K + k) : 0.0f;
+      for (int r = 0; r < kRanks; r++) {
+        const int64_t rank = smaller(rank0 + r, op.R - 1);
 #pragma unroll
-        for (int m = 0; m < kTile; m++) sums[m][r] += kept[m][i] * a;
+        for (int i = 0; i < 2; i++) {
+          const float a = load(op.lora_A, op.adapter_dtype, rank * K + k + i);
+#pragma unroll
+          for (int m = 0; m < kTile; m++) sums[m * kRanks + r] += x[m][i] * a;
+        }
       }
     }
   }
+  // The lanes' sums: with each exchange a lane gives away half of what it has, until only the
+  // complete sum number `lane` is left.
 #pragma unroll
-  for (int m = 0; m < kTile; m++) {
+  for (int exchange = 0; exchange < 5; exchange++) {
+    const int apart = kWarp / 2 >> exchange;
 #pragma unroll
-    for (int r = 0; r < kTile; r++) {
-      for (int i = 1; i < kWarp; i *= 2) sums[m][r] += shuffle_xor(sums[m][r], i);
-      const int at = warp * kTile * kTile + m * kTile + r;
-      if (lane == 0) store_shared<float>(shared + 4 * static_cast<uint32_t>(at), sums[m][r]);
+    for (int i = 0; i < kWarp / 2; i++) {
+      if (i >= apart) continue;
+      const bool upper = (lane & apart) != 0;
+      const float given = upper ? sums[i] : sums[i + apart];
+      sums[i] = (upper ? sums[i + apart] : sums[i]) + shuffle_xor(given, apart);
     }
   }
+  store_shared<float>(shared + 4 * static_cast<uint32_t>(thread), sums[0]);
   block_barrier();
-  const int64_t token = token0 + thread / kTile, rank = rank0 + thread % kTile;
-  if (thread >= kTile * kTile || token >= op.M || rank >= op.R) return;
+  const int64_t token = token0 + thread / kRanks, rank = rank0 + thread % kRanks;
+  if (thread >= kWarp || token >= op.M || rank >= op.R) return;
   float sum = 0.0f;
   for (int other = 0; other < kWarps; other++) {
-    sum += load_shared<float>(shared + 4 * static_cast<uint32_t>(other * kTile * kTile + thread));
+    sum += load_shared<float>(shared + 4 * static_cast<uint32_t>(other * kWarp + thread));
   }
-  p.S_partial[(split * op.M + token) * op.R + rank] = sum;
+  const float scale = op.dropout.threshold == 0 ? 1.0f : op.dropout.scale;
+  p.S_partial[(split * op.M + token) * op.R + rank] = scale * sum;
 }
 
 // ---- both --------------------------------------------------------------------------------------
 
 template <class T, int kTokenTiles>
-__global__ void __launch_bounds__(kThreads) decode_kernel(const DecodeParams p) {
-  const int S_block = block_index() - p.row_tiles * p.splits;
+__global__ void __launch_bounds__(kThreads, kBlocksOfSM) decode_kernel(const DecodeParams p) {
+  const int S_block = block_index() - p.row_tiles * p.splits * p.token_groups;
   if (S_block < 0) {
     multiply_rows<T, kTokenTiles>(p);
   } else {
@@ -246,10 +265,11 @@ DecodeParams params_of(const LoraLinearFwd& op) {
   p.op = op;
   p.row_tiles = static_cast<int>(ceil_div(op.weight.N, kRows));
   p.token_tiles = static_cast<int>(ceil_div(op.M, kTile));
-  p.rank_tiles = static_cast<int>(ceil_div(op.R, kTile));
-  // Four blocks fit on a multiprocessor; a warp should have a full load of columns.
-  const int64_t wanted = ceil_div(4 * multiprocessors(), p.row_tiles);
-  const int64_t most = larger<int64_t>(1, op.weight.K / (kColumns * kAtOnce * kWarps));
+  p.token_groups = static_cast<int>(ceil_div(p.token_tiles, kMostTiles));
+  p.rank_tiles = static_cast<int>(ceil_div(op.R, kRanks));
+  // A block for each place, but no warp without columns.
+  const int64_t wanted = ceil_div(kBlocksOfSM * multiprocessors(), p.row_tiles * p.token_groups);
+  const int64_t most = larger<int64_t>(1, op.weight.K / (kColumns * kWarps));
   p.splits = static_cast<int>(smaller(wanted, most));
   constexpr int64_t kColumnsOfBlock = kThreads / 16 * kDropoutBlock;
   p.S_splits = static_cast<int>(ceil_div(op.weight.K, kColumnsOfBlock));
@@ -258,15 +278,14 @@ DecodeParams params_of(const LoraLinearFwd& op) {
 
 template <class T>
 const char* run(const DecodeParams& p, Stream stream) {
-  const int64_t blocks = int64_t{p.row_tiles} * p.splits +
+  const int64_t blocks = int64_t{p.row_tiles} * p.splits * p.token_groups +
                          int64_t{p.token_tiles} * p.rank_tiles * p.S_splits;
   const auto start = [&](auto kernel) {
     return launch(kernel, blocks, kThreads, kSharedBytes, stream, p);
   };
   if (p.token_tiles == 1) return start(decode_kernel<T, 1>);
   if (p.token_tiles == 2) return start(decode_kernel<T, 2>);
-  if (p.token_tiles <= 4) return start(decode_kernel<T, 4>);
-  return start(decode_kernel<T, 8>);
+  return start(decode_kernel<T, kMostTiles>);
 }
 
 }  // namespace

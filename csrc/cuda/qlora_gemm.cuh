@@ -56,20 +56,63 @@ FASTLORA_DEVICE uint32_t swizzled(int row, int chunk) {
          static_cast<uint32_t>(chunk ^ (row & 7)) * kChunkBytes;
 }
 
+// The address of another row, a multiple of eight away, and of chunk c ^ `chunk` instead of c.
+FASTLORA_DEVICE uint32_t moved(uint32_t address, int rows, int chunk) {
+  return (address ^ static_cast<uint32_t>(chunk) * kChunkBytes) +
+         static_cast<uint32_t>(rows) * kRowBytes;
+}
+
+// The thread's place in its tile, and the tile's in the product.
+struct Place {
+  FASTLORA_DEVICE explicit Place(const GemmParams& p) {
+    thread = thread_index();
+    lane = thread % kWarp;
+    warp = thread / kWarp;
+    warp_token = warp % 2 * kWarpTokens;
+    warp_output = warp / 2 * kWarpOutputs;
+    const int block = block_index(), tile = block / p.splits;
+    split = block % p.splits;
+    // Blocks that run at the same time share W's columns.
+    token0 = tile % p.token_tiles * kTokens;
+    output0 = tile / p.token_tiles * kOutputs;
+    tokens = static_cast<int>(smaller<int64_t>(p.op.M - token0, kTokens));
+  }
+  int thread, lane, warp, warp_token, warp_output;
+  int split, token0, output0;
+  int tokens;  // of the tile that exist
+};
+
 template <class T, bool kForward>
-struct Gemm {
+struct Gemm : Place {
+  FASTLORA_DEVICE explicit Gemm(const GemmParams& params) : Place(params), p(params) {}
+
   const GemmParams& p;
   const uint32_t shared = shared_memory();
-  const int thread = thread_index(), lane = thread % kWarp, warp = thread / kWarp;
-  const int warp_token = warp % 2 * kWarpTokens, warp_output = warp / 2 * kWarpOutputs;
-  const int split = block_index() % p.splits, tile = block_index() / p.splits;
-  // Blocks that run at the same time share W's columns.
-  const int64_t token0 = int64_t{tile % p.token_tiles} * kTokens;
-  const int output0 = tile / p.token_tiles * kOutputs;
-  // The thread's run of codes in W's tile: a row, and the first of its four chunks.
-  const int run_row = kForward ? thread / 2 : thread / 2 % kStep;
-  const int run_half = kForward ? 0 : thread / (kThreads / 2);
-  const int run_chunk = thread % 2 * 4;
+  const int begin = part_start(p.steps, split, p.splits);
+  const int end = part_start(p.steps, split + 1, p.splits);
+
+  // Where the thread reads in the tiles.
+  const uint32_t x_read = swizzled(warp_token + lane % 16, lane / 16);
+  const uint32_t w_read =
+      kForward ? swizzled(warp_output + lane / 16 * 8 + lane % 8, lane / 8 % 2)
+               : static_cast<uint32_t>(warp_output / kStep) * kHalfBytes +
+                     swizzled(lane % 16, warp_output % kStep / 8 + lane / 16);
+
+  // The thread's part of x in the step that is loaded next: a chunk of every 32nd row.
+  const T* x_source = static_cast<const T*>(p.op.x) + int64_t{token0 + thread / 8} * p.op.ldx +
+                      begin * kStep + thread % 8 * 8;
+  // What it decodes of W's tile: 32 codes of a row, four chunks. They lie inside of W in the first
+  // `code_steps` steps.
+  const int code_row = kForward ? thread / 2 : thread / 2 % kStep;
+  const int code_half = kForward ? 0 : thread / (kThreads / 2);
+  const uint32_t w_write =
+      static_cast<uint32_t>(code_half) * kHalfBytes + swizzled(code_row, thread % 2 * 4);
+  const int fixed = kForward ? output0 + code_row : output0 + code_half * kStep + thread % 2 * kRun;
+  const int moving = kForward ? thread % 2 * kRun : code_row;
+  const int code_steps =
+      fixed < p.outputs ? (p.inputs - moving + kStep - 1) / kStep : 0;
+  int64_t code = kForward ? fixed * p.op.weight.K + begin * kStep + moving
+                          : (begin * kStep + moving) * p.op.weight.K + fixed;
   float sums[4][4][4] = {};  // [16 tokens][8 outputs][element of an mma's result]
 
   FASTLORA_DEVICE uint32_t x_tile(int i) const {
@@ -85,36 +128,28 @@ struct Gemm {
 
   // ---- loads -----------------------------------------------------------------------------------
 
-  FASTLORA_DEVICE void load_x(int step) const {
-    const int row = thread / 8, chunk = thread % 8, first = step * kStep + chunk * 8;
-    const int left = p.inputs - first, count = smaller(larger(left, 0), 8);
-    const int64_t token = token0 + row;
-    const T* source = static_cast<const T*>(p.op.x) + token * p.op.ldx + first;
+  // Each call loads one step further.
+  FASTLORA_DEVICE void load_x(int step) {
+    const int row = thread / 8, chunk = thread % 8, left = p.inputs - step * kStep - chunk * 8;
+    const int bytes = smaller(larger(left, 0), 8) * 2;
+    // Step i of the sum lies in tile i + 1: the LoRA term, before them, has tile 0.
+    const uint32_t to = x_tile(step + 1) + swizzled(row, chunk);
+    const T* source = x_source;
 #pragma unroll
-    for (int i = 0; i < kTokens * 8 / kThreads; i++) {
-      const int down = i * (kThreads / 8);
-      const bool inside = count > 0 && token + down < p.op.M;
-      // Step i of the sum lies in tile i + 1: the LoRA term, before them, has tile 0.
-      copy_async(x_tile(step + 1) + swizzled(row + down, chunk),
-                 inside ? source + down * p.op.ldx : p.op.x, inside ? count * 2 : 0);
+    for (int down = 0; down < kTokens; down += kThreads / 8) {
+      copy_async(moved(to, down, 0), source, row + down < tokens ? bytes : 0);
+      source += kThreads / 8 * p.op.ldx;
     }
+    x_source += kStep;
   }
 
-  // The thread's run in `step`: its first code, or -1 where that lies outside of W.
-  FASTLORA_DEVICE int64_t run_start(int step) const {
-    const int n = run_row + (kForward ? output0 : step * kStep);
-    const int k = run_chunk * 8 + (kForward ? step * kStep : output0 + run_half * kStep);
-    const bool inside = n < p.op.weight.N && k < p.op.weight.K;
-    return inside ? n * p.op.weight.K + k : -1;
-  }
-  FASTLORA_DEVICE void load_packed(int step) const {
-    const int64_t start = run_start(step);
-    copy_async(packed(step), p.op.weight.quant.packed + (start < 0 ? 0 : start / 2),
-               start < 0 ? 0 : kRun / 2);
-  }
-  FASTLORA_DEVICE Absmax load_scale(int step) const {
-    const int64_t start = run_start(step);
-    return start < 0 ? Absmax{0.0f, 0} : load_absmax(p.op.weight.quant, start);
+  // Starts the copy of the thread's codes, and loads their absmax.
+  FASTLORA_DEVICE Absmax load_codes(int step) {
+    const bool inside = step < code_steps;
+    copy_async(packed(step), p.op.weight.quant.packed + (code >> 1), inside ? kRun / 2 : 0);
+    const Absmax absmax = load_absmax(p.op.weight.quant, inside ? code : 0);
+    code += kForward ? kStep : kStep * p.op.weight.K;
+    return absmax;
   }
 
   // ---- decoding --------------------------------------------------------------------------------
@@ -122,9 +157,7 @@ struct Gemm {
   // A quarter of the thread's run, eight codes, to W's tile.
   FASTLORA_DEVICE void decode_quarter(int step, int quarter, uint32_t codes,
                                       const Planes& planes) const {
-    const uint32_t half = static_cast<uint32_t>(run_half) * kHalfBytes;
-    store_shared<Words4>(w_tile(step) + half + swizzled(run_row, run_chunk + quarter),
-                         decode(codes, planes));
+    store_shared<Words4>(moved(w_tile(step) + w_write, 0, quarter), decode(codes, planes));
   }
 
   // ---- products --------------------------------------------------------------------------------
@@ -132,29 +165,22 @@ struct Gemm {
   // Adds terms [16 x_part, + 16) of x's tile times terms [16 w_part, + 16) of W's.
   template <class Number>
   FASTLORA_DEVICE void multiply_part(uint32_t x, int x_part, uint32_t w, int w_part) {
-    uint32_t a[4][4], b[2][4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int row = warp_token + 16 * i + lane % 16, chunk = 2 * x_part + lane / 16;
-      load_matrices(a[i], x + swizzled(row, chunk));
-    }
+    uint32_t b[2][4];
 #pragma unroll
     for (int j = 0; j < 2; j++) {
-      const int output = warp_output + 16 * j;
       if constexpr (kForward) {
-        const int row = output + lane / 16 * 8 + lane % 8, chunk = 2 * w_part + lane / 8 % 2;
-        load_matrices(b[j], w + swizzled(row, chunk));
+        load_matrices(b[j], moved(w + w_read, 16 * j, 2 * w_part));
       } else {
-        const int row = kProduct * w_part + lane % 16, column = output + lane / 16 * 8;
-        const uint32_t half = static_cast<uint32_t>(column / kStep) * kHalfBytes;
-        load_matrices_transposed(b[j], w + half + swizzled(row, column % kStep / 8));
+        load_matrices_transposed(b[j], moved(w + w_read, kProduct * w_part, 2 * j));
       }
     }
 #pragma unroll
     for (int i = 0; i < 4; i++) {
+      uint32_t a[4];
+      load_matrices(a, moved(x + x_read, 16 * i, 2 * x_part));
 #pragma unroll
       for (int j = 0; j < 4; j++) {
-        multiply_add<Number>(sums[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+        multiply_add<Number>(sums[i][j], a, b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
       }
     }
   }
@@ -177,15 +203,14 @@ struct Gemm {
   // Ranks [rank0, + 32) of factor * S: chunks 0 to 3 of a row are the high parts, 4 to 7 the low.
   FASTLORA_DEVICE void store_S(int64_t rank0) const {
     const int row = thread / 2;
-    const int64_t token = token0 + row;
 #pragma unroll 1
     for (int chunk = thread % 2 * 2; chunk < thread % 2 * 2 + 2; chunk++) {
       float v[8];
 #pragma unroll
       for (int i = 0; i < 8; i++) {
         const int64_t rank = rank0 + chunk * 8 + i;
-        const bool inside = token < p.op.M && rank < p.op.R;
-        v[i] = inside ? p.op.factor * p.op.S[token * p.op.R + rank] : 0.0f;
+        const bool inside = row < tokens && rank < p.op.R;
+        v[i] = inside ? p.op.factor * p.op.S[(token0 + row) * p.op.R + rank] : 0.0f;
       }
       store_split(v, x_tile(0) + swizzled(row, chunk), x_tile(0) + swizzled(row, 4 + chunk));
     }
@@ -241,7 +266,7 @@ struct Gemm {
   FASTLORA_DEVICE void drop_out() {
 #pragma unroll 1
     for (int row = warp * 2; row < kTokens; row += kThreads / kWarp * 2) {
-      const int64_t token = token0 + row + lane / 16;
+      const int token = token0 + row + lane / 16;
       const Words4 random =
           random_words(token, output0 / kDropoutBlock, lane % 16, p.op.dropout);
       Words4 keep;
@@ -277,7 +302,7 @@ struct Gemm {
 
   // ---- the result ------------------------------------------------------------------------------
 
-  FASTLORA_DEVICE void store_pair(int64_t at, bool both, float first, float second) const {
+  FASTLORA_DEVICE void store_pair(int split, int64_t at, bool both, float first, float second) const {
     if (p.partial != nullptr || p.op.y_dtype == DType::f32) {
       float* y = p.partial == nullptr ? static_cast<float*>(p.op.y)
                                       : p.partial + split * p.op.M * p.outputs;
@@ -297,9 +322,11 @@ struct Gemm {
   }
 
   FASTLORA_DEVICE void store_sums() const {
+    // Found out again: kept through the sum, it would cost the loop registers.
+    const Place at(p);
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-      const int64_t output = output0 + warp_output + 8 * j + lane % 4 * 2;
+      const int64_t output = at.output0 + at.warp_output + 8 * j + at.lane % 4 * 2;
       if (output >= p.outputs) continue;
       const bool both = output + 1 < p.outputs;
       float bias[2] = {};
@@ -311,9 +338,9 @@ struct Gemm {
       for (int i = 0; i < 4; i++) {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-          const int64_t token = token0 + warp_token + 16 * i + 8 * h + lane / 4;
-          if (token >= p.op.M) continue;
-          store_pair(token * p.outputs + output, both, sums[i][j][2 * h] + bias[0],
+          const int row = at.warp_token + 16 * i + 8 * h + at.lane / 4;
+          if (row >= at.tokens) continue;
+          store_pair(at.split, (at.token0 + row) * p.outputs + output, both, sums[i][j][2 * h] + bias[0],
                      sums[i][j][2 * h + 1] + bias[1]);
         }
       }
@@ -323,16 +350,12 @@ struct Gemm {
   // ---- all of it -------------------------------------------------------------------------------
 
   FASTLORA_DEVICE void run() {
-    const int begin = part_start(p.steps, split, p.splits);
-    const int end = part_start(p.steps, split + 1, p.splits);
     const uint32_t tables = shared + kTablesAt;
     copy_tables(tables, p.op.weight.quant, thread, kThreads);
     load_x(begin);
-    load_packed(begin);
-    load_packed(begin + 1);
+    const Absmax first = load_codes(begin);
+    Absmax next = load_codes(begin + 1);
     copy_async_commit();
-    const Absmax first = load_scale(begin);
-    Absmax next = load_scale(begin + 1);
     block_barrier();
     if (split == 0) {
       add_lora_term();
@@ -352,15 +375,15 @@ struct Gemm {
       // Step's x and decoded W are there; what the step before has read may be overwritten.
       block_barrier();
       if (step + 1 < end) load_x(step + 1);
-      // A thread decodes the codes that it has copied itself.
-      load_packed(step + 2);
-      copy_async_commit();
       const Planes planes = make_planes<T>(tables, absmax_value(p.op.weight.quant, next, tables));
-      const Words4 codes = load_shared<Words4>(packed(step + 1));
-      next = load_scale(step + 2);
+      // A thread decodes the codes that it has copied itself.
+      next = load_codes(step + 2);
+      copy_async_commit();
+      Words2 codes;
 #pragma unroll
       for (int part = 0; part < kStep / kProduct; part++) {
-        decode_quarter(step + 1, part, codes.w[part], planes);
+        if (part % 2 == 0) codes = load_shared<Words2>(packed(step + 1) + 4 * part);
+        decode_quarter(step + 1, part, codes.w[part % 2], planes);
         multiply_part<T>(x_tile(step + 1), part, w_tile(step), part);
       }
     }
@@ -370,7 +393,7 @@ struct Gemm {
 
 template <class T, bool kForward>
 __global__ void __launch_bounds__(kThreads, 2) qlora_gemm(const GemmParams p) {
-  Gemm<T, kForward>{p}.run();
+  Gemm<T, kForward>(p).run();
 }
 
 // Parts of the sum: enough for a block on every multiprocessor, and no part under eight steps.
