@@ -291,6 +291,7 @@ const char* run(const DecodeParams& p, Stream stream) {
 }  // namespace
 
 int64_t qlora_decode_workspace(const LoraLinearFwd& op) {
+  if (op.M == 0) return 0;
   const DecodeParams p = params_of(op);
   return op.M * (p.splits * op.weight.N + p.S_splits * op.R);
 }
