@@ -105,11 +105,12 @@ def qlora_linear_fwd(
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    dtype: torch.dtype,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`reference.qlora_linear_fwd`, the base product in `dtype`."""
+    """`reference.qlora_linear_fwd`."""
+    dtype = compute_dtype or x.dtype
     kernel = plan(x.shape[0], x.shape[1], quant_state.blocksize, dtype, fused_tokens(x.device))
     quant = (weight, *state_args(quant_state))
     lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
@@ -134,12 +135,13 @@ def qlora_linear_bwd(
     lora_B: Tensor,
     S: Tensor,
     scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    dtype: torch.dtype,
-    needs: tuple[bool, bool, bool, bool],
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+    needs: tuple[bool, bool, bool, bool] = (True, True, True, False),
 ) -> tuple[Tensor | None, ...]:
-    """`reference.qlora_linear_bwd`, the base product in `dtype`."""
+    """`reference.qlora_linear_bwd`."""
+    dtype = compute_dtype or x.dtype
     dS, *grads = reference.skinny_bwd(
         dy, x, lora_A, lora_B, S, scaling, dropout_p, seed, needs[1:]
     )
