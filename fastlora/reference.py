@@ -217,9 +217,7 @@ def _bwd(
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     acc = _acc(x)
-    dS, *adapter_grads = skinny_bwd(
-        dy, x, lora_A, lora_B, S, scaling, dropout_p, seed, needs[1:]
-    )
+    dS, *adapter_grads = skinny_bwd(dy, x, lora_A, lora_B, S, scaling, dropout_p, seed, needs[1:])
     dx = None
     if needs[0]:
         lora = expand_dx(dS, lora_A, dropout_p, seed)
@@ -256,9 +254,7 @@ def skinny_bwd(
     return dS, dA, dB, dbias
 
 
-def expand_dx(
-    dS: Tensor, lora_A: Tensor, dropout_p: float, seed: Tensor | int | None
-) -> Tensor:
+def expand_dx(dS: Tensor, lora_A: Tensor, dropout_p: float, seed: Tensor | int | None) -> Tensor:
     """`drop'(dS A)`, `[M, K]` in dS's dtype: the LoRA term of dx."""
     return _dropout(dS @ lora_A.to(dS.dtype), dropout_p, seed)
 

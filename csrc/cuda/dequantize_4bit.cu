@@ -53,8 +53,7 @@ __global__ void __launch_bounds__(kThreads) dequantize(const Dequantize4bit p) {
         packed |= static_cast<uint32_t>(p.quant.packed[first / 2 + i]) << (8 * i);
       }
     }
-    const float absmax =
-        absmax_value(p.quant, load_absmax(p.quant, first), tables);
+    const float absmax = absmax_value(p.quant, load_absmax(p.quant, first), tables);
     float v[kCodesAtOnce];
 #pragma unroll
     for (int i = 0; i < kCodesAtOnce; i++) {
@@ -74,8 +73,7 @@ __global__ void __launch_bounds__(kThreads) dequantize(const Dequantize4bit p) {
 
 template <class T>
 const char* run(const Dequantize4bit& p, Stream stream) {
-  return launch(dequantize<T>, ceil_div(p.elements, kChunk), kThreads, kTableBytes, stream,
-                p);
+  return launch(dequantize<T>, ceil_div(p.elements, kChunk), kThreads, kTableBytes, stream, p);
 }
 
 }  // namespace

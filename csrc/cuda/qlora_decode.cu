@@ -25,10 +25,10 @@ constexpr int kColumns = 64;  // of W, for an absmax
 // Such groups of columns that a warp loads at once: as many as the registers hold.
 template <int kTokenTiles>
 constexpr int kAtOnce = kTokenTiles > 2 ? 1 : 4;
-constexpr int kTile = 8;      // tokens of an mma, and of a block that makes S
-constexpr int kRanks = 4;     // of a block that makes S: with kTile tokens, a sum for each lane
+constexpr int kTile = 8;       // tokens of an mma, and of a block that makes S
+constexpr int kRanks = 4;      // of a block that makes S: with kTile tokens, a sum for each lane
 constexpr int kMostTiles = 4;  // of tokens, for a block that reads W
-constexpr int kPairs = 256;   // values of a byte
+constexpr int kPairs = 256;    // values of a byte
 constexpr int kBlocksOfSM = 2;
 
 constexpr uint32_t kPairBytes = kWarp * sizeof(uint32_t);  // a pair, once for each lane
@@ -40,8 +40,8 @@ struct DecodeParams {
   int row_tiles, splits;  // of W and of the sum over its columns
   int token_groups;       // the tokens of a block that reads W
   int token_tiles, rank_tiles, S_splits;
-  float* partial;                    // [splits, M, N]
-  float* S_partial;                  // [S_splits, M, R]
+  float* partial;    // [splits, M, N]
+  float* S_partial;  // [S_splits, M, R]
 };
 
 // ---- x W^T -------------------------------------------------------------------------------------
@@ -121,8 +121,8 @@ FASTLORA_DEVICE void multiply_rows(const DecodeParams& p) {
 #pragma unroll
       for (int tile = 0; tile < kTokenTiles; tile++) {
         const int64_t token = smaller<int64_t>(token0 + tile * kTile + g, op.M - 1);
-        const auto* tokens = reinterpret_cast<const Words4*>(
-            static_cast<const T*>(op.x) + token * op.ldx + k);
+        const auto* tokens =
+            reinterpret_cast<const Words4*>(static_cast<const T*>(op.x) + token * op.ldx + k);
         const Words4 low = tokens[0], high = tokens[1];
         float sum[4] = {};
 #pragma unroll
@@ -209,7 +209,8 @@ FASTLORA_DEVICE void make_S(const DecodeParams& p, int block) {
         const T* source = static_cast<const T*>(op.x) + token * op.ldx + k;
         const uint32_t word = *reinterpret_cast<const uint32_t*>(source);
         x[m][0] = keep[m] >> (2 * w) & 1 ? to_float(T{static_cast<uint16_t>(word)}) : 0.0f;
-        x[m][1] = keep[m] >> (2 * w + 1) & 1 ? to_float(T{static_cast<uint16_t>(word >> 16)}) : 0.0f;
+        x[m][1] =
+            keep[m] >> (2 * w + 1) & 1 ? to_float(T{static_cast<uint16_t>(word >> 16)}) : 0.0f;
       }
 #pragma unroll
       for (int r = 0; r < kRanks; r++) {
@@ -301,8 +302,8 @@ const char* qlora_decode(const LoraLinearFwd& op, float* workspace, Stream strea
   DecodeParams p = params_of(op);
   p.partial = workspace;
   p.S_partial = workspace + p.splits * op.M * op.weight.N;
-  const char* error = op.weight.compute_dtype == DType::bf16 ? run<bf16>(p, stream)
-                                                             : run<f16>(p, stream);
+  const char* error =
+      op.weight.compute_dtype == DType::bf16 ? run<bf16>(p, stream) : run<f16>(p, stream);
   if (error != nullptr) return error;
   FinishParams end{};
   end.M = op.M;

@@ -93,10 +93,9 @@ struct Gemm : Place {
 
   // Where the thread reads in the tiles.
   const uint32_t x_read = swizzled(warp_token + lane % 16, lane / 16);
-  const uint32_t w_read =
-      kForward ? swizzled(warp_output + lane / 16 * 8 + lane % 8, lane / 8 % 2)
-               : static_cast<uint32_t>(warp_output / kStep) * kHalfBytes +
-                     swizzled(lane % 16, warp_output % kStep / 8 + lane / 16);
+  const uint32_t w_read = kForward ? swizzled(warp_output + lane / 16 * 8 + lane % 8, lane / 8 % 2)
+                                   : static_cast<uint32_t>(warp_output / kStep) * kHalfBytes +
+                                         swizzled(lane % 16, warp_output % kStep / 8 + lane / 16);
 
   // The thread's part of x in the step that is loaded next: a chunk of every 32nd row.
   const T* x_source = static_cast<const T*>(p.op.x) + int64_t{token0 + thread / 8} * p.op.ldx +
@@ -109,8 +108,7 @@ struct Gemm : Place {
       static_cast<uint32_t>(code_half) * kHalfBytes + swizzled(code_row, thread % 2 * 4);
   const int fixed = kForward ? output0 + code_row : output0 + code_half * kStep + thread % 2 * kRun;
   const int moving = kForward ? thread % 2 * kRun : code_row;
-  const int code_steps =
-      fixed < p.outputs ? (p.inputs - moving + kStep - 1) / kStep : 0;
+  const int code_steps = fixed < p.outputs ? (p.inputs - moving + kStep - 1) / kStep : 0;
   int64_t code = kForward ? fixed * p.op.weight.K + begin * kStep + moving
                           : (begin * kStep + moving) * p.op.weight.K + fixed;
   float sums[4][4][4] = {};  // [16 tokens][8 outputs][element of an mma's result]
@@ -267,8 +265,7 @@ struct Gemm : Place {
 #pragma unroll 1
     for (int row = warp * 2; row < kTokens; row += kThreads / kWarp * 2) {
       const int token = token0 + row + lane / 16;
-      const Words4 random =
-          random_words(token, output0 / kDropoutBlock, lane % 16, p.op.dropout);
+      const Words4 random = random_words(token, output0 / kDropoutBlock, lane % 16, p.op.dropout);
       Words4 keep;
 #pragma unroll
       for (int i = 0; i < 4; i++) {
@@ -302,7 +299,8 @@ struct Gemm : Place {
 
   // ---- the result ------------------------------------------------------------------------------
 
-  FASTLORA_DEVICE void store_pair(int split, int64_t at, bool both, float first, float second) const {
+  FASTLORA_DEVICE void store_pair(int split, int64_t at, bool both, float first,
+                                  float second) const {
     if (p.partial != nullptr || p.op.y_dtype == DType::f32) {
       float* y = p.partial == nullptr ? static_cast<float*>(p.op.y)
                                       : p.partial + split * p.op.M * p.outputs;
@@ -340,8 +338,8 @@ struct Gemm : Place {
         for (int h = 0; h < 2; h++) {
           const int row = at.warp_token + 16 * i + 8 * h + at.lane / 4;
           if (row >= at.tokens) continue;
-          store_pair(at.split, (at.token0 + row) * p.outputs + output, both, sums[i][j][2 * h] + bias[0],
-                     sums[i][j][2 * h + 1] + bias[1]);
+          store_pair(at.split, (at.token0 + row) * p.outputs + output, both,
+                     sums[i][j][2 * h] + bias[0], sums[i][j][2 * h + 1] + bias[1]);
         }
       }
     }
@@ -418,10 +416,9 @@ const char* run_qlora_gemm(const QloraGemm& op, float* workspace, Stream stream)
   if (p.splits > 1) p.partial = workspace;
   const int64_t blocks = ceil_div(p.outputs, kOutputs) * p.token_tiles * p.splits;
   const size_t shared = kForward ? kGemmShared : kGemmDxShared;
-  const char* error =
-      op.weight.compute_dtype == DType::bf16
-          ? launch(qlora_gemm<bf16, kForward>, blocks, kThreads, shared, stream, p)
-          : launch(qlora_gemm<f16, kForward>, blocks, kThreads, shared, stream, p);
+  const char* error = op.weight.compute_dtype == DType::bf16
+                          ? launch(qlora_gemm<bf16, kForward>, blocks, kThreads, shared, stream, p)
+                          : launch(qlora_gemm<f16, kForward>, blocks, kThreads, shared, stream, p);
   if (error != nullptr || p.splits == 1) return error;
   FinishParams end{};
   end.M = op.M;

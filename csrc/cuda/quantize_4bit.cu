@@ -10,9 +10,9 @@ namespace fastlora::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarp = 32;
-constexpr int kElements = 16;                  // of a thread
-constexpr int kChunk = kThreads * kElements;   // of a thread block: the largest block of elements
-constexpr float kSmallest = 1e-38f;            // reference._ABSMAX_MIN
+constexpr int kElements = 16;                 // of a thread
+constexpr int kChunk = kThreads * kElements;  // of a thread block: the largest block of elements
+constexpr float kSmallest = 1e-38f;           // reference._ABSMAX_MIN
 constexpr int kBounds = 15;
 
 // Shared memory: the bounds, the order of the codes, one maximum for each warp.
@@ -48,7 +48,8 @@ FASTLORA_DEVICE float element<float>(uint32_t word, int) {
 template <class T>
 FASTLORA_DEVICE void load_elements(const Quantize4bit& p, int64_t first, float (&w)[kElements]) {
   const T* source = static_cast<const T*>(p.weight) + first;
-  if (first + kElements <= p.elements && reinterpret_cast<uintptr_t>(source) % sizeof(Words4) == 0) {
+  if (first + kElements <= p.elements &&
+      reinterpret_cast<uintptr_t>(source) % sizeof(Words4) == 0) {
     constexpr int kInWord = sizeof(uint32_t) / sizeof(T), kInVector = 4 * kInWord;
 #pragma unroll
     for (int i = 0; i < kElements; i += kInVector) {
@@ -93,8 +94,8 @@ __global__ void __launch_bounds__(kThreads) quantize(const Quantize4bit p) {
   if (threads > kWarp) {
     const int warps = threads / kWarp, start = thread / threads * warps;
     for (int i = 0; i < warps; i++) {
-      largest = larger(largest,
-                       load_shared<uint32_t>(shared_memory() + kMaximaAt + 4 * (start + i)));
+      largest =
+          larger(largest, load_shared<uint32_t>(shared_memory() + kMaximaAt + 4 * (start + i)));
     }
   }
   if (first >= p.elements) return;

@@ -22,8 +22,7 @@ FASTLORA_DEVICE void store(void* values, DType dtype, int64_t i, float value) {
   if (dtype == DType::f32) {
     static_cast<float*>(values)[i] = value;
   } else {
-    const uint32_t bits =
-        dtype == DType::bf16 ? pack<bf16>(value, 0.0f) : pack<f16>(value, 0.0f);
+    const uint32_t bits = dtype == DType::bf16 ? pack<bf16>(value, 0.0f) : pack<f16>(value, 0.0f);
     static_cast<uint16_t*>(values)[i] = static_cast<uint16_t>(bits);
   }
 }
@@ -35,8 +34,7 @@ constexpr int kLog2NestedBlock = 8;  // of the absmax values that share one nest
 constexpr int kTableEntries = kCodes + kNestedCodes + 1;
 constexpr uint32_t kTableBytes = (kTableEntries * sizeof(float) + 15) / 16 * 16;
 
-FASTLORA_DEVICE void copy_tables(uint32_t tables, const Quant4bit& quant, int thread,
-                                 int threads) {
+FASTLORA_DEVICE void copy_tables(uint32_t tables, const Quant4bit& quant, int thread, int threads) {
   const int entries = quant.nested_absmax == nullptr ? kCodes : kTableEntries;
   for (int i = thread; i < entries; i += threads) {
     const float value = i < kCodes                  ? quant.code[i]

@@ -85,9 +85,7 @@ def lora_linear_fwd(
     """`reference.lora_linear_fwd`."""
     if _empty(x, lora_B):
         return reference.lora_linear_fwd(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
-    return ops.lora_linear_fwd(
-        x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed
-    )
+    return ops.lora_linear_fwd(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
 
 
 def lora_linear_bwd(
@@ -107,9 +105,7 @@ def lora_linear_bwd(
         return reference.lora_linear_bwd(
             dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, needs
         )
-    grads = ops.lora_linear_bwd(
-        dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, *needs
-    )
+    grads = ops.lora_linear_bwd(dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, *needs)
     return _asked(grads, needs)
 
 
@@ -219,9 +215,7 @@ def quantize_4bit(
     """`reference.quantize_4bit`."""
     code = code_table(quant_type, weight.device)
     bounds, order = quantize_bounds(code)
-    packed, absmax = ops.quantize_4bit(
-        weight.detach(), bounds, order.to(torch.uint8), blocksize
-    )
+    packed, absmax = ops.quantize_4bit(weight.detach(), bounds, order.to(torch.uint8), blocksize)
     state = QuantState(absmax, weight.shape, code, weight.dtype, blocksize, quant_type)
     return packed, reference.nested(state) if compress_statistics else state
 

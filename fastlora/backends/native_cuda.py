@@ -142,9 +142,7 @@ def qlora_linear_bwd(
 ) -> tuple[Tensor | None, ...]:
     """`reference.qlora_linear_bwd`."""
     dtype = compute_dtype or x.dtype
-    dS, *grads = reference.skinny_bwd(
-        dy, x, lora_A, lora_B, S, scaling, dropout_p, seed, needs[1:]
-    )
+    dS, *grads = reference.skinny_bwd(dy, x, lora_A, lora_B, S, scaling, dropout_p, seed, needs[1:])
     if not needs[0]:
         return None, *grads
     M, K = x.shape

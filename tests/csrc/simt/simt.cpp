@@ -54,17 +54,16 @@ struct Thread {
   const char* waits_in;
   void* operands;
   void* stack_pointer;
-  std::unique_ptr<std::byte, void (*)(std::byte*)> stack{nullptr, [](std::byte* stack) {
-                                                           munmap(stack, kStackBytes);
-                                                         }};
+  std::unique_ptr<std::byte, void (*)(std::byte*)> stack{
+      nullptr, [](std::byte* stack) { munmap(stack, kStackBytes); }};
   std::vector<std::vector<Copy>> copies;  // groups of cp.async; the last one is open
 };
 
 struct Machine {
   std::vector<Thread> threads{kMostThreads};
-  int count = 0;             // threads of a block
+  int count = 0;  // threads of a block
   int64_t block = 0;
-  int current = -1;          // the thread that runs; -1: the scheduler
+  int current = -1;  // the thread that runs; -1: the scheduler
   std::byte* shared = nullptr;
   size_t shared_bytes = 0;
   const std::function<void()>* body = nullptr;
@@ -133,8 +132,8 @@ void fiber() {
 
 void prepare(Thread& thread) {
   if (!thread.stack) {
-    void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
-                       -1, 0);
+    void* stack =
+        mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (stack == MAP_FAILED) throw Error("no memory for a fiber's stack");
     thread.stack.reset(static_cast<std::byte*>(stack));
   }

@@ -53,9 +53,8 @@ inline float to_float(f16 value) {
   const uint32_t sign = uint32_t{value.bits} >> 15, exponent = value.bits >> 10 & 31;
   const uint32_t fraction = value.bits & 1023;
   if (exponent == 31) return as_float(sign << 31 | 0x7f800000u | fraction << 13);
-  const float magnitude = exponent == 0
-                              ? std::ldexp(static_cast<float>(fraction), -24)
-                              : as_float((exponent + 112) << 23 | fraction << 13);
+  const float magnitude = exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
+                                        : as_float((exponent + 112) << 23 | fraction << 13);
   return sign != 0 ? -magnitude : magnitude;
 }
 
@@ -245,7 +244,8 @@ void execute_product(void* const (&lanes)[simt::kWarp]) {
     for (int i = 0; i < 4; i++) {
       double sum = d[i];
       for (int k = 0; k < 16; k++) {
-        sum += static_cast<double>(a[g + 8 * (i / 2)][k]) * static_cast<double>(b[k][2 * t + i % 2]);
+        sum +=
+            static_cast<double>(a[g + 8 * (i / 2)][k]) * static_cast<double>(b[k][2 * t + i % 2]);
       }
       d[i] = static_cast<float>(sum);
     }
