@@ -62,7 +62,7 @@ def test_multiply_add(library: ctypes.CDLL, half: bool) -> None:
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_load_matrices(library: ctypes.CDLL, transposed: bool) -> None:
-    """Thread t gets elements (t / 4, 2 (t % 4)) and the next of each matrix, or of its transpose."""
+    """Thread t gets (t / 4, 2 (t % 4)) and the next of each matrix, or of its transpose."""
     memory = torch.arange(8 * 64, dtype=torch.int16).view(8, 64)  # four matrices beside each other
     r = torch.zeros(32, 4, 2, dtype=torch.int16)
     library.simt_load_matrices(ctypes.c_bool(transposed), pointer(r), pointer(memory))

@@ -81,7 +81,7 @@ def plan(
         return "dequantize"
     if M <= DECODE_TOKENS and K % 64 == 0 and blocksize % 64 == 0:
         return "decode"
-    return "gemm" if M <= most else "dequantize"
+    return "dequantize" if M > most else "gemm"
 
 
 def state_args(state: QuantState) -> tuple[Any, ...]:
