@@ -9,6 +9,7 @@
 
 #include "checks.h"
 #include "cpu/kernels.h"
+#include "cpu/tile_sizes.h"
 
 namespace fastlora {
 namespace {
@@ -74,6 +75,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_any, const Weight& weight,
   Tensor S = empty(x, {M, R}, ScalarType::Float);
 
   LoraLinearFwd p{};
+  p.tiles = tile_sizes();
   p.M = M;
   p.R = R;
   p.weight = weight;
@@ -127,6 +129,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy_any, const 
   Tensor dbias = wanted(need_dbias, {N}, ScalarType::Float);
 
   LoraLinearBwd p{};
+  p.tiles = tile_sizes();
   p.M = M;
   p.R = R;
   p.weight = weight;

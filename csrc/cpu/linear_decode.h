@@ -11,8 +11,6 @@
 namespace fastlora {
 namespace FASTLORA_ISA {
 
-constexpr int kDecodeTokens = 8;
-
 // x for dot products with rows of a source, and the dot products themselves:
 //   pack(x, K, m, M, out)   token m of M into `out`, which has room for M * size(K) units
 //   dot<R, M>(...)          acc[i][m] += lanes of W[n + i] . x[m], for R rows and M tokens
@@ -200,9 +198,8 @@ class LinearDecode {
   using Rows = Dot<Compute, Source>;
   using Unit = typename Rows::Unit;
 
-  static constexpr int64_t kTileRows = 32;
-
   const LoraLinearFwd& p_;
+  const TileSizes& tiles_;
   const Source& w_;
   const ParallelFor& parallel_;
   const int64_t N_, K_, R_, R_lanes_, K_lanes_;
@@ -214,6 +211,7 @@ class LinearDecode {
  public:
   LinearDecode(const LoraLinearFwd& p, const Source& w, const ParallelFor& parallel)
       : p_(p),
+        tiles_(p.tiles),
         w_(w),
         parallel_(parallel),
         N_(p.weight.N),
@@ -224,7 +222,7 @@ class LinearDecode {
         M_(static_cast<int>(p.M)) {}
 
   static bool serves(const LoraLinearFwd& p, const Source& w) {
-    return p.M <= kDecodeTokens && Rows::serves(w);
+    return p.M <= p.tiles.decode_tokens && Rows::serves(w);
   }
   static size_t shared_bytes(const LoraLinearFwd& p) {
     return Pieces::bytes<Unit>(p.M * Rows::size(p.weight.K)) +
@@ -243,7 +241,7 @@ class LinearDecode {
       widen(x);
       each(R_lanes_, &LinearDecode::shrink);
     }
-    each(ceil_div(N_, kTileRows), &LinearDecode::product);
+    each(ceil_div(N_, tiles_.decode_rows), &LinearDecode::product);
   }
 
  private:
@@ -291,7 +289,7 @@ class LinearDecode {
   }
 
   void product(int64_t tile) {
-    const int64_t n = tile * kTileRows, rows = min(kTileRows, N_ - n);
+    const int64_t n = tile * tiles_.decode_rows, rows = min(tiles_.decode_rows, N_ - n);
     const float* scales = nullptr;
     if constexpr (std::is_same_v<Source, FourBit>) scales = scales_of(n, rows);
     switch (M_) {
@@ -320,7 +318,7 @@ class LinearDecode {
     const int64_t groups = K_ / 64;
     if (w_.shift == 6) return w_.absmax + n * groups;
     float* scales = static_cast<float*>(
-        scratch(Scratch::local, static_cast<size_t>(kTileRows * groups) * sizeof(float)));
+        scratch(Scratch::local, static_cast<size_t>(rows * groups) * sizeof(float)));
     for (int64_t i = 0; i < rows * groups; i++) {
       scales[i] = w_.absmax[(n * groups + i) >> (w_.shift - 6)];
     }
