@@ -39,7 +39,7 @@ def tile_sizes(**sizes: int) -> Iterator[None]:
 SIZES = {
     "no decoding": {"decode_tokens": 0},
     "one row a tile": {"decode_rows": 1, "fwd_strip_rows": 1, "bwd_token_block": 1},
-    "odd rows": {"decode_rows": 7, "fwd_strip_rows": 13, "bwd_token_block": 5},
+    "odd rows": {"decode_rows": 7, "fwd_strip_rows": 13, "fwd_few_rows": 5, "bwd_token_block": 5},
     "smallest strips": {
         "fwd_pack_bytes": 1,
         "fwd_shrink_columns": 128,

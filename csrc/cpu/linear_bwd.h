@@ -204,9 +204,9 @@ class LinearBwd {
       weight_panels(Compute{}, w_, n, n_rows, k, count, out);
       for (int64_t c = 0; c < count; c += kPanel) {
         const int mv = static_cast<int>(ceil_div(min(kPanel, count - c), kLanes));
-        multiply<Compute>(mv, rows, dy_ + m * dy_ld_ + n / kPer, {dy_ld_, 1},
-                          panels + c / kPanel * out.stride, kPanel, units, C + c, strip_,
-                          n > 0 || R_ > 0);
+        multiply_base<Compute>(p_.pair_product, mv, rows, dy_ + m * dy_ld_ + n / kPer, dy_ld_,
+                               panels + c / kPanel * out.stride, kPanel, units, C + c, strip_,
+                               n > 0 || R_ > 0);
       }
     }
   }

@@ -69,44 +69,45 @@ struct Dot<F32, FourBit> {
   }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(FASTLORA_PAIRS)
 
 template <>
 struct Dot<Bf16Pair, Dense<bf16>> {
   using Unit = uint32_t;
   static constexpr int kRows = 4;
   static bool serves(const Dense<bf16>&) { return true; }
-  static int64_t size(int64_t K) { return round_up(K, 32) / 2; }
+  static int64_t size(int64_t K) { return round_up(K, 2 * kLanes) / 2; }
   static float factor() { return 1.0f; }
 
   template <class X>
   static void pack(const X* x, int64_t K, int m, int, uint32_t* out) {
     out += m * size(K);
-    for (int64_t k = 0; k < K; k += 32) {
-      _mm512_storeu_si512(out + k / 2, load_bf16x32(x + k, K - k));
-    }
+    for (int64_t k = 0; k < K; k += 2 * kLanes) store_pairs(out + k / 2, load_pairs(x + k, K - k));
   }
   template <int R, int M>
   static void dot(const Dense<bf16>& w, const float*, int64_t n, const uint32_t* x,
                   Vec (&acc)[R][M]) {
     constexpr int64_t kAhead = 4096;  // elements; the next rows reach L2 in time
     const int64_t ld = size(w.K);
-    for (int64_t k = 0; k < w.K; k += 32) {
+    for (int64_t k = 0; k < w.K; k += 2 * kLanes) {
 #pragma GCC unroll 4
       for (int i = 0; i < R; i++) {
         const bf16* row = w.data + (n + i) * w.K + k;
         prefetch(row + kAhead);
-        const __m512bh v =
-            (__m512bh)(w.K - k >= 32 ? _mm512_loadu_si512(row) : load_bf16x32(row, w.K - k));
+        const Pairs v = w.K - k >= 2 * kLanes ? load_pairs(reinterpret_cast<const uint32_t*>(row))
+                                              : load_pairs(row, w.K - k);
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
-          acc[i][m] =
-              _mm512_dpbf16_ps(acc[i][m], v, (__m512bh)_mm512_loadu_si512(x + m * ld + k / 2));
+          acc[i][m] = dot_pairs(v, load_pairs(x + m * ld + k / 2), acc[i][m]);
         }
       }
     }
   }
 };
+
+#endif
+
+#if defined(__AVX512BF16__)
 
 // 64 bytes hold 128 codes. As 16-bit words, shifted by 0, 4, 8 and 12, they index a table that stands
 // twice in its 32 entries, so that the bits above a nibble do not matter and nothing is unpacked: x
@@ -118,6 +119,7 @@ struct Dot<Bf16Pair, FourBit> {
   using Unit = uint32_t;
   static constexpr int kRows = 4;
   static constexpr int64_t kChunk = 128;
+  static constexpr bool kScalesSums = true;
   // The sixteen NF4 codes times this lose half as much to bf16 as they do times 1, and less than codes
   // that are scaled before they are rounded.
   static constexpr float kTableFactor = 1.437005f;
@@ -139,7 +141,7 @@ struct Dot<Bf16Pair, FourBit> {
       __m512i part[4];
       for (int i = 0; i < 4; i++) {
         const int64_t k = c * kChunk + 32 * i;
-        part[i] = k < K ? load_bf16x32(x + k, K - k) : _mm512_setzero_si512();
+        part[i] = k < K ? load_pairs(x + k, K - k) : _mm512_setzero_si512();
       }
       for (int q = 0; q < 4; q++) {
         const __m512i index = _mm512_add_epi16(step, _mm512_set1_epi16(kElement[q]));
@@ -188,6 +190,38 @@ struct Dot<Bf16Pair, FourBit> {
     };
     for (int64_t c = 0; c < chunks; c++) step(c, false);
     if (w.K % kChunk) step(chunks, true);
+  }
+};
+
+#elif defined(FASTLORA_PAIRS)
+
+template <>
+struct Dot<Bf16Pair, FourBit> {
+  using Unit = uint32_t;
+  static constexpr int kRows = 1;
+  static bool serves(const FourBit&) { return true; }
+  static int64_t size(int64_t K) { return round_up(K, kGroup) / 2; }
+  static float factor() { return 1.0f; }
+
+  template <class X>
+  static void pack(const X* x, int64_t K, int m, int, uint32_t* out) {
+    out += m * size(K);
+    for (int64_t k = 0; k < 2 * size(K); k += 2 * kLanes) {
+      store_pairs(out + k / 2, k < K ? load_pairs(x + k, K - k) : zero_pairs());
+    }
+  }
+  template <int R, int M>
+  static void dot(const FourBit& w, const float*, int64_t n, const uint32_t* x, Vec (&acc)[R][M]) {
+    constexpr int64_t kAhead = 4096;  // bytes
+    const int64_t ld = size(w.K);
+    for (int i = 0; i < R; i++) {
+      decode_bf16(w, (n + i) * w.K, w.K, kAhead,
+                  [&](int64_t k, Pairs v) __attribute__((always_inline)) {
+                    for (int m = 0; m < M; m++) {
+                      acc[i][m] = dot_pairs(v, load_pairs(x + m * ld + k / 2), acc[i][m]);
+                    }
+                  });
+    }
   }
 };
 
@@ -314,7 +348,7 @@ class LinearDecode {
 
   // absmax of each 64 codes of these rows, for the one source that wants them so.
   const float* scales_of(int64_t n, int64_t rows) const {
-    if (Compute::kPerUnit == 1) return nullptr;
+    if (!requires { Rows::kScalesSums; }) return nullptr;
     const int64_t groups = K_ / 64;
     if (w_.shift == 6) return w_.absmax + n * groups;
     float* scales = static_cast<float*>(

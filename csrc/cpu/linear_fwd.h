@@ -84,7 +84,8 @@ class LinearFwd {
     // With one panel, a strip as high as one tile stays in L1 and W is read once from memory.
     strip_units_ = tiles_.fwd_strip_bytes / 4 * (panels_ == 1 ? 2 : 1);
     chunk_ = tiles_.fwd_strip_rows * (panels_ == 1 ? 2 : 1);
-    strip_rows_ = panels_ == 1 ? kTileRows[vectors(0)] : chunk_;
+    const int64_t few_rows = tiles_.fwd_few_rows ? tiles_.fwd_few_rows : kTileRows[vectors(0)];
+    strip_rows_ = panels_ == 1 ? few_rows : chunk_;
     Pieces pieces{memory};
     x_panels_ = pieces.take<Unit>(token_lanes_ * units_);
     partial_ = pieces.take<float>(max_splits(p_) * R_ * token_lanes_);
@@ -194,19 +195,19 @@ class LinearFwd {
       const int64_t strip_rows = min(strip_rows_, rows - i);
       for (int64_t k = 0; k < K_; k += step) {
         const int64_t count = min(step, K_ - k), units = ceil_div(count, kPer);
-        RowStride stride{ld, 1};
         const Unit* rows_data = strip;
+        int64_t row_stride = ld;
         if (const Unit* in_place = rows_in_place(n0 + i, k)) {
           rows_data = in_place;
-          stride.row = K_ / kPer;
+          row_stride = K_ / kPer;
         } else {
           weight_rows(Compute{}, w_, n0 + i, strip_rows, k, count, strip, ld);
         }
         for (int64_t panel = 0; panel < panels_; panel++) {
           const int mv = vectors(panel);
-          multiply<Compute>(mv, strip_rows, rows_data, stride,
-                            x_panel(panel) + k / kPer * mv * kLanes, mv * kLanes, units,
-                            C + i * token_lanes_ + panel * kPanel, token_lanes_, k > 0);
+          multiply_base<Compute>(p_.pair_product, mv, strip_rows, rows_data, row_stride,
+                                 x_panel(panel) + k / kPer * mv * kLanes, mv * kLanes, units,
+                                 C + i * token_lanes_ + panel * kPanel, token_lanes_, k > 0);
         }
       }
     }

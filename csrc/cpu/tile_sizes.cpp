@@ -30,6 +30,7 @@ constexpr TileSizes sizes_for(int64_t lanes) {
       .fwd_shrink_columns = 256,
       .fwd_strip_rows = 48,
       .fwd_strip_bytes = 4096,
+      .fwd_few_rows = 0,
       .bwd_token_block = 32,
       .bwd_shrink_columns = 512,
       .bwd_strip_columns = 128,
@@ -40,11 +41,18 @@ constexpr TileSizes sizes_for(int64_t lanes) {
   };
 }
 
+// Whole pairs of row tiles.
+constexpr TileSizes amx_sizes() {
+  TileSizes sizes = sizes_for(16);
+  sizes.fwd_strip_rows = 64;
+  sizes.fwd_few_rows = 32;
+  return sizes;
+}
+
 constexpr Row kTable[] = {
-    {"scalar", sizes_for(4)},
-    {"avx2", sizes_for(8)},
-    {"avx512", sizes_for(16)},
-    {"avx512_bf16", sizes_for(16)},
+    {"scalar", sizes_for(4)},       {"avx2", sizes_for(8)}, {"avx512", sizes_for(16)},
+    {"avx512_bf16", sizes_for(16)}, {"amx", amx_sizes()},   {"neon", sizes_for(4)},
+    {"neon_bf16", sizes_for(4)},
 };
 
 // `size`, made for `reference` bytes of cache, for `cache` bytes: in proportion, by powers of two, at

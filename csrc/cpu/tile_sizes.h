@@ -23,6 +23,7 @@ constexpr TileSizeField kTileSizeFields[] = {
     {"fwd_shrink_columns", &TileSizes::fwd_shrink_columns, 128, 8192, 128},
     {"fwd_strip_rows", &TileSizes::fwd_strip_rows, 1, 4096, 1},
     {"fwd_strip_bytes", &TileSizes::fwd_strip_bytes, 128, 65536, 128},
+    {"fwd_few_rows", &TileSizes::fwd_few_rows, 0, 4096, 1},
     {"bwd_token_block", &TileSizes::bwd_token_block, 1, 4096, 1},
     {"bwd_shrink_columns", &TileSizes::bwd_shrink_columns, 32, 8192, 32},
     {"bwd_strip_columns", &TileSizes::bwd_strip_columns, 128, 4096, 128},

@@ -63,7 +63,7 @@ static void weight_panels(F32, const Dense<T>& w, int64_t n, int64_t rows, int64
 
 // ---- Bf16Pair: two neighbours of the summed dimension a unit -----------------------------------
 
-#if defined(__AVX512BF16__)
+#if defined(FASTLORA_PAIRS)
 
 [[maybe_unused]] static void weight_rows(Bf16Pair compute, const Dense<bf16>& w, int64_t n,
                                          int64_t rows, int64_t k, int64_t count, uint32_t* out,
@@ -76,34 +76,26 @@ static void weight_panels(F32, const Dense<T>& w, int64_t n, int64_t rows, int64
   for (int64_t i = 0; i < rows; i++) {
     uint32_t* row = out + i * ld;
     decode_bf16(w, (n + i) * w.K + k, count, rows * w.K / 2,  // the next strip's row
-                [&](int64_t j, __m512i v)
-                    __attribute__((always_inline)) { _mm512_storeu_si512(row + j / 2, v); });
+                [&](int64_t j, Pairs v)
+                    __attribute__((always_inline)) { store_pairs(row + j / 2, v); });
   }
-}
-
-// 32 columns of rows a and b as pairs (a, b) in two vectors.
-FASTLORA_INLINE void interleave(__m512i a, __m512i b, uint32_t* out) {
-  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
-                                       39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-  _mm512_storeu_si512(out, _mm512_permutex2var_epi16(a, low, b));
-  _mm512_storeu_si512(out + kLanes, _mm512_permutex2var_epi16(a, high, b));
 }
 
 [[maybe_unused]] static void weight_panels(Bf16Pair, const Dense<bf16>& w, int64_t n, int64_t rows,
                                            int64_t k, int64_t count, Panels<uint32_t> out) {
   for (int64_t i = 0; i < rows; i += 2) {
     const bf16* a = w.data + (n + i) * w.K + k;
-    for (int64_t c = 0; c < count; c += kGroup) {
+    for (int64_t c = 0; c < count; c += 2 * kLanes) {
       prefetch(a + c + rows * w.K);  // the next panel's rows
       prefetch(a + c + (rows + 1) * w.K);
-      const __m512i low = load_bf16x32(a + c, count - c);
-      const __m512i high =
-          i + 1 < rows ? load_bf16x32(a + w.K + c, count - c) : _mm512_setzero_si512();
+      const Pairs low = load_pairs(a + c, count - c);
+      const Pairs high = i + 1 < rows ? load_pairs(a + w.K + c, count - c) : zero_pairs();
       interleave(low, high, Panels<uint32_t>::at(out, i / 2, c));
     }
   }
 }
+
+#if defined(__AVX512BF16__)
 
 [[maybe_unused]] static void weight_panels(Bf16Pair, const FourBit& w, int64_t n, int64_t rows,
                                            int64_t k, int64_t count, Panels<uint32_t> out) {
@@ -131,11 +123,36 @@ FASTLORA_INLINE void interleave(__m512i a, __m512i b, uint32_t* out) {
       float low[kGroup] = {}, high[kGroup] = {};
       decode_any(w, a + c, n_values, low);
       if (pair) decode_any(w, b + c, n_values, high);
-      interleave(load_bf16x32(low, kGroup), load_bf16x32(high, kGroup),
+      interleave(load_pairs(low, kGroup), load_pairs(high, kGroup),
                  Panels<uint32_t>::at(out, i / 2, c));
     }
   }
 }
+
+#else
+
+// Two rows are decoded as rows, a part of them at a time, and then interleaved.
+[[maybe_unused]] static void weight_panels(Bf16Pair, const FourBit& w, int64_t n, int64_t rows,
+                                           int64_t k, int64_t count, Panels<uint32_t> out) {
+  constexpr int64_t kPart = 256;
+  for (int64_t i = 0; i < rows; i += 2) {
+    for (int64_t c = 0; c < count; c += kPart) {
+      const int64_t begin = (n + i) * w.K + k + c, part = min(kPart, count - c);
+      uint32_t pairs[2][kPart / 2] = {};
+      for (int64_t row = 0; row < min(2, rows - i); row++) {
+        decode_bf16(w, begin + row * w.K, part, rows * w.K / 2,
+                    [&](int64_t j, Pairs v)
+                        __attribute__((always_inline)) { store_pairs(pairs[row] + j / 2, v); });
+      }
+      for (int64_t j = 0; j < part; j += 2 * kLanes) {
+        interleave(load_pairs(pairs[0] + j / 2), load_pairs(pairs[1] + j / 2),
+                   Panels<uint32_t>::at(out, i / 2, c + j));
+      }
+    }
+  }
+}
+
+#endif
 
 #endif
 

@@ -25,7 +25,7 @@ static void with_weight(const Weight& weight, DType x_dtype, const float* absmax
   };
   with_type(x_dtype, [&](auto* x) {
     using X = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
-#if defined(__AVX512BF16__)
+#if defined(FASTLORA_PAIRS)
     if constexpr (!std::is_same_v<X, f16>) {
       const bool plain = weight.dense && std::is_same_v<X, float>;
       if (weight.compute_dtype == DType::bf16 && !plain) {
