@@ -11,14 +11,17 @@ namespace FASTLORA_ISA {
 
 constexpr int kGroup = 32;  // codes decoded at a time: no block is smaller, so one table serves
 
-// A 4-bit weight [N, K] with its absmax in fp32.
+struct Statistics;
+
+// A 4-bit weight [N, K].
 struct FourBit {
   const uint8_t* packed;
   const float* code;
-  const float* absmax;
+  const float* absmax;  // in fp32; null while it stands in `statistics` alone, see with_absmax
   int64_t K;
-  int shift;    // log2(blocksize)
-  DType round;  // dtype of the decoded weight
+  int shift;                     // log2(blocksize)
+  DType round;                   // dtype of the decoded weight
+  const Statistics* statistics;  // where nested absmax comes from, see absmax.h
 };
 
 FASTLORA_INLINE int log2_of(int64_t power) { return __builtin_ctzll(static_cast<uint64_t>(power)); }

@@ -324,60 +324,64 @@ class LinearDecode {
 
   void product(int64_t tile) {
     const int64_t n = tile * tiles_.decode_rows, rows = min(tiles_.decode_rows, N_ - n);
+    Pieces local{static_cast<char*>(
+        scratch(Scratch::local, Pieces::bytes<float>(absmax_count(w_, rows)) +
+                                    Pieces::bytes<float>(rows * ceil_div(K_, 64))))};
+    const Source w = with_absmax(w_, n, rows, local.take<float>(absmax_count(w_, rows)));
     const float* scales = nullptr;
-    if constexpr (std::is_same_v<Source, FourBit>) scales = scales_of(n, rows);
+    if constexpr (std::is_same_v<Source, FourBit>) {
+      scales = scales_of(w, n, rows, local.take<float>(rows * ceil_div(K_, 64)));
+    }
     switch (M_) {
       case 1:
-        return rows_of<1>(n, rows, scales);
+        return rows_of<1>(w, n, rows, scales);
       case 2:
-        return rows_of<2>(n, rows, scales);
+        return rows_of<2>(w, n, rows, scales);
       case 3:
-        return rows_of<3>(n, rows, scales);
+        return rows_of<3>(w, n, rows, scales);
       case 4:
-        return rows_of<4>(n, rows, scales);
+        return rows_of<4>(w, n, rows, scales);
       case 5:
-        return rows_of<5>(n, rows, scales);
+        return rows_of<5>(w, n, rows, scales);
       case 6:
-        return rows_of<6>(n, rows, scales);
+        return rows_of<6>(w, n, rows, scales);
       case 7:
-        return rows_of<7>(n, rows, scales);
+        return rows_of<7>(w, n, rows, scales);
       case 8:
-        return rows_of<8>(n, rows, scales);
+        return rows_of<8>(w, n, rows, scales);
     }
   }
 
   // absmax of each 64 codes of these rows, for the one source that wants them so.
-  const float* scales_of(int64_t n, int64_t rows) const {
+  const float* scales_of(const FourBit& w, int64_t n, int64_t rows, float* scales) const {
     if (!requires { Rows::kScalesSums; }) return nullptr;
     const int64_t groups = K_ / 64;
-    if (w_.shift == 6) return w_.absmax + n * groups;
-    float* scales = static_cast<float*>(
-        scratch(Scratch::local, static_cast<size_t>(rows * groups) * sizeof(float)));
+    if (w.shift == 6) return w.absmax + n * groups;
     for (int64_t i = 0; i < rows * groups; i++) {
-      scales[i] = w_.absmax[(n * groups + i) >> (w_.shift - 6)];
+      scales[i] = w.absmax[(n * groups + i) >> (w.shift - 6)];
     }
     return scales;
   }
 
   template <int M>
-  void rows_of(int64_t n, int64_t rows, const float* scales) {
+  void rows_of(const Source& w, int64_t n, int64_t rows, const float* scales) {
     // More rows at a time would not leave registers for the tokens.
     constexpr int kRows = M > 4 && Rows::kRows > 2 ? 2 : Rows::kRows;
     const int64_t groups = scales ? K_ / 64 : 0;
     int64_t i = 0;
-    for (; i + kRows <= rows; i += kRows) some_rows<kRows, M>(n + i, scales + i * groups);
-    for (; i < rows; i++) some_rows<1, M>(n + i, scales + i * groups);
+    for (; i + kRows <= rows; i += kRows) some_rows<kRows, M>(w, n + i, scales + i * groups);
+    for (; i < rows; i++) some_rows<1, M>(w, n + i, scales + i * groups);
   }
 
   template <int R, int M>
-  __attribute__((noinline)) void some_rows(int64_t n, const float* scales) {
+  __attribute__((noinline)) void some_rows(const Source& w, int64_t n, const float* scales) {
     Vec acc[R][M];
 #pragma GCC unroll 4
     for (int i = 0; i < R; i++) {
 #pragma GCC unroll 8
       for (int m = 0; m < M; m++) acc[i][m] = zero();
     }
-    Rows::template dot<R, M>(w_, scales, n, x_, acc);
+    Rows::template dot<R, M>(w, scales, n, x_, acc);
     if (R_ > 0) {
       with_type(p_.adapter_dtype, [&](auto* type) __attribute__((always_inline)) {
         const auto* B = static_cast<decltype(type)>(p_.lora_B) + n * R_;

@@ -184,11 +184,13 @@ class LinearFwd {
     Pieces local{static_cast<char*>(scratch(
         Scratch::local,
         Pieces::bytes<Unit>(strip_rows_ * ld) + Pieces::bytes<float>(chunk_ * token_lanes_) +
-            Pieces::bytes<float>(chunk_ * R_) + Pieces::bytes<float>(chunk_ + kLanes)))};
+            Pieces::bytes<float>(chunk_ * R_) + Pieces::bytes<float>(chunk_ + kLanes) +
+            Pieces::bytes<float>(absmax_count(w_, rows))))};
     Unit* strip = local.take<Unit>(strip_rows_ * ld);
     float* C = local.take<float>(chunk_ * token_lanes_);
     float* B = local.take<float>(chunk_ * R_);
     float* bias = local.take<float>(chunk_ + kLanes);
+    const Source w = with_absmax(w_, n0, rows, local.take<float>(absmax_count(w_, rows)));
 
     const int64_t step = strip_units_ * kPer;
     for (int64_t i = 0; i < rows; i += strip_rows_) {
@@ -201,7 +203,7 @@ class LinearFwd {
           rows_data = in_place;
           row_stride = K_ / kPer;
         } else {
-          weight_rows(Compute{}, w_, n0 + i, strip_rows, k, count, strip, ld);
+          weight_rows(Compute{}, w, n0 + i, strip_rows, k, count, strip, ld);
         }
         for (int64_t panel = 0; panel < panels_; panel++) {
           const int mv = vectors(panel);

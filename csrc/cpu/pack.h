@@ -28,8 +28,8 @@ struct KeepRows {
 template <class X>
 static void pack_tokens(F32, const Block<X>& block, KeepRows kept, int64_t padded, int mv,
                         float* out) {
-  for (int v = 0; v < mv; v++) {
-    for (int64_t k = 0; k < padded; k += kLanes) {
+  for (int64_t k = 0; k < padded; k += kLanes) {
+    for (int v = 0; v < mv; v++) {
       Vec r[kLanes];
       for (int i = 0; i < kLanes; i++) {
         const int64_t token = v * kLanes + i;
@@ -76,8 +76,8 @@ static void pack_rows(F32, const Block<X>& block, int64_t padded, float* out, in
 
 template <class X>
 static void pack_tokens(Bf16Pair, const Block<X>& block, int64_t padded, int mv, uint32_t* out) {
-  for (int v = 0; v < mv; v++) {
-    for (int64_t k = 0; k < padded; k += 2 * kLanes) {
+  for (int64_t k = 0; k < padded; k += 2 * kLanes) {
+    for (int v = 0; v < mv; v++) {
       Pairs r[kLanes];
       for (int i = 0; i < kLanes; i++) {
         const int64_t token = v * kLanes + i;

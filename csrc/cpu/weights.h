@@ -3,6 +3,7 @@
 // than a strip ever exists.
 #pragma once
 
+#include "absmax.h"
 #include "decode4.h"
 #include "pack.h"
 
@@ -156,58 +157,30 @@ static void weight_panels(F32, const Dense<T>& w, int64_t n, int64_t rows, int64
 
 #endif
 
-// ---- absmax ------------------------------------------------------------------------------------
+// ---- absmax of some rows -------------------------------------------------------------------------
 
-constexpr int64_t kNestedBlock = 256;  // absmax of the absmax: bitsandbytes' fixed blocksize
+// w with absmax of rows [n, n + rows) in fp32: nested statistics are decoded into `memory`, which has
+// room for absmax_count(w, rows) of them.
+[[maybe_unused]] static FourBit with_absmax(const FourBit& w, int64_t n, int64_t rows,
+                                            float* memory) {
+  if (w.absmax != nullptr) return w;
+  const int64_t begin = (n * w.K) >> w.shift, end = (((n + rows) * w.K - 1) >> w.shift) + 1;
+  decode_absmax(*w.statistics, begin, end, memory);
+  FourBit decoded = w;
+  decoded.absmax = memory - begin;
+  return decoded;
+}
+template <class T>
+FASTLORA_INLINE const Dense<T>& with_absmax(const Dense<T>& w, int64_t, int64_t, float*) {
+  return w;
+}
 
-// out[i] = absmax of block begin + i in fp32, for nested statistics: product and sum rounded one after
-// the other.
-static inline void decode_absmax(const Quant4bit& q, int64_t begin, int64_t end, float* out) {
-  const auto one = [&](int64_t b) {
-    const float product = q.nested_code[q.absmax_8bit[b]] * q.nested_absmax[b / kNestedBlock];
-    out[b - begin] = product + q.nested_offset;
-  };
-  int64_t b = begin;
-#if defined(__AVX512VBMI__)
-  // The code's 256 floats as four planes of bytes: a look-up of 64 bytes takes two permutes a plane.
-  alignas(64) uint8_t planes[4][256];
-  for (int i = 0; i < 256; i += kLanes) {
-    const __m512i bits = _mm512_loadu_si512(q.nested_code + i);
-    for (int p = 0; p < 4; p++) {
-      _mm_store_si128(reinterpret_cast<__m128i*>(planes[p] + i),
-                      _mm512_cvtepi32_epi8(_mm512_srli_epi32(bits, 8 * p)));
-    }
-  }
-  // Unpacking works within 128-bit lanes: this order of the dwords undoes it.
-  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  const Vec offset = broadcast(q.nested_offset);
-  for (; b < end && b % 64 != 0; b++) one(b);
-  for (; b + 64 <= end; b += 64) {
-    const __m512i index = _mm512_permutexvar_epi32(order, _mm512_loadu_si512(q.absmax_8bit + b));
-    const __mmask64 upper = _mm512_movepi8_mask(index);
-    __m512i plane[4];
-    for (int p = 0; p < 4; p++) {
-      const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(planes[p]), index,
-                                                   _mm512_load_si512(planes[p] + 64));
-      const __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(planes[p] + 128), index,
-                                                    _mm512_load_si512(planes[p] + 192));
-      plane[p] = _mm512_mask_blend_epi8(upper, low, high);
-    }
-    const Vec scale = broadcast(q.nested_absmax[b / kNestedBlock]);
-    const __m512i low01 = _mm512_unpacklo_epi8(plane[0], plane[1]);
-    const __m512i high01 = _mm512_unpackhi_epi8(plane[0], plane[1]);
-    const __m512i low23 = _mm512_unpacklo_epi8(plane[2], plane[3]);
-    const __m512i high23 = _mm512_unpackhi_epi8(plane[2], plane[3]);
-    const __m512i floats[4] = {
-        _mm512_unpacklo_epi16(low01, low23), _mm512_unpackhi_epi16(low01, low23),
-        _mm512_unpacklo_epi16(high01, high23), _mm512_unpackhi_epi16(high01, high23)};
-    for (int i = 0; i < 4; i++) {
-      store(out + (b - begin) + kLanes * i,
-            add(mul(_mm512_castsi512_ps(floats[i]), scale), offset));
-    }
-  }
-#endif
-  for (; b < end; b++) one(b);
+FASTLORA_INLINE int64_t absmax_count(const FourBit& w, int64_t rows) {
+  return w.absmax ? 0 : ((rows * w.K) >> w.shift) + 2;  // a row may begin and end within a block
+}
+template <class T>
+FASTLORA_INLINE int64_t absmax_count(const Dense<T>&, int64_t) {
+  return 0;
 }
 
 }  // namespace FASTLORA_ISA
