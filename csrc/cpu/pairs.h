@@ -1,6 +1,9 @@
 // Vectors of bf16 pairs, for CPUs that multiply two bf16 a lane and add both to fp32: AVX512-BF16 and
 // NEON with FEAT_BF16. CMakeLists.txt defines FASTLORA_PAIRS for them, so that a compiler without the
 // instructions fails instead of leaving them out.
+//
+// fp16 has none of its own, and is widened to fp32: AVX512-FP16 and NEON sum in fp16, which is off by more
+// than the error policy allows from eight terms on.
 #pragma once
 
 #include "simd.h"
