@@ -28,8 +28,9 @@ pytestmark = [
 
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 1 << 20
-# csrc/cpu/scratch.cpp: a thread keeps two blocks of at most this size.
-KEPT = 2 * 32 * MIB
+# csrc/cpu/scratch.cpp: what a block may have to be kept. A caller has one, and so has each thread
+# that works for it.
+KEPT = 32 * MIB
 
 # A decoding call, one panel of tokens, several; all bases' ways to read the weight.
 LAYERS = [
@@ -161,7 +162,7 @@ def load_with_forked_workers(threads: int) -> None:
         num_workers=2,
         collate_fn=lambda item: item,
         multiprocessing_context="fork",
-        timeout=120,
+        timeout=60,
     )
     for epoch in range(2):
         for (y, started), want in zip(loader, expected, strict=True):
@@ -197,7 +198,7 @@ def keep_little(threads: int) -> None:
     for _ in range(3):
         call()
         kept = resident() - before
-        assert kept <= threads * KEPT, f"{kept / MIB:.0f} MiB are kept by {threads} threads"
+        assert kept <= (1 + threads) * KEPT, f"{kept / MIB:.0f} MiB are kept"
 
 
 @pytest.mark.slow
