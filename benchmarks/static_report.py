@@ -36,8 +36,8 @@ class Row:
     """One compiled kernel.
 
     `registers` are per thread, `spilled` is stack in bytes (0 wanted), `shared` bytes per program,
-    `loop` instructions of the innermost loop that holds a matrix instruction, `mma` their number in
-    the whole kernel.
+    `loop` instructions of the innermost loop that holds a matrix instruction, `mma` the name of
+    that instruction and `count` their number in the whole kernel.
     """
 
     triton: str
@@ -49,12 +49,13 @@ class Row:
     spilled: int
     shared: int
     loop: int
-    mma: int
+    mma: str
+    count: int
 
     @property
     def cell(self) -> str:
         """Registers, spilled bytes, KiB shared, loop and matrix instructions, for a table."""
-        figures = (self.registers, self.spilled, self.shared // 1024, self.loop, self.mma)
+        figures = (self.registers, self.spilled, self.shared // 1024, self.loop, self.count)
         return " / ".join(str(figure) for figure in figures)
 
     @property
@@ -116,8 +117,16 @@ def inspect_cubin(cubin: bytes) -> tuple[str, int, int]:
     return listing, int(found[1]), int(found[2])
 
 
-def measure(compiled: Any, mma: str) -> tuple[int, int, int, int, int]:
-    """Registers, spilled bytes, shared bytes, loop length and matrix instructions."""
+# What tiles below wgmma's and tcgen05's least height of 64 take.
+SMALL_MMA = "HMMA"
+
+
+def measure(compiled: Any, own: str) -> tuple[int, int, int, int, str, int]:
+    """Registers, spilled bytes, shared bytes, loop length, matrix instruction and their number.
+
+    Args:
+        own: the matrix instruction of the class of GPUs.
+    """
     if "cubin" in compiled.asm:
         listing, registers, spilled = inspect_cubin(compiled.asm["cubin"])
     else:
@@ -125,9 +134,10 @@ def measure(compiled: Any, mma: str) -> tuple[int, int, int, int, int]:
         registers = _metadata(listing, "vgpr_count")
         spilled = 4 * _metadata(listing, "vgpr_spill_count")
     instructions, labels = parse_assembly(listing)
-    count = sum(mma in line for line in instructions)
-    loop = loop_length(instructions, labels, mma)
-    return registers, spilled, compiled.metadata.shared, loop, count
+    mma = next((name for name in (own, SMALL_MMA) if any(name in i for i in instructions)), "")
+    count = sum(mma in line for line in instructions) if mma else 0
+    loop = loop_length(instructions, labels, mma) if mma else 0
+    return registers, spilled, compiled.metadata.shared, loop, mma, count
 
 
 def _metadata(listing: str, name: str) -> int:
@@ -183,8 +193,10 @@ def faults(row: Row, gate: Row | None, dense_loop: int | None) -> list[str]:
     if row.shared > limits.shared:
         found.append(f"{where}: {row.shared} bytes of shared memory, {limits.shared} allowed")
     multiplies = not row.kernel.startswith(("sum_partials", "dequantize"))
-    if multiplies and row.dtypes != "fp32" and row.mma == 0:
-        found.append(f"{where}: no {limits.mma}")
+    tall = row.tile and int(row.tile.split("x")[0]) >= 64
+    allowed = (limits.mma,) if tall else (limits.mma, SMALL_MMA)
+    if multiplies and row.dtypes != "fp32" and row.mma not in allowed:
+        found.append(f"{where}: no {limits.mma}, got {row.mma or 'none'}")
     if dense_loop and row.kernel.startswith("base_product_4bit"):
         limit = DECODE_FACTOR * dense_loop
         if row.loop > limit:

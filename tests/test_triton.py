@@ -120,7 +120,7 @@ def test_same_call_same_bits(backend: str) -> None:
 def test_dequantize_is_bit_exact(
     blocksize: int, quant_type: str, nested: bool, dtype: torch.dtype, backend: str
 ) -> None:
-    for shape in ((7, 33), (64, 128), (1, 1), (130, 577), (3, 1, 5)):
+    for shape in ((7, 33), (64, 128), (1, 1), (9, 577), (3, 1, 5)):
         weight = torch.randn(shape)
         weight.view(-1)[:: max(1, weight.numel() // 5)] *= 1e-30
         packed, state = reference.quantize_4bit(weight, blocksize, quant_type, nested)
@@ -141,7 +141,7 @@ def test_every_way_through_a_4bit_base(name: str, monkeypatch: pytest.MonkeyPatc
     """The same layer by each path; panels are the whole weight's columns with its dropout mask."""
     from fastlora.backends.triton import launch, qlora_linear, tiles
 
-    case = Case("", M=35, N=72, K=4224, R=8, dropout_p=0.2)
+    case = Case("", M=35, N=40, K=2176, R=8, dropout_p=0.2)
     inputs = make_inputs(case, Base("nf4", 64, nested=True), DTYPES["bf16, fp32 adapter"])
     limits = tiles.ARCHS["interpreter"]
     vendor = name in ("by the vendor", "in panels")
@@ -149,10 +149,10 @@ def test_every_way_through_a_4bit_base(name: str, monkeypatch: pytest.MonkeyPatc
     changed = tiles.Arch(limits.shared, limits.mma, fused, vendor=vendor)
     monkeypatch.setitem(tiles.ARCHS, "interpreter", changed)
     if name == "in panels":
-        monkeypatch.setattr(qlora_linear, "WORKSPACE_BYTES", 2048 * 72 * 2)
-        shape, packed = (72, 4224), launch_packed(inputs)
+        monkeypatch.setattr(qlora_linear, "WORKSPACE_BYTES", 2048 * 40 * 2)
+        shape, packed = (40, 2176), launch_packed(inputs)
         for is_forward in (True, False):
-            cut = qlora_linear.panels(packed, shape, is_forward, torch.bfloat16, 2048 * 72 * 2)
+            cut = qlora_linear.panels(packed, shape, is_forward, torch.bfloat16, 2048 * 40 * 2)
             assert len(cut) > 1
     assert launch.launcher(inputs.x).limits == changed
     got = test_backends.run(case, inputs, "triton")

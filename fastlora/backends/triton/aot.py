@@ -18,8 +18,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ...quant import NESTED_BLOCKSIZE
+from ...tuning import Choice
 from .kernels.dequantize_4bit import Packed, dequantize_4bit
-from .launch import Launcher, Sizes
+from .launch import Launcher, Sizes, choice_of
 from .lora_linear import lora_linear_bwd, lora_linear_fwd
 from .qlora_linear import qlora_linear_bwd, qlora_linear_fwd
 from .tiles import Tile
@@ -56,11 +57,11 @@ class Recorder(Launcher):
         """Notes the launch."""
         self.launches.append(Launch(kernel, args, constants, tile))
 
-    def dense_tile(self, op: str, dtype: torch.dtype, sizes: Sizes) -> Tile | None:
-        """Our kernel's tile where `ours` is set, whatever the class of GPU prefers."""
-        if self.ours:
-            return self.table_tile("base_product", dtype, M=sizes[0], R=sizes[3])
-        return super().dense_tile(op, dtype, sizes)
+    def choice(self, op: str, dtype: torch.dtype, sizes: Sizes) -> Choice | None:
+        """Our kernel for the dense product where `ours` is set, whatever was measured here."""
+        if self.ours and op.startswith("lora"):
+            return choice_of(self.table_tile("base_product", dtype, M=sizes[0], R=sizes[3]))
+        return None
 
 
 def target(arch: str) -> GPUTarget:
@@ -108,8 +109,8 @@ def _type_of(value: Any) -> str:
 
 # ---- the kernels that are compiled -------------------------------------------------------------
 
-# Llama's attention; tokens as in a batch, as in a short prompt, as in decoding.
-N, K, R = 4096, 4096, 16
+# N, K, R of Llama's attention; tokens as in a batch, as in a short prompt, as in decoding.
+LAYER = (4096, 4096, 16)
 TOKENS = (4096, 64, 16)
 
 
@@ -121,7 +122,7 @@ def launches(arch: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> dict[
             gpu = Recorder(arch, 128, ours=True)
             call(gpu)
             for launch in gpu.launches:
-                name = launch.kernel.fn.__name__.removesuffix("_kernel")
+                name = launch.kernel.__name__.removesuffix("_kernel")
                 if name.startswith("base_product"):
                     name = f"{name} {direction}"
                 tiles = [found[key].tile for key in found if key.split(",")[0] == name]
@@ -131,12 +132,16 @@ def launches(arch: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> dict[
 
 
 def op_calls(
-    M: int, dtype: torch.dtype, adapter_dtype: torch.dtype
+    M: int,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    layer: tuple[int, int, int] = LAYER,
 ) -> Iterator[tuple[str, Callable[[Launcher], Any]]]:
     """The ops on [M, K] tokens without data: the direction of their base product, and the call.
 
     For the 4-bit ops M is held to what their class of GPU takes inside the product.
     """
+    N, K, R = layer
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")

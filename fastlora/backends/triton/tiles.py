@@ -110,6 +110,61 @@ TILES: dict[str, dict[str, _ROWS]] = {
 }  # fmt: skip
 
 
+# ---- the model that prunes -------------------------------------------------------------------
+
+_WARP = 32
+_MOST_REGISTERS = 255
+_SIDES = ((64, 128), (128, 64), (128, 128), (128, 256), (256, 128))
+_FEW_TOKENS = ((16, 64), (16, 128), (32, 128), (64, 64), (64, 128))
+
+
+def shared_bytes(tile: Tile, itemsize: int, arch: str, packed: bool) -> int:
+    """Shared memory that a base product needs, at least: operands in flight.
+
+    mma.sync and MFMA read the last stage from registers; wgmma and tcgen05 read it in place. A
+    packed weight is in flight with half a byte an element, and one tile of it is decoded.
+    """
+    staged = tile.stages if ARCHS[arch].mma in ("HGMMA", "UTCHMMA") else max(1, tile.stages - 1)
+    left, right = tile.BM * tile.BK * itemsize, tile.BN * tile.BK * itemsize
+    if packed:
+        return staged * (left + tile.BN * tile.BK // 2) + right
+    return staged * (left + right)
+
+
+def registers(tile: Tile, itemsize: int, arch: str, packed: bool) -> int:
+    """Registers a thread that a base product needs, roughly: the accumulator, fragments, addresses.
+
+    tcgen05 keeps the accumulator in tensor memory until the end. The constants are those that fit
+    the compiled kernels; `tests/test_triton_compiled.py` holds the model to them.
+    """
+    threads = tile.warps * _WARP
+    accumulator = tile.BM * tile.BN // threads
+    if ARCHS[arch].mma in ("HGMMA", "UTCHMMA"):
+        return accumulator + (100 if packed else 60)
+    fragments = (tile.BM + tile.BN) * tile.BK * itemsize // 4 // threads
+    return accumulator + 2 * fragments + (100 if packed else 60)
+
+
+def candidates(kernel: str, arch: str, dtype: torch.dtype, M: int, R: int) -> list[Tile]:
+    """Tiles worth measuring, the table's first: those that fit by the model, for this many tokens.
+
+    The dropout mask counts in blocks of 128 columns, so BN is a multiple of it.
+    """
+    first = default_tile(kernel, arch, dtype, M, R)
+    packed, depth = kernel.endswith("4bit"), 16 if dtype == torch.float32 else 64
+    found = [first]
+    for BM, BN in _FEW_TOKENS if _FEW_TOKENS[-1][0] >= M else _SIDES:
+        for BK, warps, stages in ((depth, 4, 3), (depth, 8, 3), (depth, 8, 4), (depth // 2, 8, 4)):
+            tile = Tile(BM, BN, BK, warps, stages)
+            fits = (
+                shared_bytes(tile, dtype.itemsize, arch, packed) <= ARCHS[arch].shared
+                and registers(tile, dtype.itemsize, arch, packed) <= _MOST_REGISTERS
+            )
+            if fits and BN % 128 == 0 and tile not in found:
+                found.append(tile)
+    return found
+
+
 def arch_class(capability: tuple[int, int]) -> str:
     """The class of a CUDA device: the newest one that is not newer than it."""
     fitting = [name for since, name in _CLASSES if since <= capability]
