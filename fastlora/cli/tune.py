@@ -121,7 +121,7 @@ def tune(problem: Problem, device: str, rounds: int, sample_seconds: float) -> O
     import torch
 
     from ..backends.triton.tuner import Trial, keep
-    from .bench.measure import Budget, interleave
+    from .bench.measure import Budget, interleave, waits_for
 
     trial = Trial(problem, torch.device(device))
     choices = {_name(choice): choice for choice in trial.choices()}
@@ -130,7 +130,7 @@ def tune(problem: Problem, device: str, rounds: int, sample_seconds: float) -> O
         name: [trial.call(choices[name])] for name in ready
     }
     calls[_PLAIN] = [trial.plain()]
-    timings = interleave(calls, Budget(rounds, sample_seconds), wait=_wait(device))
+    timings = interleave(calls, Budget(rounds, sample_seconds), wait=waits_for(device))
     seconds = {name: statistics.median(timing.seconds) for name, timing in timings.items()}
     winner = min(seconds, key=lambda name: seconds[name])
     kept = None if winner == _PLAIN else winner
@@ -162,12 +162,6 @@ def _name(choice: Any) -> str:
     if choice["way"] == "vendor":
         return "vendor's product"
     return "{BM}x{BN}x{BK}, {warps} warps, {stages} stages".format(**choice)
-
-
-def _wait(device: str) -> Callable[[], None]:
-    import torch
-
-    return torch.cuda.synchronize if device == "cuda" else lambda: None
 
 
 def _device() -> str:

@@ -61,11 +61,15 @@ class Bench:
     Args:
         providers: names in PROVIDERS.
         budget: how long to measure.
+        device: "cpu" or "cuda".
     """
 
-    def __init__(self, providers: Sequence[str], budget: Budget) -> None:
+    def __init__(self, providers: Sequence[str], budget: Budget, device: str = "cpu") -> None:
         self.providers = [PROVIDERS[name] for name in providers]
         self.budget = budget
+        self.device = device
+        # What the last case timed, by provider.
+        self.timed: dict[str, Calls] = {}
         self._setup: Setup | None = None
         self._built: dict[str, list[Built]] = {}
 
@@ -78,8 +82,8 @@ class Bench:
         """
         prepared = self.calls(case)
         refused = {name: what for name, what in prepared.items() if isinstance(what, Refused)}
-        timed = {name: what for name, what in prepared.items() if not isinstance(what, Refused)}
-        return refused | interleave(timed, self.budget, tick)
+        self.timed = {n: what for n, what in prepared.items() if not isinstance(what, Refused)}
+        return refused | interleave(self.timed, self.budget, tick, wait=waits_for(self.device))
 
     def calls(self, case: Case) -> dict[str, Calls | Refused]:
         """By provider: what to time, one call for each copy of the weight. Checked."""
@@ -87,7 +91,7 @@ class Bench:
             self._built.clear()
             self._setup = None
             gc.collect()
-            self._setup = Setup(case.layer)
+            self._setup = Setup(case.layer, device=self.device)
         return {
             provider.name: self._prepare(provider, self._setup, case)
             for provider in self.providers
@@ -105,6 +109,11 @@ class Bench:
             return Refused(reason, wrong=True)
         used = built if case.M <= ROTATE_UP_TO else built[:1]
         return [_call(layer, setup, case) for layer in used]
+
+
+def waits_for(device: str) -> Callable[[], None]:
+    """A call that returns when `device` has done what it was given."""
+    return torch.cuda.synchronize if device == "cuda" else lambda: None
 
 
 def _call(built: Built, setup: Setup, case: Case) -> Callable[[], object]:

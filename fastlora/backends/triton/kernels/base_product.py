@@ -63,16 +63,21 @@ def base_product_kernel(
         False,
     )  # fmt: skip
     inner = tl.arange(0, BK)
-    left_at = left + rows[:, None] * stride_lm + inner.to(tl.int64)[None, :] * stride_lc
+    # Rows past the end read row 0 and are not stored: the loop then needs no mask for them.
+    left_at = (
+        left
+        + tl.where(row_ok, rows, 0)[:, None] * stride_lm
+        + inner.to(tl.int64)[None, :] * stride_lc
+    )
     right_at = right + inner.to(tl.int64)[:, None] * stride_rc
     right_at += columns.to(tl.int64)[None, :] * stride_rn
     for start in range(0, C, BK):
         if WHOLE:
-            a = tl.load(left_at, mask=row_ok[:, None], other=0.0)
-            b = tl.load(right_at, mask=column_ok[None, :], other=0.0)
+            a = tl.load(left_at)
+            b = tl.load(right_at)
         else:
             inner_ok = inner < C - start
-            a = tl.load(left_at, mask=row_ok[:, None] & inner_ok[None, :], other=0.0)
+            a = tl.load(left_at, mask=inner_ok[None, :], other=0.0)
             b = tl.load(right_at, mask=inner_ok[:, None] & column_ok[None, :], other=0.0)
         acc = dot(rounded(a, b.dtype), b, acc)
         left_at += BK * stride_lc
@@ -137,7 +142,7 @@ def base_product(
         out.stride(0),
         BIAS=bias is not None,
         DROPOUT=dropout.seed is not None,
-        WHOLE=C % tile.BK == 0,
+        WHOLE=C % tile.BK == 0 and N % tile.BN == 0,
         BR=width,
         CHUNKS=chunks,
         BM=tile.BM,

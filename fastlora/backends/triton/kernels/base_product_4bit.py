@@ -33,36 +33,46 @@ def weight_tile(
     row,
     column,
     N,
-    K,
+    row_words,
+    row_blocks,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
     DTYPE: tl.constexpr,
     PERMUTE: tl.constexpr,
+    WHOLE: tl.constexpr,
+    MMA_SYNC: tl.constexpr,
 ):
     """`W[row : row + ROWS, column : column + COLUMNS]` in DTYPE; zero outside of [N, K].
 
     The scale has an axis of its own, so that a block's products are formed once for its words.
+    row_words and row_blocks are a row's words of eight codes and its blocks. WHOLE: no part of any
+    tile lies outside.
     """
     blocks: tl.constexpr = max(COLUMNS // BLOCKSIZE, 1)
     per_block: tl.constexpr = COLUMNS // 8 // blocks
-    rows = row + tl.arange(0, ROWS)[:, None, None]
+    rows = (row + tl.arange(0, ROWS)).to(tl.int64)[:, None, None]
     block = tl.arange(0, blocks)[None, :, None]
-    words = column // 8 + block * per_block + tl.arange(0, per_block)[None, None, :]
-    nibbles = tl.load(
-        packed + rows.to(tl.int64) * (K // 8) + words, mask=(rows < N) & (words < K // 8), other=0
-    )
-    in_row = (column + block * (per_block * 8)) // BLOCKSIZE
-    # With an absmax of zero, whatever lies outside decodes to zero.
+    # Told that its tiles are aligned, the compiler reads several words at once.
+    first = tl.multiple_of(column // 8, COLUMNS // 8)
+    words = first + block * per_block + tl.arange(0, per_block)[None, None, :]
+    in_row = column // BLOCKSIZE + block
+    if WHOLE:
+        nibbles = tl.load(packed + rows * row_words + words)
+    else:
+        word_ok = (rows < N) & (words < row_words)
+        nibbles = tl.load(packed + rows * row_words + words, mask=word_ok, other=0)
     scale = block_scale(
         absmax,
         nested_absmax,
         nested_code,
         offset,
-        rows.to(tl.int64) * (K // BLOCKSIZE) + in_row,
-        (rows < N) & (in_row < K // BLOCKSIZE),
+        rows * row_blocks + in_row,
+        (rows < N) & (in_row < row_blocks),
         NESTED_BLOCKSIZE,
+        WHOLE,
+        MMA_SYNC,
     )
     weight = decode(nibbles, scale, code, values, DTYPE, PERMUTE)
     return weight.reshape([ROWS, COLUMNS])
@@ -86,6 +96,8 @@ def base_product_4bit_kernel(
     N,
     K,
     R,
+    row_words,
+    row_blocks,
     factor,
     threshold,
     drop_scale,
@@ -96,10 +108,12 @@ def base_product_4bit_kernel(
     stride_qn,
     stride_om,
     FORWARD: tl.constexpr,
+    WHOLE: tl.constexpr,
     BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
     SWAP: tl.constexpr,
     PERMUTE: tl.constexpr,
+    MMA_SYNC: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
@@ -125,20 +139,30 @@ def base_product_4bit_kernel(
     )  # fmt: skip
     values = load_code(code, PERMUTE)
     inner = tl.arange(0, BK)
-    left_at = left + rows[:, None] * stride_lm + inner.to(tl.int64)[None, :] * stride_lc
+    # Rows past the end read row 0 and are not stored: the loop then needs no mask for them.
+    left_at = (
+        left
+        + tl.where(row_ok, rows, 0)[:, None] * stride_lm
+        + inner.to(tl.int64)[None, :] * stride_lc
+    )
     for start in range(0, depth, BK):
-        a = tl.load(left_at, mask=row_ok[:, None] & (inner < depth - start)[None, :], other=0.0)
+        if WHOLE:
+            a = tl.load(left_at)
+        else:
+            a = tl.load(left_at, mask=(inner < depth - start)[None, :], other=0.0)
         if FORWARD:
             b = tl.trans(
                 weight_tile(
                     packed, absmax, nested_absmax, nested_code, offset, code, values,
-                    tile_n * BN, start, N, K, BN, BK, BLOCKSIZE, NESTED_BLOCKSIZE, DTYPE, PERMUTE,
+                    tile_n * BN, start, N, row_words, row_blocks, BN, BK, BLOCKSIZE,
+                    NESTED_BLOCKSIZE, DTYPE, PERMUTE, WHOLE, MMA_SYNC,
                 )
             )  # fmt: skip
         else:
             b = weight_tile(
                 packed, absmax, nested_absmax, nested_code, offset, code, values,
-                start, tile_n * BN, N, K, BK, BN, BLOCKSIZE, NESTED_BLOCKSIZE, DTYPE, PERMUTE,
+                start, tile_n * BN, N, row_words, row_blocks, BK, BN, BLOCKSIZE,
+                NESTED_BLOCKSIZE, DTYPE, PERMUTE, WHOLE, MMA_SYNC,
             )  # fmt: skip
         acc = dot_either(rounded(a, DTYPE), b, acc, SWAP)
         left_at += BK * stride_lc
@@ -190,7 +214,7 @@ def base_product_4bit(
         dtype: of the base product, bf16 or fp16.
     """
     M, (N, K), R = left.shape[0], shape, P.shape[1]
-    columns = N if forward else K
+    columns, depth = (N, K) if forward else (K, N)
     width, chunks = rank_chunks(R)
     gpu.run(
         base_product_4bit_kernel,
@@ -211,6 +235,8 @@ def base_product_4bit(
         N,
         K,
         R,
+        K // 8,
+        K // packed.blocksize,
         factor,
         dropout.threshold,
         dropout.scale,
@@ -221,10 +247,12 @@ def base_product_4bit(
         Q.stride(1),
         out.stride(0),
         FORWARD=forward,
+        WHOLE=columns % tile.BN == 0 and depth % tile.BK == 0,
         BIAS=bias is not None,
         DROPOUT=dropout.seed is not None,
         SWAP=forward and gpu.limits.weight_left,
         PERMUTE=gpu.words,
+        MMA_SYNC=gpu.limits.mma == "HMMA",
         DTYPE=_DTYPES[dtype],
         BLOCKSIZE=packed.blocksize,
         NESTED_BLOCKSIZE=packed.nested_blocksize,

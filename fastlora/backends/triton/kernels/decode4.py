@@ -63,16 +63,43 @@ _ROUND_FP16 = tl.constexpr(ROUND_FP16_PTX)
 
 @triton.jit
 def block_scale(
-    absmax, nested_absmax, nested_code, offset, block, mask, NESTED_BLOCKSIZE: tl.constexpr
+    absmax,
+    nested_absmax,
+    nested_code,
+    offset,
+    block,
+    inside,
+    NESTED_BLOCKSIZE: tl.constexpr,
+    WHOLE: tl.constexpr,
+    MMA_SYNC: tl.constexpr,
 ):
-    """absmax of `block`, fp32; nested (NESTED_BLOCKSIZE > 0) as `reference.dequantize_absmax`."""
-    value = tl.load(absmax + block, mask=mask, other=0)
-    if NESTED_BLOCKSIZE == 0:
-        return value.to(tl.float32)
+    """absmax of `block`, fp32; nested (NESTED_BLOCKSIZE > 0) as `reference.dequantize_absmax`.
+
+    Zero where `inside` is false: every weight of such a block decodes to zero. WHOLE: nowhere.
+    MMA_SYNC: the weight goes to NVIDIA's mma.sync.
+    """
+    if WHOLE:
+        value = tl.load(absmax + block)
     else:
-        entry = tl.load(nested_code + value.to(tl.int32), mask=mask, other=0.0)
-        outer = tl.load(nested_absmax + block // NESTED_BLOCKSIZE, mask=mask, other=0.0)
-        return entry * outer + tl.load(offset)
+        # Block 0 stands in for what isn't there; its own value is discarded below.
+        block = tl.where(inside, block, 0)
+        value = tl.load(absmax + block)
+    if NESTED_BLOCKSIZE == 0:
+        scale = value.to(tl.float32)
+    else:
+        index = value.to(tl.int32)
+        if MMA_SYNC:
+            # For a load of bytes on the way to an operand, Triton gives mma.sync fragments that
+            # double the loop. It looks no further back than an operation with a side effect.
+            index = tl.inline_asm_elementwise(
+                "mov.b32 $0, $1;", "=r,r", [index], tl.int32, False, 1
+            )
+        entry = tl.load(nested_code + index)
+        scale = entry * tl.load(nested_absmax + block // NESTED_BLOCKSIZE) + tl.load(offset)
+    if WHOLE:
+        return scale
+    else:
+        return tl.where(inside, scale, 0.0)
 
 
 @triton.jit

@@ -95,6 +95,8 @@ def dequantize_4bit_kernel(
         first * 8 // BLOCKSIZE,
         start + tl.arange(0, blocks)[:, None] * per_block < words_per_row,
         NESTED_BLOCKSIZE,
+        False,
+        False,
     )
     values = load_code(code, PERMUTE)
     weight = decode(words, scale, code, values, out.dtype.element_ty, PERMUTE)
