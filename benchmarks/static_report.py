@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 GATES = Path(__file__).parent / "gates" / "triton.csv"
+DOCS = Path(__file__).parents[1] / "docs" / "gpu.md"
 # A main loop may grow by this much, registers by that much, before it is a regression.
 LOOP_SLACK, REGISTER_SLACK = 1.05, 8
 # The decoder's share of a 4-bit main loop: no longer than this many times the dense one's.
@@ -251,6 +252,20 @@ def markdown(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def docs_text(text: str) -> str:
+    """docs/gpu.md with the tables of the gate file's newest Triton and of the roofline in it."""
+    from . import roofline
+
+    gates = read_gates()
+    newest = max((row.triton for row in gates), key=lambda v: tuple(map(int, v.split("."))))
+    static = f"Triton {newest}.\n\n{markdown([row for row in gates if row.triton == newest])}"
+    for name, table in (("static", static), ("roofline", roofline.markdown())):
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
+    return text
+
+
 def main(argv: list[str] | None = None) -> int:
     """Compiles, prints and, where asked to, compares or writes."""
     assert __doc__
@@ -260,7 +275,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kernels", default="", help="regular expression for their names")
     parser.add_argument("--check", action="store_true", help="fail on a breach of the gate file")
     parser.add_argument("--write", action="store_true", help="write the gate file")
+    parser.add_argument("--docs", action="store_true", help="write docs/gpu.md from the gate file")
     args = parser.parse_args(argv)
+    if args.docs:
+        DOCS.write_text(docs_text(DOCS.read_text()))
+        return 0
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         parser.error("TRITON_INTERPRET must be 0: an interpreted kernel can't be compiled")
     from fastlora.backends.triton import tiles

@@ -5,7 +5,6 @@ Triton itself is imported when an op first runs.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 
@@ -28,7 +27,7 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def unavailable_reason() -> str | None:
     """One sentence: why Triton can't be used and what helps; None when it can."""
     if importlib.util.find_spec("triton") is None:
@@ -63,7 +62,7 @@ def unsupported(
     return None
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def _unsupported_gpu() -> str | None:
     if not torch.cuda.is_available():
         return "this torch sees no CUDA device."
