@@ -27,7 +27,7 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def unavailable_reason() -> str | None:
     """One sentence: why Triton can't be used and what helps; None when it can."""
     if importlib.util.find_spec("triton") is None:
@@ -62,7 +62,7 @@ def unsupported(
     return None
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _unsupported_gpu() -> str | None:
     if not torch.cuda.is_available():
         return "this torch sees no CUDA device."

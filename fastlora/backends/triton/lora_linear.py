@@ -27,7 +27,7 @@ def dense_product(gpu: Launcher, right: Tensor, tile: Tile | None) -> Product:
             which adds to a term that a kernel has written (rounded to out's dtype).
     """
 
-    def fused(
+    def product(
         out: Tensor,
         left: Tensor,
         bias: Tensor | None,
@@ -43,7 +43,7 @@ def dense_product(gpu: Launcher, right: Tensor, tile: Tile | None) -> Product:
         base_product(gpu, out, left[:, :0], right[:0], bias, P, Q, factor, dropout, term)
         out.addmm_(left, right)
 
-    return fused
+    return product
 
 
 def lora_linear_fwd(

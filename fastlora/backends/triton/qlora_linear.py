@@ -67,7 +67,7 @@ def four_bit_product(
     """
     fused_tile, dense_tile = tiles
 
-    def fused(
+    def product(
         out: Tensor,
         left: Tensor,
         bias: Tensor | None,
@@ -76,6 +76,9 @@ def four_bit_product(
         factor: float,
         dropout: Dropout,
     ) -> None:
+        if left.dtype.itemsize > base.itemsize:
+            # fp32 tokens would need twice the shared memory that the tiles are made for.
+            left = left.to(base)
         if fused_tile is not None and fits(packed, shape[1], base):
             base_product_4bit(
                 gpu, out, left, packed, shape, is_forward, bias, P, Q, factor, dropout, base,
@@ -92,7 +95,7 @@ def four_bit_product(
             columns = (out[:, begin:end], left, part, P, Q[:, begin:end])
             dense_product(gpu, right, tile)(*columns, factor, dropout.at(begin))
 
-    return fused
+    return product
 
 
 def qlora_linear_fwd(

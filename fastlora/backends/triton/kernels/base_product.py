@@ -59,7 +59,7 @@ def base_product_kernel(
     row_ok, column_ok = rows < M, columns < N
     acc = lora_term(
         p, q, seed, rows, columns, row_ok, column_ok, first_block + tile_n * (BN // 128), R, factor,
-        stride_qr, stride_qn, threshold, drop_scale, BR, CHUNKS, DROPOUT, out.dtype.element_ty,
+        stride_qr, stride_qn, threshold, drop_scale, BR, CHUNKS, DROPOUT, right.dtype.element_ty,
         False,
     )  # fmt: skip
     inner = tl.arange(0, BK)

@@ -134,7 +134,7 @@ def base_product_4bit_kernel(
     row_ok, column_ok = rows < M, columns < width
     acc = lora_term(
         p, q, seed, rows, columns, row_ok, column_ok, first_block + tile_n * (BN // 128), R, factor,
-        stride_qr, stride_qn, threshold, drop_scale, BR, CHUNKS, DROPOUT, out.dtype.element_ty,
+        stride_qr, stride_qn, threshold, drop_scale, BR, CHUNKS, DROPOUT, DTYPE,
         SWAP,
     )  # fmt: skip
     values = load_code(code, PERMUTE)

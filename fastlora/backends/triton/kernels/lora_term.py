@@ -38,7 +38,7 @@ def lora_term(
     BR: tl.constexpr,
     CHUNKS: tl.constexpr,
     DROPOUT: tl.constexpr,
-    OUT: tl.constexpr,
+    BASE: tl.constexpr,
     SWAP: tl.constexpr,
 ):
     """`drop'(factor * P Q)` on one tile, fp32 [BM, BN]; P [M, R] fp32, Q [R, N] by its strides.
@@ -64,7 +64,7 @@ def lora_term(
             mask=rank_ok[:, None] & column_ok[None, :],
             other=0.0,
         )
-        acc = dot_adapter(P * factor, Q, acc, OUT, SWAP)
+        acc = dot_adapter(P * factor, Q, acc, BASE, SWAP)
     if DROPOUT:
         keep = keep_tile(tl.load(seed), rows, block, threshold, BN)
         if SWAP:

@@ -85,15 +85,16 @@ def dot_either(a, b, acc, SWAP: tl.constexpr):
 
 
 @triton.jit
-def dot_adapter(p, q, acc, OUT: tl.constexpr, SWAP: tl.constexpr):
-    """`acc + p q` for the LoRA term of a result in OUT: p [m, r] fp32, q [r, n] fp32 or 16-bit.
+def dot_adapter(p, q, acc, BASE: tl.constexpr, SWAP: tl.constexpr):
+    """`acc + p q`, the LoRA term beside a product in BASE: p [m, r] fp32, q [r, n] fp32 or 16-bit.
 
-    A 16-bit adapter takes p rounded, as in PEFT. An fp32 adapter with a 16-bit result takes both as
-    a high and a low bf16 part, without the product of the low parts: 16 bits, above OUT's 8 or 11.
+    A 16-bit adapter takes p rounded, as in PEFT. An fp32 adapter beside a 16-bit product takes both
+    as a high and a low bf16 part, without the product of the low parts: 16 bits, above BASE's 8 or
+    11.
     """
     if q.dtype != tl.float32:
         return dot_either(rounded(p, q.dtype), q, acc, SWAP)
-    elif tl.float32 == OUT:
+    elif BASE == tl.float32:
         return dot_either(p, q, acc, SWAP)
     else:
         p_high, q_high = rounded(p, tl.bfloat16), rounded(q, tl.bfloat16)
