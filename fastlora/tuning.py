@@ -58,7 +58,7 @@ def lookup(device: str, op: str, shape: str) -> Choice | None:
         op: the op's name.
         shape: dtypes and sizes, as the backend writes them.
     """
-    return _read(cache_file(device), device).get(f"{op} | {shape}")
+    return _choices_of(device, os.environ.get("FASTLORA_CACHE", "")).get(f"{op} | {shape}")
 
 
 def store(device: str, op: str, shape: str, choice: Choice) -> Path:
@@ -71,7 +71,6 @@ def store(device: str, op: str, shape: str, choice: Choice) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        _read.cache_clear()
         choices = _read(path, device) | {f"{op} | {shape}": dict(choice)}
         content = {"device": device, "fastlora": __version__, "choices": choices}
         with tempfile.NamedTemporaryFile(
@@ -79,11 +78,16 @@ def store(device: str, op: str, shape: str, choice: Choice) -> Path:
         ) as file:
             json.dump(content, file, indent=1, sort_keys=True)
         os.replace(file.name, path)
-        _read.cache_clear()
+        _choices_of.cache_clear()
     return path
 
 
 @functools.lru_cache(maxsize=64)
+def _choices_of(device: str, folder: str) -> _Choices:
+    """Every op asks: the file is looked for once for each value of FASTLORA_CACHE."""
+    return _read(cache_file(device), device)
+
+
 def _read(path: Path, device: str) -> _Choices:
     try:
         content = json.loads(path.read_text())

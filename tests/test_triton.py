@@ -164,6 +164,25 @@ def test_every_way_through_a_4bit_base(name: str, monkeypatch: pytest.MonkeyPatc
         )
 
 
+@pytest.mark.parametrize("K", [35, 64])
+def test_panels_of_rows_that_are_no_whole_blocks(K: int) -> None:
+    """Each panel of the forward begins where a word and a block begin, whatever K is."""
+    from fastlora.backends.triton.kernels.dequantize_4bit import Packed
+    from fastlora.backends.triton.launch import launcher
+    from fastlora.backends.triton.qlora_linear import decoded_panel, panels
+
+    N = 151
+    data, state = reference.quantize_4bit(torch.randn(N, K), 64, "nf4", True)
+    want = reference.dequantize_4bit(data, state, torch.float16)
+    packed = Packed(data.view(-1), *native._state_args(state))
+    cut = panels(packed, (N, K), True, torch.float16, 70 * K * 2)
+    assert len(cut) > 1 and cut[0][0] == 0 and cut[-1][1] == N
+    for begin, end in cut:
+        with test_backends.poisoned_memory():
+            got = decoded_panel(launcher(want), packed, (N, K), True, (begin, end), torch.float16)
+        assert torch.equal(got, want[begin:end].t())
+
+
 def launch_packed(inputs):  # type: ignore[no-untyped-def]
     from fastlora.backends.triton.kernels.dequantize_4bit import Packed
 

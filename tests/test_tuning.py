@@ -40,7 +40,7 @@ def test_another_driver_or_version_is_another_device(monkeypatch: pytest.MonkeyP
 def test_a_broken_file_is_an_empty_one() -> None:
     path = tuning.store(DEVICE, "op", "M16", {"BM": 64})
     path.write_text(path.read_text()[:-20])
-    tuning._read.cache_clear()
+    tuning._choices_of.cache_clear()
     assert tuning.lookup(DEVICE, "op", "M16") is None
     tuning.store(DEVICE, "op", "M16", {"BM": 32})
     assert tuning.lookup(DEVICE, "op", "M16") == {"BM": 32}

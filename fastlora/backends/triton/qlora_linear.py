@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,11 +22,12 @@ def panels(
 ) -> list[tuple[int, int]]:
     """Ranges of the result's columns whose decoded weight takes at most `limit` bytes.
 
-    Rows of W for the forward, in steps of the 8 codes of a word; columns of W for dx, in steps of
-    `PANEL`. Where rows are no whole blocks, dx decodes the weight as one.
+    Rows of W for the forward, in steps that end on a word and on a block; columns of W for dx, in
+    steps of `PANEL`. Where rows are no whole blocks, dx decodes the weight as one.
     """
     columns, depth = shape if is_forward else shape[::-1]
-    step = 8 if is_forward else PANEL
+    rows = packed.blocksize // math.gcd(shape[1], packed.blocksize)
+    step = max(rows, 8) if is_forward else PANEL
     width = max(limit // (depth * dtype.itemsize) // step * step, step)
     if not is_forward and shape[1] % packed.blocksize:
         width = columns

@@ -83,8 +83,8 @@ def dequantize_4bit_kernel(
     else:
         words = tl.zeros([blocks, per_block], tl.int32)
         for byte in tl.static_range(4):
-            at = source * 4 + byte
-            part = tl.load(packed + at, mask=inside & (at * 2 < count), other=0)
+            there = inside & (((row * words_per_row + local) * 4 + byte) * 2 < count)
+            part = tl.load(packed + source * 4 + byte, mask=there, other=0)
             words |= part.to(tl.int32) << (8 * byte)
     first = row * source_words + first_word + start + tl.arange(0, blocks)[:, None] * per_block
     scale = block_scale(
@@ -122,7 +122,7 @@ def dequantize_4bit(
         shape: (N, K) of the weight; needed for a panel.
         panel: columns [k0, k1) of a weight whose rows are whole blocks, k0 a multiple of `PANEL`;
             all of `out`, as the weight lies in memory, when None.
-        first_word: where `out` begins in the weight, in words of 8 codes.
+        first_word: where `out` begins in the weight, in words of 8 codes; the start of a block.
 
     Returns:
         out.
