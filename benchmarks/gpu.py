@@ -40,6 +40,7 @@ class Plan:
         tokens, few: M of training, and of decoding.
         providers: names of `fastlora bench`, the columns.
         compiled: more of them, for the first case alone.
+        candidates: tiles that are tuned for each problem; each takes a second to compile.
         rounds, sample_seconds: as in `fastlora bench`.
     """
 
@@ -49,6 +50,7 @@ class Plan:
     few: Sequence[int]
     providers: Sequence[str]
     compiled: Sequence[str]
+    candidates: int
     rounds: int
     sample_seconds: float
 
@@ -62,6 +64,7 @@ FULL = Plan(
     few=(1, 16, 64, 4, 32),
     providers=_COLUMNS,
     compiled=("compile",),
+    candidates=6,
     rounds=7,
     sample_seconds=0.02,
 )
@@ -72,6 +75,7 @@ DRY = Plan(
     few=(1,),
     providers=_COLUMNS,
     compiled=(),
+    candidates=2,
     rounds=1,
     sample_seconds=1e-6,
 )
@@ -150,7 +154,13 @@ def verify(run: Run, until: float) -> dict[str, Any]:
     for size in run.plan.verify:
         if run.elapsed() > until:
             break
-        results = check(["triton"], run.device, sizes=(size,), console=run.console)["triton"]
+        results = check(
+            ["triton"],
+            run.device,
+            sizes=(size,),
+            stop=lambda: run.elapsed() > until,
+            console=run.console,
+        )["triton"]
         for (op, base), cells in results.items():
             for column, cell in cells.items():
                 failures += cell.failures
@@ -166,8 +176,8 @@ def verify(run: Run, until: float) -> dict[str, Any]:
                         "failures": len(cell.failures),
                     },
                 )
-        done += 1
-    return {"sizes": done, "of": len(run.plan.verify), "failures": failures}
+        done += run.elapsed() <= until
+    return {"whole_sizes": done, "of": len(run.plan.verify), "failures": failures}
 
 
 def tune(run: Run, until: float) -> dict[str, Any]:
@@ -185,7 +195,9 @@ def tune(run: Run, until: float) -> dict[str, Any]:
     for problem in problems:
         if run.elapsed() > until:
             break
-        outcome = tune_one(problem, run.device, min(plan.rounds, 5), plan.sample_seconds / 4)
+        outcome = tune_one(
+            problem, run.device, min(plan.rounds, 5), plan.sample_seconds / 4, plan.candidates
+        )
         wrong += outcome.wrong
         for name, seconds in outcome.seconds.items():
             run.write(

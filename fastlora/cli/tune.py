@@ -111,12 +111,15 @@ class Outcome:
         )
 
 
-def tune(problem: Problem, device: str, rounds: int, sample_seconds: float) -> Outcome:
+def tune(
+    problem: Problem, device: str, rounds: int, sample_seconds: float, most: int | None = None
+) -> Outcome:
     """Measures the candidates of `problem` in turn with addmm, and stores the fastest that wins.
 
     Args:
         device: "cuda", or "cpu" in Triton's interpreter.
         rounds, sample_seconds: as in `fastlora bench`.
+        most: so many candidates at most; the vendor's product and the default come first.
     """
     import torch
 
@@ -124,7 +127,7 @@ def tune(problem: Problem, device: str, rounds: int, sample_seconds: float) -> O
     from .bench.measure import Budget, interleave, waits_for
 
     trial = Trial(problem, torch.device(device))
-    choices = {_name(choice): choice for choice in trial.choices()}
+    choices = {_name(choice): choice for choice in trial.choices()[:most]}
     ready, left_out, wrong = _checked(trial, choices)
     calls: dict[str, list[Callable[[], object]]] = {
         name: [trial.call(choices[name])] for name in ready

@@ -8,7 +8,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -181,6 +181,7 @@ def check(
     *,
     quick: bool = False,
     sizes: Sequence[tuple[int, int, int, int]] | None = None,
+    stop: Callable[[], bool] = lambda: False,
     console: Console | None = None,
 ) -> dict[str, Results]:
     """Runs every op of `backends` on `device` and measures each result against its bound.
@@ -190,6 +191,7 @@ def check(
         device: "cpu" or "cuda".
         quick: fewer sizes.
         sizes: (M, N, K, R) instead of the command's own.
+        stop: asked before each case; True leaves the rest out.
         console: shows a bar while it runs, if given and a terminal.
     """
     found: dict[str, Results] = {backend: {} for backend in backends}
@@ -212,6 +214,8 @@ def check(
             transient=True,
             disable=console is None or not console.is_terminal,
         ):
+            if stop():
+                break
             for backend, op, result, ratio in case.ratios(backends):
                 row = found[backend].setdefault((op, str(case.base)), {})
                 row.setdefault(case.column, Cell()).add(ratio, f"{op} {case.base} {result}: {case}")

@@ -5,6 +5,7 @@ Triton itself is imported when an op first runs.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 
@@ -20,6 +21,11 @@ NAME = "triton"
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FIRST = (8, 0)  # compute capability
+_reason = (
+    "triton is not installed; `pip install fastlora[triton]` brings it."
+    if importlib.util.find_spec("triton") is None
+    else None
+)
 
 
 def interpreted() -> bool:
@@ -27,12 +33,9 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def unavailable_reason() -> str | None:
     """One sentence: why Triton can't be used and what helps; None when it can."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; `pip install fastlora[triton]` brings it."
-    return None
+    return _reason
 
 
 def unsupported(
@@ -64,6 +67,12 @@ def unsupported(
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _unsupported_gpu() -> str | None:
+    return _gpu_reason()
+
+
+@functools.cache
+def _gpu_reason() -> str | None:
+    """Asked before every op: a device's capability is looked up once."""
     if not torch.cuda.is_available():
         return "this torch sees no CUDA device."
     if torch.version.hip is not None:
