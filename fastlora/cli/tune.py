@@ -1,4 +1,8 @@
-"""`fastlora tune`: measures the kernels for your layers on your GPU and keeps the fastest."""
+"""`fastlora tune`: measures the kernels on your layers and keeps the fastest.
+
+On a GPU these are tiles of the Triton kernels for each op and size, measured here; on a CPU the
+tile sizes of the C++ kernels, measured by tune_cpu.
+"""
 
 from __future__ import annotations
 
@@ -29,17 +33,23 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
     parser: argparse.ArgumentParser = commands.add_parser(
         "tune",
-        help="measure the GPU kernels on your sizes and keep the fastest",
+        help="measure the kernels on your sizes and keep the fastest",
         description=(
-            "Times every candidate for a layer's products beside the plain addmm sequence, checks "
-            "its result, and keeps the fastest on disk for later runs ($FASTLORA_CACHE, else "
-            "~/.cache/fastlora). What is slower than addmm is never kept. Without this command "
-            "fastlora takes defaults for the class of the GPU; nothing is tuned while training."
+            "Times candidates, checks their results, and keeps the fastest on disk for later runs "
+            "($FASTLORA_CACHE, else ~/.cache/fastlora). On a GPU: tiles for each product of a "
+            "layer, beside the plain addmm sequence; what is slower than that is never kept. On a "
+            "CPU: one set of tile sizes for all layers, beside the defaults; it is kept if it is "
+            "faster over all of them and slower on none. Without this command fastlora takes "
+            "defaults for the class of the device; nothing is tuned while training."
         ),
     )
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="(cuda where there is one)")
     parser.add_argument("--shape", type=_pairs, metavar="N,K", help="several with : (4096,4096)")
     parser.add_argument("--model", metavar="PATH", help="every linear layer of a folder's model")
-    parser.add_argument("--tokens", type=_counts, default=[16, 2048, 8192], metavar="M,...")
+    parser.add_argument(
+        "--tokens", type=_counts, metavar="M,...",
+        help="(cuda: 16,2048,8192; cpu: 1,16,128,512)",
+    )  # fmt: skip
     parser.add_argument("--rank", type=_counts, default=[16], metavar="R,...", help="(16)")
     parser.add_argument(
         "--quant", type=_names(QUANTS), default=["none", "nf4"], metavar="NAME,...",
@@ -54,10 +64,16 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints a line a problem; 1 when a candidate's result was wrong."""
-    device = _device()
     shapes = args.shape or ([] if args.model else [(4096, 4096)])
     if args.model:
         shapes = [*shapes, *_shapes_of(args.model)]
+    shapes = list(dict.fromkeys(shapes))
+    device = _device(args.device)
+    if device == "native":
+        from . import tune_cpu
+
+        return tune_cpu.run(args, shapes)
+    args.tokens = args.tokens or [16, 2048, 8192]
     problems = list(_problems(args, shapes))
     console = Console()
     table = Table("op", "sizes", "fastest", "ms", "addmm ms", "candidates", box=None)
@@ -167,17 +183,25 @@ def _name(choice: Any) -> str:
     return "{BM}x{BN}x{BK}, {warps} warps, {stages} stages".format(**choice)
 
 
-def _device() -> str:
-    """Where Triton runs: the GPU, or its interpreter."""
+def _device(wanted: str | None) -> str:
+    """What is tuned: Triton on "cuda", Triton's interpreter on "cpu", or "native", the C++ kernels.
+
+    Raises:
+        CliError: the kernels can't run here; it says why.
+    """
     from ..backends import BACKENDS
 
-    reasons = []
-    for device in ("cuda", "cpu"):
-        reason = BACKENDS["triton"].unsupported("lora_linear_fwd", device)
-        if reason is None:
-            return device
-        reasons.append(f"{device}: {reason}")
-    raise CliError("there is nothing to tune. " + " ".join(reasons))
+    triton = BACKENDS["triton"].unsupported
+    no_gpu = triton("lora_linear_fwd", "cuda")
+    if wanted == "cuda" or (wanted is None and no_gpu is None):
+        if no_gpu is not None:
+            raise CliError(f"--device cuda: {no_gpu}")
+        return "cuda"
+    if triton("lora_linear_fwd", "cpu") is None:  # TRITON_INTERPRET is set
+        return "cpu"
+    if reason := BACKENDS["native"].unsupported("lora_linear_fwd", "cpu"):
+        raise CliError(f"there is nothing to tune. cuda: {no_gpu} cpu: {reason}")
+    return "native"
 
 
 def _problems(args: argparse.Namespace, shapes: Sequence[tuple[int, int]]) -> Iterator[Problem]:
@@ -187,7 +211,7 @@ def _problems(args: argparse.Namespace, shapes: Sequence[tuple[int, int]]) -> It
     from .bench.case import DTYPES
 
     dtype = getattr(torch, DTYPES[args.dtype])
-    for N, K in dict.fromkeys(shapes):
+    for N, K in shapes:
         for quant in args.quant:
             for M in args.tokens:
                 for R in args.rank:
