@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ..quant import QuantState, code_table, quantize_bounds
+from . import cpu
 
 NAME = "native"
 
@@ -19,6 +20,7 @@ try:
     from .. import _C
 
     _build = _C.build_info()
+    cpu.use_tuned(_C)
 except ImportError as error:
     _build = None
     _reason = (
