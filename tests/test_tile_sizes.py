@@ -120,12 +120,9 @@ def test_sizes_follow_the_caches(isa: str) -> None:
     small = _C.default_tile_sizes(isa, 256 * KIB, 8 * MIB)
     large = _C.default_tile_sizes(isa, 2 * MIB, 64 * MIB)
     bound = ("fwd_pack_bytes", "fwd_strip_bytes", "bwd_tokens", "bwd_panel_units")
-    for name in unknown:
-        expected = (0.25, 2) if name in bound else (1, 1)
-        assert (
-            small[name] / max(unknown[name], 1),
-            large[name] / max(unknown[name], 1),
-        ) == expected
+    for name, size in unknown.items():
+        quarter, double = (size // 4, 2 * size) if name in bound else (size, size)
+        assert (small[name], large[name]) == (quarter, double), name
     # What the table makes is what the kernels take, however odd the caches are.
     for l2 in (1, 48 * KIB, 512 * KIB, 1280 * KIB, 64 * MIB):
         with tile_sizes(**_C.default_tile_sizes(isa, l2, 3 * l2)):
