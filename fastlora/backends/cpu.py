@@ -14,7 +14,7 @@ _OP = "tile_sizes"
 
 
 def cpuinfo() -> dict[str, str]:
-    """The first processor of /proc/cpuinfo, by the kernel's own names; empty where there is none."""
+    """The first processor of /proc/cpuinfo, by the kernel's names; empty where there is none."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
