@@ -106,7 +106,7 @@ def ours(s: Size, arch: str = "sm_90", processors: int = 132) -> list[Kernel]:
     from fastlora.backends.triton import aot
 
     gpu = aot.Recorder(arch, processors, ours=True)
-    calls = aot.op_calls(s.M, torch.bfloat16, torch.float32, (s.N, s.K, s.R))
+    calls = aot.op_calls(s.M, s.R, torch.bfloat16, torch.float32, (s.N, s.K))
     for _, call in itertools.islice(calls, 2):  # a dense base, forward and backward
         call(gpu)
     exact = 3 * 2 * s.R  # an fp32 adapter takes three bf16 products

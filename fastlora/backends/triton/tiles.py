@@ -79,7 +79,7 @@ TILES: dict[str, dict[str, _ROWS]] = {
     },
     "grad_b": {
         "": ((_ANY, Tile(128, 16, 64, 8, 3)),),
-        "gfx942": ((_ANY, Tile(128, 16, 64, 4, 2)),),
+        "gfx942": ((_ANY, Tile(128, 16, 64, 8, 2)),),
         "interpreter": ((_ANY, Tile(64, 16, 64, 4, 2)),),
     },
     "grad_a": {
@@ -172,13 +172,14 @@ def arch_class(capability: tuple[int, int]) -> str:
 
 
 def default_tile(op: str, arch: str, dtype: torch.dtype, M: int, R: int) -> Tile:
-    """The table's tile. Chunks of ranks are as wide as R needs, up to 64."""
+    """The table's tile. Chunks of ranks are as wide as R needs, up to 32."""
     rows = TILES.get(f"{op} fp32", TILES[op]) if dtype == torch.float32 else TILES[op]
     tile = next(tile for limit, tile in rows.get(arch, rows[""]) if limit >= M)
-    return tile if op.startswith("base") else with_ranks(tile, R)
+    return tile if op.startswith("base") else with_ranks(op, tile, arch, R)
 
 
-def with_ranks(tile: Tile, R: int) -> Tile:
-    """`tile` with chunks of 16, 32 or 64 ranks."""
-    width = next((width for width in (16, 32) if width >= R), 64)
-    return Tile(tile.BM, width, tile.BK, tile.warps, tile.stages, tile.group)
+def with_ranks(kernel: str, tile: Tile, arch: str, R: int) -> Tile:
+    """`tile` with chunks of 16 ranks, or of 32 where a thread's registers hold them: the masks of
+    mma.sync's shrink leave too few."""
+    narrow = R <= 16 or (kernel == "shrink" and ARCHS[arch].mma == "HMMA")
+    return Tile(tile.BM, 16 if narrow else 32, tile.BK, tile.warps, tile.stages, tile.group)
