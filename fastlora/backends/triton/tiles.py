@@ -73,8 +73,12 @@ _ANY = 2**62
 _ROWS = tuple[tuple[int, Tile], ...]
 TILES: dict[str, dict[str, _ROWS]] = {
     "shrink": {
-        "": ((64, Tile(16, 16, 128, 4, 3)), (_ANY, Tile(64, 16, 128, 4, 3))),
+        "": ((64, Tile(16, 16, 128, 2, 3)), (_ANY, Tile(64, 16, 128, 4, 3))),
         "gfx942": ((_ANY, Tile(64, 16, 128, 4, 2)),),
+        "interpreter": ((_ANY, Tile(32, 16, 128, 4, 2)),),
+    },
+    "shrink fp32": {
+        "": ((_ANY, Tile(32, 16, 128, 8, 2)),),
         "interpreter": ((_ANY, Tile(32, 16, 128, 4, 2)),),
     },
     "grad_b": {
@@ -179,7 +183,7 @@ def default_tile(op: str, arch: str, dtype: torch.dtype, M: int, R: int) -> Tile
 
 
 def with_ranks(kernel: str, tile: Tile, arch: str, R: int) -> Tile:
-    """`tile` with chunks of 16 ranks, or of 32 where a thread's registers hold them: the masks of
-    mma.sync's shrink leave too few."""
-    narrow = R <= 16 or (kernel == "shrink" and ARCHS[arch].mma == "HMMA")
+    """`tile` with chunks of 16 ranks, or of 32 where a thread's registers hold them: beside the
+    masks of the shrink, NVIDIA's don't."""
+    narrow = R <= 16 or (kernel == "shrink" and arch != "gfx942")
     return Tile(tile.BM, 16 if narrow else 32, tile.BK, tile.warps, tile.stages, tile.group)
