@@ -90,7 +90,7 @@ def parse_assembly(text: str) -> tuple[list[str], dict[str, int]]:
     for line in text.splitlines():
         label = re.match(r"\s*(\.?L\w+):", line)
         sass = re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", line)
-        gcn = re.match(r"\t([a-z]\w+_\w+\b[^;]*)", line)
+        gcn = re.match(r"\t([a-z]\w*_\w+\b[^;]*)", line)
         if label:
             labels[label[1]] = len(instructions)
         elif sass or gcn:

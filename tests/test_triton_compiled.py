@@ -87,7 +87,7 @@ def test_loops_are_found_in_both_assemblers() -> None:
 """
     gcn = (
         ".LBB0_1:\n\tv_mfma_f32_32x32x8_bf16 a[0:15], v[0:1], v[2:3], a[0:15]\n"
-        "\ts_add_i32 s0, s0, 1\n\ts_cbranch_scc1 .LBB0_1\n\ts_endpgm\n"
+        "\ts_add_i32 s0, s0, 1\n\ts_branch .LBB0_1\n\ts_endpgm\n"
     )
     for text, mma, length in ((sass, "HMMA", 3), (gcn, "v_mfma", 3)):
         instructions, labels = static_report.parse_assembly(text)

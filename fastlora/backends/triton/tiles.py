@@ -83,7 +83,7 @@ TILES: dict[str, dict[str, _ROWS]] = {
     },
     "grad_b": {
         "": ((_ANY, Tile(128, 16, 64, 8, 3)),),
-        "gfx942": ((_ANY, Tile(128, 16, 64, 8, 2)),),
+        "gfx942": ((_ANY, Tile(64, 16, 64, 4, 2)),),
         "interpreter": ((_ANY, Tile(64, 16, 64, 4, 2)),),
     },
     "grad_a": {
@@ -105,7 +105,9 @@ TILES: dict[str, dict[str, _ROWS]] = {
     "base_product_4bit": {
         "": ((16, Tile(16, 128, 64, 4, 3)), (64, Tile(64, 128, 64, 4, 3)),
              (_ANY, Tile(128, 128, 64, 8, 3))),
-        # With four warps Triton 3.9 gives up on the transposed product of sm_100.
+        # With four warps Triton gives up on the products of wgmma (3.6) and tcgen05 (3.9).
+        "sm_90": ((16, Tile(16, 128, 64, 8, 3)), (64, Tile(64, 128, 64, 8, 3)),
+                  (_ANY, Tile(128, 128, 64, 8, 3))),
         "sm_100": ((16, Tile(16, 128, 64, 8, 3)), (64, Tile(64, 128, 64, 8, 3)),
                    (_ANY, Tile(128, 128, 64, 8, 3))),
         "gfx942": ((_ANY, Tile(64, 128, 64, 8, 2)),),
