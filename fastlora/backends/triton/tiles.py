@@ -146,9 +146,9 @@ def registers(tile: Tile, itemsize: int, arch: str, packed: bool) -> int:
     threads = tile.warps * _WARP
     accumulator = tile.BM * tile.BN // threads
     if ARCHS[arch].mma in ("HGMMA", "UTCHMMA"):
-        return accumulator + (100 if packed else 60)
+        return accumulator + (90 if packed else 60)
     fragments = (tile.BM + tile.BN) * tile.BK * itemsize // 4 // threads
-    return accumulator + 2 * fragments + (100 if packed else 60)
+    return accumulator + 2 * fragments + (90 if packed else 60)
 
 
 def candidates(kernel: str, arch: str, dtype: torch.dtype, M: int, R: int) -> list[Tile]:
