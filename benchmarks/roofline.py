@@ -176,7 +176,7 @@ PROVIDERS: dict[str, Callable[[Size, Gpu], list[Kernel]]] = {
     "addmm": lambda size, gpu: addmm(size),
     "fastlora": lambda size, gpu: ours(size, gpu.arch, gpu.processors),
 }
-# LoRAFusion's table (arXiv:2510.00206): r = 16, dropout 0.1.
+# Sizes as in LoRAFusion (arXiv:2510.00206): r = 16, dropout 0.1.
 SIZES = tuple(Size(M, width, width, 16) for width in (4096, 5120, 8192) for M in (2048, 4096, 8192))
 
 

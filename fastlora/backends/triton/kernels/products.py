@@ -2,7 +2,7 @@
 
 The adapter's side of a product is often fp32 while tokens are bf16 or fp16. It is then split into
 16-bit parts whose sum is the fp32 value, so that the tokens are read once, in their own dtype, and
-the product still has the quality of fp32 (DESIGN section 2).
+the product still has the quality of fp32.
 """
 
 from __future__ import annotations
