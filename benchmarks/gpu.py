@@ -215,7 +215,7 @@ def tune(run: Run, until: float) -> dict[str, Any]:
 
 
 def measure(run: Run, until: float) -> dict[str, Any]:
-    """The columns of DESIGN's comparison, the training sizes first; wrong results get no row."""
+    """Frozen layer, PEFT, addmm and ours, the training sizes first; wrong results get no row."""
     from fastlora.cli.bench import rows
     from fastlora.cli.bench.case import Case, Layer
     from fastlora.cli.bench.measure import Bench, Budget, Refused

@@ -106,7 +106,7 @@ def ours(s: Size, arch: str = "sm_90", processors: int = 132) -> list[Kernel]:
     from fastlora.backends.triton import aot
 
     gpu = aot.Recorder(arch, processors, ours=True)
-    calls = aot.op_calls(s.M, torch.bfloat16, torch.float32, (s.N, s.K, s.R))
+    calls = aot.op_calls(s.M, s.R, torch.bfloat16, torch.float32, (s.N, s.K))
     for _, call in itertools.islice(calls, 2):  # a dense base, forward and backward
         call(gpu)
     exact = 3 * 2 * s.R  # an fp32 adapter takes three bf16 products
@@ -176,7 +176,7 @@ PROVIDERS: dict[str, Callable[[Size, Gpu], list[Kernel]]] = {
     "addmm": lambda size, gpu: addmm(size),
     "fastlora": lambda size, gpu: ours(size, gpu.arch, gpu.processors),
 }
-# LoRAFusion's table (arXiv:2510.00206): r = 16, dropout 0.1.
+# Sizes as in LoRAFusion (arXiv:2510.00206): r = 16, dropout 0.1.
 SIZES = tuple(Size(M, width, width, 16) for width in (4096, 5120, 8192) for M in (2048, 4096, 8192))
 
 

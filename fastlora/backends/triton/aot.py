@@ -30,6 +30,7 @@ _TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.uint8: "u8",
+    torch.int16: "i16",
     torch.int32: "i32",
     torch.int64: "i64",
 }
@@ -109,39 +110,51 @@ def _type_of(value: Any) -> str:
 
 # ---- the kernels that are compiled -------------------------------------------------------------
 
-# N, K, R of Llama's attention; tokens as in a batch, as in a short prompt, as in decoding.
-LAYER = (4096, 4096, 16)
-TOKENS = (4096, 64, 16)
+# N, K of Llama's attention; tokens and ranks: a batch, a short prompt, decoding, a large rank.
+LAYER = (4096, 4096)
+TOKENS_AND_RANKS = ((4096, 16), (64, 16), (16, 16), (4096, 64))
 
 
 def launches(arch: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> dict[str, Launch]:
     """Every kernel with every tile of the table, by name, with dropout, bias, nested absmax."""
     found: dict[str, Launch] = {}
-    for M in TOKENS:
-        for direction, call in op_calls(M, dtype, adapter_dtype):
+    usual = TOKENS_AND_RANKS[0]
+    for tokens, rank in TOKENS_AND_RANKS:
+        for direction, call in op_calls(tokens, rank, dtype, adapter_dtype):
             gpu = Recorder(arch, 128, ours=True)
             call(gpu)
             for launch in gpu.launches:
                 name = launch.kernel.__name__.removesuffix("_kernel")
                 if name.startswith("base_product"):
                     name = f"{name} {direction}"
-                tiles = [found[key].tile for key in found if key.split(",")[0] == name]
-                if launch.tile not in tiles:
-                    found[name if TOKENS[0] == M else f"{name}, M <= {M}"] = launch
+                alike = (found[key] for key in found if key.split(",")[0] == name)
+                if any(same_code(launch, known) for known in alike):
+                    continue
+                if tokens != usual[0]:
+                    name = f"{name}, M <= {tokens}"
+                elif rank != usual[1]:
+                    name = f"{name}, R = {rank}"
+                found[name] = launch
     return found
+
+
+def same_code(a: Launch, b: Launch) -> bool:
+    """True when both launches compile to the same: the same tile and constants."""
+    return a.tile == b.tile and a.constants == b.constants
 
 
 def op_calls(
     M: int,
+    R: int,
     dtype: torch.dtype,
     adapter_dtype: torch.dtype,
-    layer: tuple[int, int, int] = LAYER,
+    layer: tuple[int, int] = LAYER,
 ) -> Iterator[tuple[str, Callable[[Launcher], Any]]]:
     """The ops on [M, K] tokens without data: the direction of their base product, and the call.
 
     For the 4-bit ops M is held to what their class of GPU takes inside the product.
     """
-    N, K, R = layer
+    N, K = layer
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")

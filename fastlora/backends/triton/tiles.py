@@ -73,13 +73,17 @@ _ANY = 2**62
 _ROWS = tuple[tuple[int, Tile], ...]
 TILES: dict[str, dict[str, _ROWS]] = {
     "shrink": {
-        "": ((64, Tile(16, 16, 128, 4, 3)), (_ANY, Tile(64, 16, 128, 4, 3))),
+        "": ((64, Tile(16, 16, 128, 2, 3)), (_ANY, Tile(64, 16, 128, 4, 3))),
         "gfx942": ((_ANY, Tile(64, 16, 128, 4, 2)),),
+        "interpreter": ((_ANY, Tile(32, 16, 128, 4, 2)),),
+    },
+    "shrink fp32": {
+        "": ((_ANY, Tile(32, 16, 128, 8, 2)),),
         "interpreter": ((_ANY, Tile(32, 16, 128, 4, 2)),),
     },
     "grad_b": {
         "": ((_ANY, Tile(128, 16, 64, 8, 3)),),
-        "gfx942": ((_ANY, Tile(128, 16, 64, 4, 2)),),
+        "gfx942": ((_ANY, Tile(64, 16, 64, 4, 2)),),
         "interpreter": ((_ANY, Tile(64, 16, 64, 4, 2)),),
     },
     "grad_a": {
@@ -101,7 +105,9 @@ TILES: dict[str, dict[str, _ROWS]] = {
     "base_product_4bit": {
         "": ((16, Tile(16, 128, 64, 4, 3)), (64, Tile(64, 128, 64, 4, 3)),
              (_ANY, Tile(128, 128, 64, 8, 3))),
-        # With four warps Triton 3.9 gives up on the transposed product of sm_100.
+        # With four warps Triton gives up on the products of wgmma (3.6) and tcgen05 (3.9).
+        "sm_90": ((16, Tile(16, 128, 64, 8, 3)), (64, Tile(64, 128, 64, 8, 3)),
+                  (_ANY, Tile(128, 128, 64, 8, 3))),
         "sm_100": ((16, Tile(16, 128, 64, 8, 3)), (64, Tile(64, 128, 64, 8, 3)),
                    (_ANY, Tile(128, 128, 64, 8, 3))),
         "gfx942": ((_ANY, Tile(64, 128, 64, 8, 2)),),
@@ -140,9 +146,9 @@ def registers(tile: Tile, itemsize: int, arch: str, packed: bool) -> int:
     threads = tile.warps * _WARP
     accumulator = tile.BM * tile.BN // threads
     if ARCHS[arch].mma in ("HGMMA", "UTCHMMA"):
-        return accumulator + (100 if packed else 60)
+        return accumulator + (90 if packed else 60)
     fragments = (tile.BM + tile.BN) * tile.BK * itemsize // 4 // threads
-    return accumulator + 2 * fragments + (100 if packed else 60)
+    return accumulator + 2 * fragments + (90 if packed else 60)
 
 
 def candidates(kernel: str, arch: str, dtype: torch.dtype, M: int, R: int) -> list[Tile]:
@@ -172,13 +178,14 @@ def arch_class(capability: tuple[int, int]) -> str:
 
 
 def default_tile(op: str, arch: str, dtype: torch.dtype, M: int, R: int) -> Tile:
-    """The table's tile. Chunks of ranks are as wide as R needs, up to 64."""
+    """The table's tile. Chunks of ranks are as wide as R needs, up to 32."""
     rows = TILES.get(f"{op} fp32", TILES[op]) if dtype == torch.float32 else TILES[op]
     tile = next(tile for limit, tile in rows.get(arch, rows[""]) if limit >= M)
-    return tile if op.startswith("base") else with_ranks(tile, R)
+    return tile if op.startswith("base") else with_ranks(op, tile, arch, R)
 
 
-def with_ranks(tile: Tile, R: int) -> Tile:
-    """`tile` with chunks of 16, 32 or 64 ranks."""
-    width = next((width for width in (16, 32) if width >= R), 64)
-    return Tile(tile.BM, width, tile.BK, tile.warps, tile.stages, tile.group)
+def with_ranks(kernel: str, tile: Tile, arch: str, R: int) -> Tile:
+    """`tile` with chunks of 16 ranks, or of 32 where a thread's registers hold them: beside the
+    masks of the shrink, NVIDIA's don't."""
+    narrow = R <= 16 or (kernel == "shrink" and arch != "gfx942")
+    return Tile(tile.BM, 16 if narrow else 32, tile.BK, tile.warps, tile.stages, tile.group)

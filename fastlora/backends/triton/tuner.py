@@ -87,7 +87,6 @@ class Trial:
             self.packed = Packed(data.view(-1), *_state_args(state))
             self.weight = reference.dequantize_4bit(data, state, problem.dtype)
         self.gpu = launcher(self.x)
-        self.S = torch.empty(M, R, device=device)
         _, self.S = self._forward(self.gpu)
 
     def choices(self) -> list[tuning.Choice]:

@@ -42,7 +42,6 @@ def weight_tile(
     DTYPE: tl.constexpr,
     PERMUTE: tl.constexpr,
     WHOLE: tl.constexpr,
-    MMA_SYNC: tl.constexpr,
 ):
     """`W[row : row + ROWS, column : column + COLUMNS]` in DTYPE; zero outside of [N, K].
 
@@ -72,7 +71,7 @@ def weight_tile(
         (rows < N) & (in_row < row_blocks),
         NESTED_BLOCKSIZE,
         WHOLE,
-        MMA_SYNC,
+        True,
     )
     weight = decode(nibbles, scale, code, values, DTYPE, PERMUTE)
     return weight.reshape([ROWS, COLUMNS])
@@ -113,7 +112,6 @@ def base_product_4bit_kernel(
     DROPOUT: tl.constexpr,
     SWAP: tl.constexpr,
     PERMUTE: tl.constexpr,
-    MMA_SYNC: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
@@ -155,14 +153,14 @@ def base_product_4bit_kernel(
                 weight_tile(
                     packed, absmax, nested_absmax, nested_code, offset, code, values,
                     tile_n * BN, start, N, row_words, row_blocks, BN, BK, BLOCKSIZE,
-                    NESTED_BLOCKSIZE, DTYPE, PERMUTE, WHOLE, MMA_SYNC,
+                    NESTED_BLOCKSIZE, DTYPE, PERMUTE, WHOLE,
                 )
             )  # fmt: skip
         else:
             b = weight_tile(
                 packed, absmax, nested_absmax, nested_code, offset, code, values,
                 start, tile_n * BN, N, row_words, row_blocks, BK, BN, BLOCKSIZE,
-                NESTED_BLOCKSIZE, DTYPE, PERMUTE, WHOLE, MMA_SYNC,
+                NESTED_BLOCKSIZE, DTYPE, PERMUTE, WHOLE,
             )  # fmt: skip
         acc = dot_either(rounded(a, DTYPE), b, acc, SWAP)
         left_at += BK * stride_lc
@@ -182,8 +180,10 @@ def base_product_4bit_kernel(
 
 
 def fits(packed: Packed, K: int, dtype: torch.dtype) -> bool:
-    """True when the kernel can read this weight: rows of whole blocks, words, a 16-bit product."""
-    return K % packed.blocksize == 0 and packed.in_words and dtype != torch.float32
+    """True when the kernel can read this weight: rows of whole blocks, words of codes, pairs of
+    nested absmax, and a 16-bit product."""
+    readable = packed.in_words and (packed.nested_blocksize == 0 or packed.absmax_in_pairs)
+    return readable and K % packed.blocksize == 0 and dtype != torch.float32
 
 
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -221,7 +221,7 @@ def base_product_4bit(
         (triton.cdiv(M, tile.BM) * triton.cdiv(columns, tile.BN),),
         left,
         packed.data.view(torch.int32),
-        packed.absmax,
+        packed.absmax.view(torch.int16) if packed.nested_blocksize else packed.absmax,
         packed.nested_absmax,
         packed.nested_code,
         packed.offset,
@@ -252,7 +252,6 @@ def base_product_4bit(
         DROPOUT=dropout.seed is not None,
         SWAP=forward and gpu.limits.weight_left,
         PERMUTE=gpu.words,
-        MMA_SYNC=gpu.limits.mma == "HMMA",
         DTYPE=_DTYPES[dtype],
         BLOCKSIZE=packed.blocksize,
         NESTED_BLOCKSIZE=packed.nested_blocksize,

@@ -71,31 +71,27 @@ def block_scale(
     inside,
     NESTED_BLOCKSIZE: tl.constexpr,
     WHOLE: tl.constexpr,
-    MMA_SYNC: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
     """absmax of `block`, fp32; nested (NESTED_BLOCKSIZE > 0) as `reference.dequantize_absmax`.
 
     Zero where `inside` is false: every weight of such a block decodes to zero. WHOLE: nowhere.
-    MMA_SYNC: the weight goes to NVIDIA's mma.sync.
+    PAIRS: nested absmax is read as int16, two blocks each. For a load of bytes on the way to an
+    operand, Triton gives mma.sync fragments that double the main loop.
     """
-    if WHOLE:
-        value = tl.load(absmax + block)
-    else:
+    if not WHOLE:
         # Block 0 stands in for what isn't there; its own value is discarded below.
         block = tl.where(inside, block, 0)
-        value = tl.load(absmax + block)
     if NESTED_BLOCKSIZE == 0:
-        scale = value.to(tl.float32)
+        scale = tl.load(absmax + block).to(tl.float32)
     else:
-        index = value.to(tl.int32)
-        if MMA_SYNC:
-            # For a load of bytes on the way to an operand, Triton gives mma.sync fragments that
-            # double the loop. It looks no further back than an operation with a side effect.
-            index = tl.inline_asm_elementwise(
-                "mov.b32 $0, $1;", "=r,r", [index], tl.int32, False, 1
-            )
-        entry = tl.load(nested_code + index)
-        scale = entry * tl.load(nested_absmax + block // NESTED_BLOCKSIZE) + tl.load(offset)
+        if PAIRS:
+            shift = (block % 2).to(tl.int32) * 8
+            index = (tl.load(absmax + block // 2).to(tl.int32) >> shift) & 255
+        else:
+            index = tl.load(absmax + block).to(tl.int32)
+        outer = tl.load(nested_absmax + block // NESTED_BLOCKSIZE)
+        scale = tl.load(nested_code + index) * outer + tl.load(offset)
     if WHOLE:
         return scale
     else:

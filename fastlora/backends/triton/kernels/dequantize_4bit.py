@@ -48,6 +48,11 @@ class Packed:
         """True when the bytes can be read as whole int32 words."""
         return self.data.numel() % 4 == 0 and self.data.data_ptr() % 4 == 0
 
+    @property
+    def absmax_in_pairs(self) -> bool:
+        """True when nested absmax can be read as whole int16."""
+        return self.absmax.numel() % 2 == 0 and self.absmax.data_ptr() % 2 == 0
+
 
 @triton.jit(do_not_specialize=["count", "words_per_row", "first_word"])
 def dequantize_4bit_kernel(

@@ -51,7 +51,8 @@ def lora_term(
         acc = tl.zeros([BN, BM], tl.float32)
     else:
         acc = tl.zeros([BM, BN], tl.float32)
-    for chunk in tl.static_range(CHUNKS):
+    # One stage: a pipeline over ranks would take the shared memory of the main loop's.
+    for chunk in tl.range(0, CHUNKS, num_stages=1):
         ranks = chunk * BR + tl.arange(0, BR)
         rank_ok = ranks < R
         P = tl.load(
@@ -73,7 +74,10 @@ def lora_term(
     return acc
 
 
+# Ranks in one product of the LoRA term: with more, mma.sync's prologue spills.
+RANKS = 16
+
+
 def rank_chunks(R: int) -> tuple[int, int]:
     """Ranks in one product of the LoRA term, and how many such products there are."""
-    width = min(64, max(16, triton.next_power_of_2(R)))
-    return width, triton.cdiv(R, width)
+    return RANKS, triton.cdiv(R, RANKS)

@@ -2,7 +2,7 @@
 
 The adapter's side of a product is often fp32 while tokens are bf16 or fp16. It is then split into
 16-bit parts whose sum is the fp32 value, so that the tokens are read once, in their own dtype, and
-the product still has the quality of fp32 (DESIGN section 2).
+the product still has the quality of fp32.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def dot(a, b, acc):
 def dot_wide(narrow, wide, acc, EXACT: tl.constexpr):
     """`acc + narrow wide`: tokens [m, c] in their dtype, wide [c, n] in fp32 or the same dtype.
 
-    EXACT: an fp32 `wide` keeps its 24 bits, as three bf16 parts. Otherwise it is rounded to the
+    EXACT: an fp32 `wide` keeps its 24 bits, as three parts. Otherwise it is rounded to the
     tokens' dtype first, which is what PEFT does where the adapter has that dtype.
     """
     if narrow.dtype == wide.dtype:
@@ -57,11 +57,17 @@ def dot_wide(narrow, wide, acc, EXACT: tl.constexpr):
         acc = dot(narrow, low, acc)
         acc = dot(narrow, middle, acc)
         return dot(narrow, high, acc)
-    elif INTERPRETED:
-        return dot(narrow, wide, acc)
     else:
-        # fp16 has too small a range for parts of its own; bf16 has fp32's.
-        return tl.dot(narrow.to(tl.float32), wide, acc, input_precision="bf16x6")
+        # fp16 has 11 bits a part but little range: what is left over is scaled up by 2^11 before
+        # it is rounded, and all of it down by 2^8, so that values up to 1.6e7 fit.
+        rest = wide * (1 / 256)
+        first = rest.to(tl.float16)
+        rest = (rest - first.to(tl.float32)) * 2048
+        second = rest.to(tl.float16)
+        third = ((rest - second.to(tl.float32)) * 2048).to(tl.float16)
+        total = dot(narrow, third, tl.zeros_like(acc))
+        total = dot(narrow, second, total * (1 / 2048))
+        return acc + dot(narrow, first, total * (1 / 2048)) * 256
 
 
 @triton.jit
