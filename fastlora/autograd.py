@@ -106,7 +106,7 @@ def lora_linear(
         training: False switches dropout off.
         seed: int64, one element, the dropout's key. Drawn with torch.randint when None, so that
             torch.manual_seed and activation checkpointing replay the same mask.
-        backend: "native" or "reference"; the device's best when None.
+        backend: "native", "triton" or "reference"; the device's best when None.
 
     Under autocast x, the adapters, the bias and a dense weight are cast to autocast's dtype, as
     torch.nn.functional.linear does.

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "fastlora"
 # A module imports from its own level and from lower ones. fastlora itself stands below all, for
 # __version__ and _C; its lazy exports and __main__ are above all.
 LEVELS = (
-    ("quant", "tolerance"),
+    ("quant", "tolerance", "tuning"),
     ("reference",),
     ("backends",),
     ("ops",),

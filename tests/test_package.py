@@ -20,7 +20,7 @@ from .csrc.isa_check import escapes
 
 ROOT = Path(__file__).resolve().parents[1]
 EVERY_OP = ROOT / "tests" / "every_op.py"
-ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
+ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx", "neon", "neon_bf16")
 
 needs_native = pytest.mark.skipif(
     native.build_info() is None, reason=native.unavailable_reason() or ""
@@ -69,6 +69,18 @@ def test_unknown_isa_is_named() -> None:
     done = run([sys.executable, "-c", "import fastlora.backends"], FASTLORA_CPU_ISA="avx3")
     assert done.returncode != 0
     assert re.search("FASTLORA_CPU_ISA must be one of scalar.*got avx3", done.stderr)
+
+
+@needs_native
+def test_isa_beyond_this_cpu_is_refused() -> None:
+    build = native.build_info()
+    assert build is not None
+    beyond = build["cpu_isas"].split()[-1]
+    if build["cpu_isa"] == beyond:
+        pytest.skip(f"this CPU runs {beyond}, and there is none beyond it")
+    done = run([sys.executable, "-c", "import fastlora.backends"], FASTLORA_CPU_ISA=beyond)
+    assert done.returncode != 0
+    assert f"no higher than this CPU's {build['cpu_isa']}, got {beyond}" in done.stderr
 
 
 # Nehalem is of 2008 and has no AVX; Haswell, of 2013, brought AVX2. The emulator raises SIGILL for

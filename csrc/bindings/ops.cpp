@@ -8,6 +8,8 @@
 
 #include "checks.h"
 #include "cpu/kernels.h"
+#include "cpu/scratch.h"
+#include "cpu/tile_sizes.h"
 #include "schemas.h"
 
 namespace fastlora {
@@ -20,10 +22,15 @@ const ParallelFor& parallel_for() {
         const int64_t threads =
             std::min<int64_t>(tiles, static_cast<int64_t>(torch::stable::get_num_threads()));
         if (tiles <= 0) return;
-        if (threads <= 1) return body(context, 0, tiles);
+        // One thread needs no pool, which a forked worker of a DataLoader would not have.
+        if (threads <= 1) {
+          body(context, 0, tiles);
+          return trim_scratch(Scratch::local);
+        }
         std::atomic<int64_t> next{0};
         torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
           for (int64_t i = next++; i < tiles; i = next++) body(context, i, i + 1);
+          trim_scratch(Scratch::local);
         });
       }};
   return parallel;
@@ -69,6 +76,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_any, const Weight& weight,
   Tensor S = empty(x, {M, R}, ScalarType::Float);
 
   LoraLinearFwd p{};
+  p.tiles = tile_sizes();
   p.M = M;
   p.R = R;
   p.weight = weight;
@@ -122,6 +130,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy_any, const 
   Tensor dbias = wanted(need_dbias, {N}, ScalarType::Float);
 
   LoraLinearBwd p{};
+  p.tiles = tile_sizes();
   p.M = M;
   p.R = R;
   p.weight = weight;

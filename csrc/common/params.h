@@ -36,9 +36,38 @@ struct Weight {
   DType compute_dtype;  // dtype of the base product's operands
 };
 
+// How much the kernels work on at a time; limits and choice in cpu/tile_sizes.h.
+struct TileSizes {
+  // Decoding, one pass over the rows of W.
+  int64_t decode_tokens;  // up to this many tokens
+  int64_t decode_rows;    // rows of W in one tile
+  // Forward.
+  int64_t fwd_pack_bytes;      // of packed x: what stays in a shared cache
+  int64_t fwd_shrink_columns;  // of fp32 x made at a time for S
+  int64_t fwd_strip_rows;      // rows of W of a tile when there are many tokens
+  int64_t fwd_strip_bytes;     // of one row of a strip: strip and panel fit in L2
+  int64_t fwd_few_rows;        // strip rows for one panel of tokens; 0: the register tile's height
+  // Backward.
+  int64_t bwd_token_block;     // tokens of one tile of dS
+  int64_t bwd_shrink_columns;  // of fp32 dy made at a time for dS
+  int64_t bwd_strip_columns;   // of K or N in one tile: whole blocks of keep bits
+  int64_t bwd_tokens;          // whose fp32 tile of dx stays in L2
+  int64_t bwd_panel_units;     // of N decoded at a time
+  int64_t bwd_few_tokens;      // up to here reading W costs more than using it
+  int64_t bwd_grad_tokens;     // tokens of one fp32 panel of x or dy
+};
+
+// C[nr][16 mv] (+)= rows[nr][units] * panel[units][16 mv]: a matrix unit's product of pairs of bf16,
+// as `multiply` in cpu/microkernel.h. Strides in units and in floats.
+using PairProduct = void (*)(int mv, int64_t nr, const uint32_t* rows, int64_t row_stride,
+                             const uint32_t* panel, int64_t panel_stride, int64_t units, float* C,
+                             int64_t ldc, bool accumulate);
+
 // y = x W^T + bias + scaling * S B^T,  S = drop(x) A^T
 struct LoraLinearFwd {
   int64_t M, R;
+  TileSizes tiles;
+  PairProduct pair_product;  // for the base product, or null
   Weight weight;
   DType x_dtype;        // of x and y
   DType adapter_dtype;  // of A and B
@@ -58,6 +87,8 @@ struct LoraLinearFwd {
 // dbias = sum over m of dy. A null output is not computed.
 struct LoraLinearBwd {
   int64_t M, R;
+  TileSizes tiles;
+  PairProduct pair_product;  // for the base product, or null
   Weight weight;
   DType x_dtype;  // of x, dy and dx
   DType adapter_dtype;

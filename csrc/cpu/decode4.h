@@ -4,21 +4,24 @@
 // code is then one table look-up. Bit-exact with code[q] * absmax in fp32, rounded.
 #pragma once
 
-#include "simd.h"
+#include "pairs.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {
 
 constexpr int kGroup = 32;  // codes decoded at a time: no block is smaller, so one table serves
 
-// A 4-bit weight [N, K] with its absmax in fp32.
+struct Statistics;
+
+// A 4-bit weight [N, K].
 struct FourBit {
   const uint8_t* packed;
   const float* code;
-  const float* absmax;
+  const float* absmax;  // in fp32; null while it stands in `statistics` alone, see with_absmax
   int64_t K;
-  int shift;    // log2(blocksize)
-  DType round;  // dtype of the decoded weight
+  int shift;                     // log2(blocksize)
+  DType round;                   // dtype of the decoded weight
+  const Statistics* statistics;  // where nested absmax comes from, see absmax.h
 };
 
 FASTLORA_INLINE int log2_of(int64_t power) { return __builtin_ctzll(static_cast<uint64_t>(power)); }
@@ -73,6 +76,40 @@ FASTLORA_INLINE void decode_group(const uint8_t* q, const Table& table, const Si
     const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
     sink(8 * quarter, _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, index),
                                        _mm256_permutevar8x32_ps(table.high, index), upper));
+  }
+}
+
+#elif defined(FASTLORA_NEON)
+
+// The sixteen floats as four planes of bytes: a look-up finds bytes.
+struct Table {
+  uint8x16x4_t planes;
+};
+FASTLORA_INLINE Table make_table(const float* code, float absmax, DType round) {
+  float values[16];
+  for (int i = 0; i < 16; i += kLanes) {
+    store(values + i, round_to(mul(load(code + i), broadcast(absmax)), round));
+  }
+  return {vld4q_u8(reinterpret_cast<const uint8_t*>(values))};
+}
+// Sixteen codes from each half of 16 bytes, one a byte; the even one lies in the high nibble.
+FASTLORA_INLINE uint8x16x2_t split_codes(const uint8_t* q) {
+  const uint8x16_t bytes = vld1q_u8(q);
+  return vzipq_u8(vshrq_n_u8(bytes, 4), vandq_u8(bytes, vdupq_n_u8(15)));
+}
+template <class Sink>
+FASTLORA_INLINE void decode_group(const uint8_t* q, const Table& table, const Sink& sink) {
+  const uint8x16x2_t codes = split_codes(q);
+  for (int half = 0; half < 2; half++) {
+    uint8x16_t byte[4];
+    for (int i = 0; i < 4; i++) byte[i] = vqtbl1q_u8(table.planes.val[i], codes.val[half]);
+    const uint8x16x2_t low = vzipq_u8(byte[0], byte[1]), high = vzipq_u8(byte[2], byte[3]);
+    for (int i = 0; i < 2; i++) {
+      const uint16x8x2_t words =
+          vzipq_u16(vreinterpretq_u16_u8(low.val[i]), vreinterpretq_u16_u8(high.val[i]));
+      sink(16 * half + 8 * i, vreinterpretq_f32_u16(words.val[0]));
+      sink(16 * half + 8 * i + kLanes, vreinterpretq_f32_u16(words.val[1]));
+    }
   }
 }
 
@@ -217,6 +254,46 @@ FASTLORA_INLINE void decode_pairs(const uint8_t* a, const uint8_t* b, __m512i ta
     __m512i index = _mm512_srlv_epi16(_mm512_permutexvar_epi8(pick, bytes), shift);
     index = _mm512_ternarylogic_epi32(index, nibble, row_b, 0xea);  // (index & nibble) | row_b
     _mm512_storeu_si512(out + v * kLanes, _mm512_permutexvar_epi16(index, table));
+  }
+}
+
+#elif defined(FASTLORA_PAIRS)
+
+// Rows in bf16: sink(i, 8 values) for every eighth i as `decode` does; asks for the bytes that are
+// needed `ahead` bytes later.
+template <class Sink>
+FASTLORA_INLINE void decode_bf16(const FourBit& w, int64_t begin, int64_t count, int64_t ahead,
+                                 const Sink& sink) {
+  int64_t i = 0;
+  while (begin % kGroup == 0 && i + kGroup <= count) {
+    const int64_t block = (begin + i) >> w.shift;
+    const int64_t end = min(count, ((block + 1) << w.shift) - begin);
+    const Vec absmax = broadcast(w.absmax[block]);
+    uint32_t pairs[8];
+    for (int j = 0; j < 8; j += kLanes) {
+      store_pairs(pairs + j, narrow_pairs(mul(load(w.code + 2 * j), absmax),
+                                          mul(load(w.code + 2 * j + kLanes), absmax)));
+    }
+    // Low and high bytes.
+    const uint8x16x2_t table = vld2q_u8(reinterpret_cast<const uint8_t*>(pairs));
+    for (; i + kGroup <= end; i += kGroup) {
+      const uint8_t* q = w.packed + (begin + i) / 2;
+      prefetch_once(q + ahead, kGroup / 2);
+      const uint8x16x2_t codes = split_codes(q);
+      for (int half = 0; half < 2; half++) {
+        const uint8x16x2_t words = vzipq_u8(vqtbl1q_u8(table.val[0], codes.val[half]),
+                                            vqtbl1q_u8(table.val[1], codes.val[half]));
+        sink(i + 16 * half, vreinterpretq_u32_u8(words.val[0]));
+        sink(i + 16 * half + 8, vreinterpretq_u32_u8(words.val[1]));
+      }
+    }
+  }
+  for (; i < count; i += kGroup) {
+    float values[kGroup] = {};
+    decode_any(w, begin + i, min(kGroup, count - i), values);
+    for (int j = 0; j < kGroup; j += 2 * kLanes) {
+      sink(i + j, narrow_pairs(load(values + j), load(values + j + kLanes)));
+    }
   }
 }
 

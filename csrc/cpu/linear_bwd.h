@@ -19,16 +19,8 @@ class LinearBwd {
   using Unit = typename Compute::Unit;
   static constexpr int kPer = Compute::kPerUnit;
 
-  static constexpr int64_t kTokenBlock = 32;     // tokens of one tile of stage 1
-  static constexpr int64_t kShrinkStep = 512;    // columns of fp32 dy made at a time for dS
-  static constexpr int64_t kStripColumns = 128;  // of K or N in one tile: one block of keep bits
-  static constexpr int64_t kTokens = 512;        // whose fp32 tile of dx stays in L2
-  static constexpr int64_t kPanelUnits = 512;    // of N decoded at a time
-  static constexpr int64_t kFewTokens =
-      4 * kLanes;                              // up to here reading W costs more than using it
-  static constexpr int64_t kGradTokens = 512;  // tokens of one fp32 panel of x or dy
-
   const LoraLinearBwd& p_;
+  const TileSizes& tiles_;
   const Source& w_;
   const ParallelFor& parallel_;
   const int64_t M_, N_, K_, R_, R_lanes_;
@@ -43,6 +35,7 @@ class LinearBwd {
  public:
   LinearBwd(const LoraLinearBwd& p, const Source& w, const ParallelFor& parallel)
       : p_(p),
+        tiles_(p.tiles),
         w_(w),
         parallel_(parallel),
         M_(p.M),
@@ -65,13 +58,13 @@ class LinearBwd {
     B_lanes_ = pieces.take<float>(N_ * R_lanes_);
     read_adapters(pieces.take<float>(R_ * K_));
     // Few tokens: wide strips, so that whole cache lines of W's rows are read in a run.
-    const bool few = M_ <= kFewTokens;
-    strip_ = few ? 2 * kStripColumns : kStripColumns;
-    panel_units_ = few ? kPanelUnits / 8 : kPanelUnits;
+    const bool few = M_ <= tiles_.bwd_few_tokens;
+    strip_ = tiles_.bwd_strip_columns * (few ? 2 : 1);
+    panel_units_ = tiles_.bwd_panel_units / (few ? 8 : 1);
     keep_words_ = strip_ / 32;
     k_strips_ = p_.dx || p_.dA ? ceil_div(K_, strip_) : 0;
-    n_strips_ = p_.dB || p_.dbias ? ceil_div(N_, kStripColumns) : 0;
-    each(ceil_div(M_, kTokenBlock), &LinearBwd::shrink);
+    n_strips_ = p_.dB || p_.dbias ? ceil_div(N_, tiles_.bwd_strip_columns) : 0;
+    each(ceil_div(M_, tiles_.bwd_token_block), &LinearBwd::shrink);
     each(k_strips_ + n_strips_, &LinearBwd::strip);
   }
 
@@ -109,7 +102,7 @@ class LinearBwd {
   }
 
   void shrink(int64_t tile) {
-    const int64_t m = tile * kTokenBlock, rows = min(kTokenBlock, M_ - m);
+    const int64_t m = tile * tiles_.bwd_token_block, rows = min(tiles_.bwd_token_block, M_ - m);
     const X* dy = static_cast<const X*>(p_.dy) + m * p_.lddy;
     if (repack_) {
       pack_rows(Compute{}, Block<X>{dy, p_.lddy, rows, N_}, round_up(N_, kGroup), dy_ + m * dy_ld_,
@@ -117,13 +110,13 @@ class LinearBwd {
     }
     if (R_ == 0) return;
     float* dS = dS_ + m * R_lanes_;
-    Pieces local{static_cast<char*>(
-        scratch(Scratch::local, Pieces::bytes<float>(kTokenBlock * kShrinkStep)))};
-    float* widened = local.take<float>(kTokenBlock * kShrinkStep);
-    for (int64_t n = 0; n < N_; n += kShrinkStep) {
-      const int64_t count = min(kShrinkStep, N_ - n);
+    Pieces local{static_cast<char*>(scratch(
+        Scratch::local, Pieces::bytes<float>(tiles_.bwd_token_block * tiles_.bwd_shrink_columns)))};
+    float* widened = local.take<float>(tiles_.bwd_token_block * tiles_.bwd_shrink_columns);
+    for (int64_t n = 0; n < N_; n += tiles_.bwd_shrink_columns) {
+      const int64_t count = min(tiles_.bwd_shrink_columns, N_ - n);
       const float* dy_rows = widened;
-      int64_t ld = kShrinkStep;
+      int64_t ld = tiles_.bwd_shrink_columns;
       if constexpr (sizeof(X) == sizeof(float)) {
         dy_rows = dy + n;
         ld = p_.lddy;
@@ -145,14 +138,15 @@ class LinearBwd {
     if (tile < k_strips_) {
       strip_of_K(tile * strip_);
     } else {
-      strip_of_N((tile - k_strips_) * kStripColumns);
+      strip_of_N((tile - k_strips_) * tiles_.bwd_strip_columns);
     }
   }
 
   void strip_of_K(int64_t k) {
     const int64_t keep_words = M_ * keep_words_;
-    const int64_t count = min(strip_, K_ - k), tokens = min(kTokens, M_);
-    const int64_t panel_rows = max(max(kGradTokens, kPanelUnits), 2 * R_lanes_);
+    const int64_t count = min(strip_, K_ - k), tokens = min(tiles_.bwd_tokens, M_);
+    const int64_t panel_rows =
+        max(max(tiles_.bwd_grad_tokens, tiles_.bwd_panel_units), 2 * R_lanes_);
     Pieces local{static_cast<char*>(scratch(
         Scratch::local,
         Pieces::bytes<uint32_t>(keep_words) + Pieces::bytes<float>(panel_rows * strip_) +
@@ -173,8 +167,8 @@ class LinearBwd {
       weight_panels(F32{}, Dense<float>{A_, K_}, 0, R_, k, count,
                     Panels<float>{A_panels, R_ * kPanel});
     }
-    for (int64_t m = 0; m < M_; m += kTokens) {
-      const int64_t rows = min(kTokens, M_ - m);
+    for (int64_t m = 0; m < M_; m += tiles_.bwd_tokens) {
+      const int64_t rows = min(tiles_.bwd_tokens, M_ - m);
       if (R_ > 0) {
         for (int64_t q = 0; q * kPanel < count; q++) {
           multiply<F32>(kPanelVectors, rows, dS_ + m * R_lanes_, {R_lanes_, 1},
@@ -210,9 +204,9 @@ class LinearBwd {
       weight_panels(Compute{}, w_, n, n_rows, k, count, out);
       for (int64_t c = 0; c < count; c += kPanel) {
         const int mv = static_cast<int>(ceil_div(min(kPanel, count - c), kLanes));
-        multiply<Compute>(mv, rows, dy_ + m * dy_ld_ + n / kPer, {dy_ld_, 1},
-                          panels + c / kPanel * out.stride, kPanel, units, C + c, strip_,
-                          n > 0 || R_ > 0);
+        multiply_base<Compute>(p_.pair_product, mv, rows, dy_ + m * dy_ld_ + n / kPer, dy_ld_,
+                               panels + c / kPanel * out.stride, kPanel, units, C + c, strip_,
+                               n > 0 || R_ > 0);
       }
     }
   }
@@ -222,8 +216,8 @@ class LinearBwd {
     const X* x = static_cast<const X*>(p_.x) + k;
     for (int64_t c = 0; c < count; c += kPanel) {
       const int64_t columns = min(kPanel, count - c);
-      for (int64_t m = 0; m < M_; m += kGradTokens) {
-        const int64_t rows = min(kGradTokens, M_ - m);
+      for (int64_t m = 0; m < M_; m += tiles_.bwd_grad_tokens) {
+        const int64_t rows = min(tiles_.bwd_grad_tokens, M_ - m);
         const KeepRows part{kept.bits ? kept.bits + m * keep_words_ : nullptr, keep_words_};
         pack_columns(Block<X>{x + m * p_.ldx + c, p_.ldx, rows, columns}, part, c, panel);
         multiply<F32>(kPanelVectors, R_, dS_ + m * R_lanes_, {1, R_lanes_}, panel, kPanel, rows, C,
@@ -239,20 +233,21 @@ class LinearBwd {
 
   // dB[n][r] = scaling * sum over m of dy[m][n] S[m][r], and dbias[n] = sum over m of dy[m][n].
   void strip_of_N(int64_t n) {
-    const int64_t count = min(kStripColumns, N_ - n), R_padded = round_up(max(R_, 1), kLanes);
-    Pieces local{
-        static_cast<char*>(scratch(Scratch::local, Pieces::bytes<float>(kGradTokens * kPanel) +
-                                                       Pieces::bytes<float>(R_padded * kPanel) +
-                                                       Pieces::bytes<float>(kPanel)))};
-    float* panel = local.take<float>(kGradTokens * kPanel);
+    const int64_t count = min(tiles_.bwd_strip_columns, N_ - n),
+                  R_padded = round_up(max(R_, 1), kLanes);
+    Pieces local{static_cast<char*>(
+        scratch(Scratch::local, Pieces::bytes<float>(tiles_.bwd_grad_tokens * kPanel) +
+                                    Pieces::bytes<float>(R_padded * kPanel) +
+                                    Pieces::bytes<float>(kPanel)))};
+    float* panel = local.take<float>(tiles_.bwd_grad_tokens * kPanel);
     float* C = local.take<float>(R_padded * kPanel);
     float* total = local.take<float>(kPanel);
     const X* dy = static_cast<const X*>(p_.dy) + n;
     for (int64_t c = 0; c < count; c += kPanel) {
       const int64_t columns = min(kPanel, count - c);
       for (int64_t j = 0; j < kPanel; j += kLanes) store(total + j, zero());
-      for (int64_t m = 0; m < M_; m += kGradTokens) {
-        const int64_t rows = min(kGradTokens, M_ - m);
+      for (int64_t m = 0; m < M_; m += tiles_.bwd_grad_tokens) {
+        const int64_t rows = min(tiles_.bwd_grad_tokens, M_ - m);
         pack_columns(Block<X>{dy + m * p_.lddy + c, p_.lddy, rows, columns}, KeepRows{nullptr, 0},
                      0, panel);
         if (p_.dB) {

@@ -11,8 +11,6 @@
 namespace fastlora {
 namespace FASTLORA_ISA {
 
-constexpr int kDecodeTokens = 8;
-
 // x for dot products with rows of a source, and the dot products themselves:
 //   pack(x, K, m, M, out)   token m of M into `out`, which has room for M * size(K) units
 //   dot<R, M>(...)          acc[i][m] += lanes of W[n + i] . x[m], for R rows and M tokens
@@ -71,44 +69,45 @@ struct Dot<F32, FourBit> {
   }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(FASTLORA_PAIRS)
 
 template <>
 struct Dot<Bf16Pair, Dense<bf16>> {
   using Unit = uint32_t;
   static constexpr int kRows = 4;
   static bool serves(const Dense<bf16>&) { return true; }
-  static int64_t size(int64_t K) { return round_up(K, 32) / 2; }
+  static int64_t size(int64_t K) { return round_up(K, 2 * kLanes) / 2; }
   static float factor() { return 1.0f; }
 
   template <class X>
   static void pack(const X* x, int64_t K, int m, int, uint32_t* out) {
     out += m * size(K);
-    for (int64_t k = 0; k < K; k += 32) {
-      _mm512_storeu_si512(out + k / 2, load_bf16x32(x + k, K - k));
-    }
+    for (int64_t k = 0; k < K; k += 2 * kLanes) store_pairs(out + k / 2, load_pairs(x + k, K - k));
   }
   template <int R, int M>
   static void dot(const Dense<bf16>& w, const float*, int64_t n, const uint32_t* x,
                   Vec (&acc)[R][M]) {
     constexpr int64_t kAhead = 4096;  // elements; the next rows reach L2 in time
     const int64_t ld = size(w.K);
-    for (int64_t k = 0; k < w.K; k += 32) {
+    for (int64_t k = 0; k < w.K; k += 2 * kLanes) {
 #pragma GCC unroll 4
       for (int i = 0; i < R; i++) {
         const bf16* row = w.data + (n + i) * w.K + k;
         prefetch(row + kAhead);
-        const __m512bh v =
-            (__m512bh)(w.K - k >= 32 ? _mm512_loadu_si512(row) : load_bf16x32(row, w.K - k));
+        const Pairs v = w.K - k >= 2 * kLanes ? load_pairs(reinterpret_cast<const uint32_t*>(row))
+                                              : load_pairs(row, w.K - k);
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
-          acc[i][m] =
-              _mm512_dpbf16_ps(acc[i][m], v, (__m512bh)_mm512_loadu_si512(x + m * ld + k / 2));
+          acc[i][m] = dot_pairs(v, load_pairs(x + m * ld + k / 2), acc[i][m]);
         }
       }
     }
   }
 };
+
+#endif
+
+#if defined(__AVX512BF16__)
 
 // 64 bytes hold 128 codes. As 16-bit words, shifted by 0, 4, 8 and 12, they index a table that stands
 // twice in its 32 entries, so that the bits above a nibble do not matter and nothing is unpacked: x
@@ -120,6 +119,7 @@ struct Dot<Bf16Pair, FourBit> {
   using Unit = uint32_t;
   static constexpr int kRows = 4;
   static constexpr int64_t kChunk = 128;
+  static constexpr bool kScalesSums = true;
   // The sixteen NF4 codes times this lose half as much to bf16 as they do times 1, and less than codes
   // that are scaled before they are rounded.
   static constexpr float kTableFactor = 1.437005f;
@@ -141,7 +141,7 @@ struct Dot<Bf16Pair, FourBit> {
       __m512i part[4];
       for (int i = 0; i < 4; i++) {
         const int64_t k = c * kChunk + 32 * i;
-        part[i] = k < K ? load_bf16x32(x + k, K - k) : _mm512_setzero_si512();
+        part[i] = k < K ? load_pairs(x + k, K - k) : _mm512_setzero_si512();
       }
       for (int q = 0; q < 4; q++) {
         const __m512i index = _mm512_add_epi16(step, _mm512_set1_epi16(kElement[q]));
@@ -193,6 +193,38 @@ struct Dot<Bf16Pair, FourBit> {
   }
 };
 
+#elif defined(FASTLORA_PAIRS)
+
+template <>
+struct Dot<Bf16Pair, FourBit> {
+  using Unit = uint32_t;
+  static constexpr int kRows = 1;
+  static bool serves(const FourBit&) { return true; }
+  static int64_t size(int64_t K) { return round_up(K, kGroup) / 2; }
+  static float factor() { return 1.0f; }
+
+  template <class X>
+  static void pack(const X* x, int64_t K, int m, int, uint32_t* out) {
+    out += m * size(K);
+    for (int64_t k = 0; k < 2 * size(K); k += 2 * kLanes) {
+      store_pairs(out + k / 2, k < K ? load_pairs(x + k, K - k) : zero_pairs());
+    }
+  }
+  template <int R, int M>
+  static void dot(const FourBit& w, const float*, int64_t n, const uint32_t* x, Vec (&acc)[R][M]) {
+    constexpr int64_t kAhead = 4096;  // bytes
+    const int64_t ld = size(w.K);
+    for (int i = 0; i < R; i++) {
+      decode_bf16(w, (n + i) * w.K, w.K, kAhead,
+                  [&](int64_t k, Pairs v) __attribute__((always_inline)) {
+                    for (int m = 0; m < M; m++) {
+                      acc[i][m] = dot_pairs(v, load_pairs(x + m * ld + k / 2), acc[i][m]);
+                    }
+                  });
+    }
+  }
+};
+
 #endif
 
 template <class Compute, class X, class Source>
@@ -200,9 +232,8 @@ class LinearDecode {
   using Rows = Dot<Compute, Source>;
   using Unit = typename Rows::Unit;
 
-  static constexpr int64_t kTileRows = 32;
-
   const LoraLinearFwd& p_;
+  const TileSizes& tiles_;
   const Source& w_;
   const ParallelFor& parallel_;
   const int64_t N_, K_, R_, R_lanes_, K_lanes_;
@@ -214,6 +245,7 @@ class LinearDecode {
  public:
   LinearDecode(const LoraLinearFwd& p, const Source& w, const ParallelFor& parallel)
       : p_(p),
+        tiles_(p.tiles),
         w_(w),
         parallel_(parallel),
         N_(p.weight.N),
@@ -224,7 +256,7 @@ class LinearDecode {
         M_(static_cast<int>(p.M)) {}
 
   static bool serves(const LoraLinearFwd& p, const Source& w) {
-    return p.M <= kDecodeTokens && Rows::serves(w);
+    return p.M <= p.tiles.decode_tokens && Rows::serves(w);
   }
   static size_t shared_bytes(const LoraLinearFwd& p) {
     return Pieces::bytes<Unit>(p.M * Rows::size(p.weight.K)) +
@@ -243,7 +275,7 @@ class LinearDecode {
       widen(x);
       each(R_lanes_, &LinearDecode::shrink);
     }
-    each(ceil_div(N_, kTileRows), &LinearDecode::product);
+    each(ceil_div(N_, tiles_.decode_rows), &LinearDecode::product);
   }
 
  private:
@@ -291,61 +323,65 @@ class LinearDecode {
   }
 
   void product(int64_t tile) {
-    const int64_t n = tile * kTileRows, rows = min(kTileRows, N_ - n);
+    const int64_t n = tile * tiles_.decode_rows, rows = min(tiles_.decode_rows, N_ - n);
+    Pieces local{static_cast<char*>(
+        scratch(Scratch::local, Pieces::bytes<float>(absmax_count(w_, rows)) +
+                                    Pieces::bytes<float>(rows * ceil_div(K_, 64))))};
+    const Source w = with_absmax(w_, n, rows, local.take<float>(absmax_count(w_, rows)));
     const float* scales = nullptr;
-    if constexpr (std::is_same_v<Source, FourBit>) scales = scales_of(n, rows);
+    if constexpr (std::is_same_v<Source, FourBit>) {
+      scales = scales_of(w, n, rows, local.take<float>(rows * ceil_div(K_, 64)));
+    }
     switch (M_) {
       case 1:
-        return rows_of<1>(n, rows, scales);
+        return rows_of<1>(w, n, rows, scales);
       case 2:
-        return rows_of<2>(n, rows, scales);
+        return rows_of<2>(w, n, rows, scales);
       case 3:
-        return rows_of<3>(n, rows, scales);
+        return rows_of<3>(w, n, rows, scales);
       case 4:
-        return rows_of<4>(n, rows, scales);
+        return rows_of<4>(w, n, rows, scales);
       case 5:
-        return rows_of<5>(n, rows, scales);
+        return rows_of<5>(w, n, rows, scales);
       case 6:
-        return rows_of<6>(n, rows, scales);
+        return rows_of<6>(w, n, rows, scales);
       case 7:
-        return rows_of<7>(n, rows, scales);
+        return rows_of<7>(w, n, rows, scales);
       case 8:
-        return rows_of<8>(n, rows, scales);
+        return rows_of<8>(w, n, rows, scales);
     }
   }
 
   // absmax of each 64 codes of these rows, for the one source that wants them so.
-  const float* scales_of(int64_t n, int64_t rows) const {
-    if (Compute::kPerUnit == 1) return nullptr;
+  const float* scales_of(const FourBit& w, int64_t n, int64_t rows, float* scales) const {
+    if (!requires { Rows::kScalesSums; }) return nullptr;
     const int64_t groups = K_ / 64;
-    if (w_.shift == 6) return w_.absmax + n * groups;
-    float* scales = static_cast<float*>(
-        scratch(Scratch::local, static_cast<size_t>(kTileRows * groups) * sizeof(float)));
+    if (w.shift == 6) return w.absmax + n * groups;
     for (int64_t i = 0; i < rows * groups; i++) {
-      scales[i] = w_.absmax[(n * groups + i) >> (w_.shift - 6)];
+      scales[i] = w.absmax[(n * groups + i) >> (w.shift - 6)];
     }
     return scales;
   }
 
   template <int M>
-  void rows_of(int64_t n, int64_t rows, const float* scales) {
+  void rows_of(const Source& w, int64_t n, int64_t rows, const float* scales) {
     // More rows at a time would not leave registers for the tokens.
     constexpr int kRows = M > 4 && Rows::kRows > 2 ? 2 : Rows::kRows;
     const int64_t groups = scales ? K_ / 64 : 0;
     int64_t i = 0;
-    for (; i + kRows <= rows; i += kRows) some_rows<kRows, M>(n + i, scales + i * groups);
-    for (; i < rows; i++) some_rows<1, M>(n + i, scales + i * groups);
+    for (; i + kRows <= rows; i += kRows) some_rows<kRows, M>(w, n + i, scales + i * groups);
+    for (; i < rows; i++) some_rows<1, M>(w, n + i, scales + i * groups);
   }
 
   template <int R, int M>
-  __attribute__((noinline)) void some_rows(int64_t n, const float* scales) {
+  __attribute__((noinline)) void some_rows(const Source& w, int64_t n, const float* scales) {
     Vec acc[R][M];
 #pragma GCC unroll 4
     for (int i = 0; i < R; i++) {
 #pragma GCC unroll 8
       for (int m = 0; m < M; m++) acc[i][m] = zero();
     }
-    Rows::template dot<R, M>(w_, scales, n, x_, acc);
+    Rows::template dot<R, M>(w, scales, n, x_, acc);
     if (R_ > 0) {
       with_type(p_.adapter_dtype, [&](auto* type) __attribute__((always_inline)) {
         const auto* B = static_cast<decltype(type)>(p_.lora_B) + n * R_;

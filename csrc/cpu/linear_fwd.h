@@ -20,12 +20,8 @@ class LinearFwd {
   using Unit = typename Compute::Unit;
   static constexpr int kPer = Compute::kPerUnit;
 
-  static constexpr int64_t kPackBytes = 16 << 20;  // of packed x: what stays in a shared cache
-  static constexpr int64_t kShrinkStep = 256;      // columns of fp32 x made at a time for S
-  static constexpr int64_t kStripRows = 48;        // W rows of a chunk when there are many tokens
-  static constexpr int64_t kStripBytes = 4096;     // of one row of a strip: 48 of them fit in L2
-
   const LoraLinearFwd& p_;
+  const TileSizes& tiles_;
   const Source& w_;
   const ParallelFor& parallel_;
   const int64_t N_, K_, R_;
@@ -43,6 +39,7 @@ class LinearFwd {
  public:
   LinearFwd(const LoraLinearFwd& p, const Source& w, const ParallelFor& parallel)
       : p_(p),
+        tiles_(p.tiles),
         w_(w),
         parallel_(parallel),
         N_(p.weight.N),
@@ -60,35 +57,38 @@ class LinearFwd {
     }
   }
 
-  // Tokens worked on at a time, so that packed x stays within kPackBytes.
+  // Tokens worked on at a time, so that packed x stays within a shared cache.
   static int64_t tokens_at_a_time(const LoraLinearFwd& p) {
     const int64_t bytes = round_up(p.weight.K, 2 * kPanel) / kPer * 4;
-    return max(4 * kPanel, kPackBytes / bytes / kPanel * kPanel);
+    return max(4 * kPanel, p.tiles.fwd_pack_bytes / bytes / kPanel * kPanel);
   }
 
   static size_t shared_bytes(const LoraLinearFwd& p, int64_t tokens) {
     const int64_t lanes = round_up(tokens, kPanel);
     return Pieces::bytes<Unit>(lanes * round_up(p.weight.K, 2 * kPanel) / kPer) +
-           Pieces::bytes<float>(max_splits(p.weight.K) * p.R * lanes) +
-           Pieces::bytes<float>(p.R * lanes) + Pieces::bytes<float>(p.R * p.weight.K);
+           Pieces::bytes<float>(max_splits(p) * p.R * lanes) + Pieces::bytes<float>(p.R * lanes) +
+           Pieces::bytes<float>(p.R * p.weight.K);
   }
 
  private:
-  static int64_t split_of(int64_t K) { return max(2 * kShrinkStep, round_up(K / 8, 2 * kPanel)); }
-  static int64_t max_splits(int64_t K) { return ceil_div(K, split_of(K)); }
+  static int64_t split_of(const LoraLinearFwd& p) {
+    return max(2 * p.tiles.fwd_shrink_columns, round_up(p.weight.K / 8, 2 * kPanel));
+  }
+  static int64_t max_splits(const LoraLinearFwd& p) { return ceil_div(p.weight.K, split_of(p)); }
 
   void plan(char* memory) {
     panels_ = ceil_div(tokens_, kPanel);
     token_lanes_ = panels_ * kPanel;
-    split_ = round_up(split_of(K_), kDropoutBlock);
+    split_ = round_up(split_of(p_), kDropoutBlock);
     splits_ = ceil_div(K_, split_);
     // With one panel, a strip as high as one tile stays in L1 and W is read once from memory.
-    strip_units_ = kStripBytes / 4 * (panels_ == 1 ? 2 : 1);
-    chunk_ = panels_ == 1 ? 2 * kStripRows : kStripRows;
-    strip_rows_ = panels_ == 1 ? kTileRows[vectors(0)] : chunk_;
+    strip_units_ = tiles_.fwd_strip_bytes / 4 * (panels_ == 1 ? 2 : 1);
+    chunk_ = tiles_.fwd_strip_rows * (panels_ == 1 ? 2 : 1);
+    const int64_t few_rows = tiles_.fwd_few_rows ? tiles_.fwd_few_rows : kTileRows[vectors(0)];
+    strip_rows_ = panels_ == 1 ? few_rows : chunk_;
     Pieces pieces{memory};
     x_panels_ = pieces.take<Unit>(token_lanes_ * units_);
-    partial_ = pieces.take<float>(max_splits(K_) * R_ * token_lanes_);
+    partial_ = pieces.take<float>(max_splits(p_) * R_ * token_lanes_);
     S_lanes_ = pieces.take<float>(R_ * token_lanes_);
     float* A = pieces.take<float>(R_ * K_);
     A_ = p_.adapter_dtype == DType::f32 ? const_cast<float*>(static_cast<const float*>(p_.lora_A))
@@ -122,14 +122,14 @@ class LinearFwd {
     if (R_ == 0) return;
 
     float* S = partial_ + split * R_ * token_lanes_ + panel * kPanel;
-    constexpr int64_t kWords = kShrinkStep / 32;
+    const int64_t step = tiles_.fwd_shrink_columns, words = step / 32;
     Pieces local{
-        static_cast<char*>(scratch(Scratch::local, Pieces::bytes<float>(kShrinkStep * kPanel) +
-                                                       Pieces::bytes<uint32_t>(kPanel * kWords)))};
-    float* x_kept = local.take<float>(kShrinkStep * kPanel);
-    uint32_t* bits = local.take<uint32_t>(kPanel * kWords);
-    for (int64_t k = k_begin; k < k_end; k += kShrinkStep) {
-      const int64_t count = min(kShrinkStep, k_end - k);
+        static_cast<char*>(scratch(Scratch::local, Pieces::bytes<float>(step * kPanel) +
+                                                       Pieces::bytes<uint32_t>(kPanel * words)))};
+    float* x_kept = local.take<float>(step * kPanel);
+    uint32_t* bits = local.take<uint32_t>(kPanel * words);
+    for (int64_t k = k_begin; k < k_end; k += step) {
+      const int64_t count = min(step, k_end - k);
       const float* panel_data = x_kept;
       if constexpr (kPer == 1) {
         if (p_.dropout.threshold == 0) {
@@ -184,30 +184,32 @@ class LinearFwd {
     Pieces local{static_cast<char*>(scratch(
         Scratch::local,
         Pieces::bytes<Unit>(strip_rows_ * ld) + Pieces::bytes<float>(chunk_ * token_lanes_) +
-            Pieces::bytes<float>(chunk_ * R_) + Pieces::bytes<float>(chunk_ + kLanes)))};
+            Pieces::bytes<float>(chunk_ * R_) + Pieces::bytes<float>(chunk_ + kLanes) +
+            Pieces::bytes<float>(absmax_count(w_, rows))))};
     Unit* strip = local.take<Unit>(strip_rows_ * ld);
     float* C = local.take<float>(chunk_ * token_lanes_);
     float* B = local.take<float>(chunk_ * R_);
     float* bias = local.take<float>(chunk_ + kLanes);
+    const Source w = with_absmax(w_, n0, rows, local.take<float>(absmax_count(w_, rows)));
 
     const int64_t step = strip_units_ * kPer;
     for (int64_t i = 0; i < rows; i += strip_rows_) {
       const int64_t strip_rows = min(strip_rows_, rows - i);
       for (int64_t k = 0; k < K_; k += step) {
         const int64_t count = min(step, K_ - k), units = ceil_div(count, kPer);
-        RowStride stride{ld, 1};
         const Unit* rows_data = strip;
+        int64_t row_stride = ld;
         if (const Unit* in_place = rows_in_place(n0 + i, k)) {
           rows_data = in_place;
-          stride.row = K_ / kPer;
+          row_stride = K_ / kPer;
         } else {
-          weight_rows(Compute{}, w_, n0 + i, strip_rows, k, count, strip, ld);
+          weight_rows(Compute{}, w, n0 + i, strip_rows, k, count, strip, ld);
         }
         for (int64_t panel = 0; panel < panels_; panel++) {
           const int mv = vectors(panel);
-          multiply<Compute>(mv, strip_rows, rows_data, stride,
-                            x_panel(panel) + k / kPer * mv * kLanes, mv * kLanes, units,
-                            C + i * token_lanes_ + panel * kPanel, token_lanes_, k > 0);
+          multiply_base<Compute>(p_.pair_product, mv, strip_rows, rows_data, row_stride,
+                                 x_panel(panel) + k / kPer * mv * kLanes, mv * kLanes, units,
+                                 C + i * token_lanes_ + panel * kPanel, token_lanes_, k > 0);
         }
       }
     }

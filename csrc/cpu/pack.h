@@ -28,8 +28,8 @@ struct KeepRows {
 template <class X>
 static void pack_tokens(F32, const Block<X>& block, KeepRows kept, int64_t padded, int mv,
                         float* out) {
-  for (int v = 0; v < mv; v++) {
-    for (int64_t k = 0; k < padded; k += kLanes) {
+  for (int64_t k = 0; k < padded; k += kLanes) {
+    for (int v = 0; v < mv; v++) {
       Vec r[kLanes];
       for (int i = 0; i < kLanes; i++) {
         const int64_t token = v * kLanes + i;
@@ -72,31 +72,22 @@ static void pack_rows(F32, const Block<X>& block, int64_t padded, float* out, in
   }
 }
 
-#if defined(__AVX512BF16__)
-
-// 32 neighbouring elements as bf16, those past n zero.
-FASTLORA_INLINE __m512i load_bf16x32(const bf16* p, int64_t n) {
-  return _mm512_maskz_loadu_epi16(n >= 32 ? ~0u : (1u << n) - 1, p);
-}
-FASTLORA_INLINE __m512i load_bf16x32(const float* p, int64_t n) {
-  const Vec low = load(p, n), high = n > 16 ? load(p + 16, n - 16) : zero();
-  return (__m512i)_mm512_cvtne2ps_pbh(high, low);
-}
+#if defined(FASTLORA_PAIRS)
 
 template <class X>
 static void pack_tokens(Bf16Pair, const Block<X>& block, int64_t padded, int mv, uint32_t* out) {
-  for (int v = 0; v < mv; v++) {
-    for (int64_t k = 0; k < padded; k += 2 * kLanes) {
-      __m512i r[kLanes];
+  for (int64_t k = 0; k < padded; k += 2 * kLanes) {
+    for (int v = 0; v < mv; v++) {
+      Pairs r[kLanes];
       for (int i = 0; i < kLanes; i++) {
         const int64_t token = v * kLanes + i;
         const bool inside = token < block.rows && k < block.count;
-        r[i] = inside ? load_bf16x32(block.data + token * block.ld + k, block.count - k)
-                      : _mm512_setzero_si512();
+        r[i] =
+            inside ? load_pairs(block.data + token * block.ld + k, block.count - k) : zero_pairs();
       }
       transpose(r);
       for (int i = 0; i < kLanes; i++) {
-        _mm512_storeu_si512(out + ((k / 2 + i) * mv + v) * kLanes, r[i]);
+        store_pairs(out + ((k / 2 + i) * mv + v) * kLanes, r[i]);
       }
     }
   }
@@ -105,11 +96,10 @@ static void pack_tokens(Bf16Pair, const Block<X>& block, int64_t padded, int mv,
 template <class X>
 static void pack_rows(Bf16Pair, const Block<X>& block, int64_t padded, uint32_t* out, int64_t ld) {
   for (int64_t i = 0; i < block.rows; i++) {
-    for (int64_t k = 0; k < padded; k += 32) {
-      const __m512i r = k < block.count
-                            ? load_bf16x32(block.data + i * block.ld + k, block.count - k)
-                            : _mm512_setzero_si512();
-      _mm512_storeu_si512(out + i * ld + k / 2, r);
+    for (int64_t k = 0; k < padded; k += 2 * kLanes) {
+      const Pairs r = k < block.count ? load_pairs(block.data + i * block.ld + k, block.count - k)
+                                      : zero_pairs();
+      store_pairs(out + i * ld + k / 2, r);
     }
   }
 }

@@ -13,6 +13,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(FASTLORA_NEON)
+#include <arm_neon.h>
 #endif
 
 #define FASTLORA_INLINE static inline __attribute__((always_inline))
@@ -33,6 +35,9 @@ constexpr int kPanelVectors = 4;  // a panel is as wide as the micro-kernel's ti
 #elif defined(__AVX2__)
 constexpr int kLanes = 8;
 constexpr int kPanelVectors = 2;
+#elif defined(FASTLORA_NEON)  // not __ARM_NEON: the scalar level is compiled with it, too
+constexpr int kLanes = 4;
+constexpr int kPanelVectors = 4;
 #else
 constexpr int kLanes = 4;
 constexpr int kPanelVectors = 2;
@@ -110,8 +115,15 @@ FASTLORA_INLINE Vec keep(Vec v, uint32_t bits) {
 FASTLORA_INLINE Vec widen_bf16(__m256i v) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
 }
-// Nearest even, NaN kept, denormals kept (the hardware's own conversion flushes them to zero).
+// Nearest even, NaN kept, denormals kept.
 FASTLORA_INLINE __m256i narrow_bf16(Vec v) {
+#if defined(__AVX512BF16__)
+  // The instruction flushes denormals to zero, so it serves where there are none.
+  constexpr int kDenormal = 0x20;
+  if (__builtin_expect(_mm512_fpclass_ps_mask(v, kDenormal) == 0, 1)) {
+    return (__m256i)_mm512_cvtneps_pbh(v);
+  }
+#endif
   const __m512i u = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
   __m512i r = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
@@ -193,7 +205,64 @@ FASTLORA_INLINE void transpose(Vec r[16]) {
   for (int i = 0; i < 16; i++) r[i] = _mm512_castsi512_ps(t[i]);
 }
 
-#else  // AVX2, or any CPU through the compiler's own vectors
+#else  // AVX2, NEON, or any CPU through the compiler's own vectors
+
+#if defined(FASTLORA_NEON)
+
+using Vec = float32x4_t;
+
+FASTLORA_INLINE Vec zero() { return vdupq_n_f32(0); }
+FASTLORA_INLINE Vec broadcast(float x) { return vdupq_n_f32(x); }
+FASTLORA_INLINE Vec add(Vec a, Vec b) { return vaddq_f32(a, b); }
+FASTLORA_INLINE Vec mul(Vec a, Vec b) { return vmulq_f32(a, b); }
+FASTLORA_INLINE Vec fma(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
+FASTLORA_INLINE float sum(Vec v) { return vaddvq_f32(v); }
+FASTLORA_INLINE Vec keep(Vec v, uint32_t bits) {
+  constexpr uint32_t kBit[kLanes] = {1, 2, 4, 8};
+  const uint32x4_t mask = vtstq_u32(vdupq_n_u32(bits), vld1q_u32(kBit));
+  return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(v), mask));
+}
+
+FASTLORA_INLINE Vec load(const float* p) { return vld1q_f32(p); }
+FASTLORA_INLINE Vec load(const bf16* p) {
+  return vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(vld1_u16(&p->bits)), 16));
+}
+FASTLORA_INLINE Vec load(const f16* p) {
+  return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)));
+}
+FASTLORA_INLINE void store(float* p, Vec v) { vst1q_f32(p, v); }
+FASTLORA_INLINE void store(bf16* p, Vec v) {
+  const uint32x4_t u = vreinterpretq_u32_f32(v);
+  const uint32x4_t odd = vandq_u32(vshrq_n_u32(u, 16), vdupq_n_u32(1));
+  const uint32x4_t r = vaddq_u32(vaddq_u32(u, vdupq_n_u32(0x7fff)), odd);
+  const uint32x4_t number = vceqq_f32(v, v);
+  vst1_u16(&p->bits, vshrn_n_u32(vbslq_u32(number, r, vdupq_n_u32(0x7fc00000)), 16));
+}
+FASTLORA_INLINE void store(f16* p, Vec v) {
+  vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32(v)));
+}
+
+// r[i][j] <-> r[j][i], for 4 x 4 lanes of 32 bits.
+FASTLORA_INLINE void transpose(uint32x4_t r[4]) {
+  const uint32x4_t even01 = vtrn1q_u32(r[0], r[1]), odd01 = vtrn2q_u32(r[0], r[1]);
+  const uint32x4_t even23 = vtrn1q_u32(r[2], r[3]), odd23 = vtrn2q_u32(r[2], r[3]);
+  const auto halves = [](uint32x4_t a, uint32x4_t b, bool second) {
+    const uint64x2_t x = vreinterpretq_u64_u32(a), y = vreinterpretq_u64_u32(b);
+    return vreinterpretq_u32_u64(second ? vtrn2q_u64(x, y) : vtrn1q_u64(x, y));
+  };
+  r[0] = halves(even01, even23, false);
+  r[1] = halves(odd01, odd23, false);
+  r[2] = halves(even01, even23, true);
+  r[3] = halves(odd01, odd23, true);
+}
+FASTLORA_INLINE void transpose(Vec r[4]) {
+  uint32x4_t t[4];
+  for (int i = 0; i < 4; i++) t[i] = vreinterpretq_u32_f32(r[i]);
+  transpose(t);
+  for (int i = 0; i < 4; i++) r[i] = vreinterpretq_f32_u32(t[i]);
+}
+
+#else
 
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
@@ -261,6 +330,36 @@ FASTLORA_INLINE void store(T* p, Vec v) {
 }
 #endif
 
+// r[i][j] <-> r[j][i], for kLanes x kLanes lanes.
+FASTLORA_INLINE void transpose(Vec r[kLanes]) {
+#if defined(__AVX2__)
+  __m256 t[8];
+  for (int i = 0; i < 4; i++) {
+    t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 2; i++) {
+    r[4 * i] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
+    r[4 * i + 1] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xee);
+    r[4 * i + 2] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
+    r[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; i++) {
+    t[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
+    t[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
+  }
+  for (int i = 0; i < 8; i++) r[i] = t[i];
+#else
+  Vec t[kLanes];
+  for (int i = 0; i < kLanes; i++) {
+    for (int j = 0; j < kLanes; j++) t[i][j] = r[j][i];
+  }
+  for (int i = 0; i < kLanes; i++) r[i] = t[i];
+#endif
+}
+
+#endif
+
 // The first n lanes, the others zero; reads nothing past them.
 template <class T>
 FASTLORA_INLINE Vec load(const T* p, int64_t n) {
@@ -288,34 +387,6 @@ FASTLORA_INLINE Vec round_to(Vec v, DType dtype) {
     return load(t);
   }
   return v;
-}
-
-// r[i][j] <-> r[j][i], for kLanes x kLanes lanes.
-FASTLORA_INLINE void transpose(Vec r[kLanes]) {
-#if defined(__AVX2__)
-  __m256 t[8];
-  for (int i = 0; i < 4; i++) {
-    t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
-  }
-  for (int i = 0; i < 2; i++) {
-    r[4 * i] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
-    r[4 * i + 1] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xee);
-    r[4 * i + 2] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
-    r[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
-  }
-  for (int i = 0; i < 4; i++) {
-    t[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
-    t[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
-  }
-  for (int i = 0; i < 8; i++) r[i] = t[i];
-#else
-  Vec t[kLanes];
-  for (int i = 0; i < kLanes; i++) {
-    for (int j = 0; j < kLanes; j++) t[i][j] = r[j][i];
-  }
-  for (int i = 0; i < kLanes; i++) r[i] = t[i];
-#endif
 }
 
 #endif

@@ -3,6 +3,7 @@
 // than a strip ever exists.
 #pragma once
 
+#include "absmax.h"
 #include "decode4.h"
 #include "pack.h"
 
@@ -63,7 +64,7 @@ static void weight_panels(F32, const Dense<T>& w, int64_t n, int64_t rows, int64
 
 // ---- Bf16Pair: two neighbours of the summed dimension a unit -----------------------------------
 
-#if defined(__AVX512BF16__)
+#if defined(FASTLORA_PAIRS)
 
 [[maybe_unused]] static void weight_rows(Bf16Pair compute, const Dense<bf16>& w, int64_t n,
                                          int64_t rows, int64_t k, int64_t count, uint32_t* out,
@@ -76,34 +77,26 @@ static void weight_panels(F32, const Dense<T>& w, int64_t n, int64_t rows, int64
   for (int64_t i = 0; i < rows; i++) {
     uint32_t* row = out + i * ld;
     decode_bf16(w, (n + i) * w.K + k, count, rows * w.K / 2,  // the next strip's row
-                [&](int64_t j, __m512i v)
-                    __attribute__((always_inline)) { _mm512_storeu_si512(row + j / 2, v); });
+                [&](int64_t j, Pairs v)
+                    __attribute__((always_inline)) { store_pairs(row + j / 2, v); });
   }
-}
-
-// 32 columns of rows a and b as pairs (a, b) in two vectors.
-FASTLORA_INLINE void interleave(__m512i a, __m512i b, uint32_t* out) {
-  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
-                                       39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-  _mm512_storeu_si512(out, _mm512_permutex2var_epi16(a, low, b));
-  _mm512_storeu_si512(out + kLanes, _mm512_permutex2var_epi16(a, high, b));
 }
 
 [[maybe_unused]] static void weight_panels(Bf16Pair, const Dense<bf16>& w, int64_t n, int64_t rows,
                                            int64_t k, int64_t count, Panels<uint32_t> out) {
   for (int64_t i = 0; i < rows; i += 2) {
     const bf16* a = w.data + (n + i) * w.K + k;
-    for (int64_t c = 0; c < count; c += kGroup) {
+    for (int64_t c = 0; c < count; c += 2 * kLanes) {
       prefetch(a + c + rows * w.K);  // the next panel's rows
       prefetch(a + c + (rows + 1) * w.K);
-      const __m512i low = load_bf16x32(a + c, count - c);
-      const __m512i high =
-          i + 1 < rows ? load_bf16x32(a + w.K + c, count - c) : _mm512_setzero_si512();
+      const Pairs low = load_pairs(a + c, count - c);
+      const Pairs high = i + 1 < rows ? load_pairs(a + w.K + c, count - c) : zero_pairs();
       interleave(low, high, Panels<uint32_t>::at(out, i / 2, c));
     }
   }
 }
+
+#if defined(__AVX512BF16__)
 
 [[maybe_unused]] static void weight_panels(Bf16Pair, const FourBit& w, int64_t n, int64_t rows,
                                            int64_t k, int64_t count, Panels<uint32_t> out) {
@@ -131,66 +124,63 @@ FASTLORA_INLINE void interleave(__m512i a, __m512i b, uint32_t* out) {
       float low[kGroup] = {}, high[kGroup] = {};
       decode_any(w, a + c, n_values, low);
       if (pair) decode_any(w, b + c, n_values, high);
-      interleave(load_bf16x32(low, kGroup), load_bf16x32(high, kGroup),
+      interleave(load_pairs(low, kGroup), load_pairs(high, kGroup),
                  Panels<uint32_t>::at(out, i / 2, c));
+    }
+  }
+}
+
+#else
+
+// Two rows are decoded as rows, a part of them at a time, and then interleaved.
+[[maybe_unused]] static void weight_panels(Bf16Pair, const FourBit& w, int64_t n, int64_t rows,
+                                           int64_t k, int64_t count, Panels<uint32_t> out) {
+  constexpr int64_t kPart = 256;
+  for (int64_t i = 0; i < rows; i += 2) {
+    for (int64_t c = 0; c < count; c += kPart) {
+      const int64_t begin = (n + i) * w.K + k + c, part = min(kPart, count - c);
+      uint32_t pairs[2][kPart / 2] = {};
+      for (int64_t row = 0; row < min(2, rows - i); row++) {
+        decode_bf16(w, begin + row * w.K, part, rows * w.K / 2,
+                    [&](int64_t j, Pairs v)
+                        __attribute__((always_inline)) { store_pairs(pairs[row] + j / 2, v); });
+      }
+      for (int64_t j = 0; j < part; j += 2 * kLanes) {
+        interleave(load_pairs(pairs[0] + j / 2), load_pairs(pairs[1] + j / 2),
+                   Panels<uint32_t>::at(out, i / 2, c + j));
+      }
     }
   }
 }
 
 #endif
 
-// ---- absmax ------------------------------------------------------------------------------------
-
-constexpr int64_t kNestedBlock = 256;  // absmax of the absmax: bitsandbytes' fixed blocksize
-
-// out[i] = absmax of block begin + i in fp32, for nested statistics: product and sum rounded one after
-// the other.
-static inline void decode_absmax(const Quant4bit& q, int64_t begin, int64_t end, float* out) {
-  const auto one = [&](int64_t b) {
-    const float product = q.nested_code[q.absmax_8bit[b]] * q.nested_absmax[b / kNestedBlock];
-    out[b - begin] = product + *q.nested_offset;
-  };
-  int64_t b = begin;
-#if defined(__AVX512VBMI__)
-  // The code's 256 floats as four planes of bytes: a look-up of 64 bytes takes two permutes a plane.
-  alignas(64) uint8_t planes[4][256];
-  for (int i = 0; i < 256; i += kLanes) {
-    const __m512i bits = _mm512_loadu_si512(q.nested_code + i);
-    for (int p = 0; p < 4; p++) {
-      _mm_store_si128(reinterpret_cast<__m128i*>(planes[p] + i),
-                      _mm512_cvtepi32_epi8(_mm512_srli_epi32(bits, 8 * p)));
-    }
-  }
-  // Unpacking works within 128-bit lanes: this order of the dwords undoes it.
-  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  const Vec offset = broadcast(*q.nested_offset);
-  for (; b < end && b % 64 != 0; b++) one(b);
-  for (; b + 64 <= end; b += 64) {
-    const __m512i index = _mm512_permutexvar_epi32(order, _mm512_loadu_si512(q.absmax_8bit + b));
-    const __mmask64 upper = _mm512_movepi8_mask(index);
-    __m512i plane[4];
-    for (int p = 0; p < 4; p++) {
-      const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(planes[p]), index,
-                                                   _mm512_load_si512(planes[p] + 64));
-      const __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(planes[p] + 128), index,
-                                                    _mm512_load_si512(planes[p] + 192));
-      plane[p] = _mm512_mask_blend_epi8(upper, low, high);
-    }
-    const Vec scale = broadcast(q.nested_absmax[b / kNestedBlock]);
-    const __m512i low01 = _mm512_unpacklo_epi8(plane[0], plane[1]);
-    const __m512i high01 = _mm512_unpackhi_epi8(plane[0], plane[1]);
-    const __m512i low23 = _mm512_unpacklo_epi8(plane[2], plane[3]);
-    const __m512i high23 = _mm512_unpackhi_epi8(plane[2], plane[3]);
-    const __m512i floats[4] = {
-        _mm512_unpacklo_epi16(low01, low23), _mm512_unpackhi_epi16(low01, low23),
-        _mm512_unpacklo_epi16(high01, high23), _mm512_unpackhi_epi16(high01, high23)};
-    for (int i = 0; i < 4; i++) {
-      store(out + (b - begin) + kLanes * i,
-            add(mul(_mm512_castsi512_ps(floats[i]), scale), offset));
-    }
-  }
 #endif
-  for (; b < end; b++) one(b);
+
+// ---- absmax of some rows -------------------------------------------------------------------------
+
+// w with absmax of rows [n, n + rows) in fp32: nested statistics are decoded into `memory`, which has
+// room for absmax_count(w, rows) of them.
+[[maybe_unused]] static FourBit with_absmax(const FourBit& w, int64_t n, int64_t rows,
+                                            float* memory) {
+  if (w.absmax != nullptr) return w;
+  const int64_t begin = (n * w.K) >> w.shift, end = (((n + rows) * w.K - 1) >> w.shift) + 1;
+  decode_absmax(*w.statistics, begin, end, memory);
+  FourBit decoded = w;
+  decoded.absmax = memory - begin;
+  return decoded;
+}
+template <class T>
+FASTLORA_INLINE const Dense<T>& with_absmax(const Dense<T>& w, int64_t, int64_t, float*) {
+  return w;
+}
+
+FASTLORA_INLINE int64_t absmax_count(const FourBit& w, int64_t rows) {
+  return w.absmax ? 0 : ((rows * w.K) >> w.shift) + 2;  // a row may begin and end within a block
+}
+template <class T>
+FASTLORA_INLINE int64_t absmax_count(const Dense<T>&, int64_t) {
+  return 0;
 }
 
 }  // namespace FASTLORA_ISA

@@ -14,10 +14,17 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-from . import native, torch_reference
+from . import native, torch_reference, triton
 
-BACKENDS: dict[str, ModuleType] = {"native": native, "reference": torch_reference}
-DEVICE_ORDER: dict[str, tuple[str, ...]] = {"cpu": ("native", "reference")}
+BACKENDS: dict[str, ModuleType] = {
+    "native": native,
+    "triton": triton,
+    "reference": torch_reference,
+}
+DEVICE_ORDER: dict[str, tuple[str, ...]] = {
+    "cpu": ("native", "reference"),
+    "cuda": ("native", "triton", "reference"),
+}
 _DEFAULT_ORDER = ("reference",)
 _forced: list[str] = []  # of the `use_backend` blocks, the innermost last
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import reference
 from ..quant import QuantState, code_table, quantize_bounds
-from . import native_cuda
+from . import cpu, native_cuda
 from .native_cuda import state_args
 
 NAME = "native"
@@ -24,6 +24,7 @@ try:
     from .. import _C
 
     _build = _C.build_info()
+    cpu.use_tuned(_C)
 except ImportError as error:
     _build = None
     _reason = (

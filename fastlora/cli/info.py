@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..backends.cpu import cpuinfo
 
 # Ours and our peers', in the order in which a report is read.
 _PACKAGES = ("triton", "transformers", "peft", "bitsandbytes", "accelerate", "trl", "numpy")
@@ -101,25 +102,14 @@ def _machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "cpu": platform.processor() or platform.machine(),
     }
-    cpuinfo = _cpuinfo()
-    if cpuinfo:
-        facts["cpu"] = cpuinfo.get("model name", facts["cpu"])
-        present = set((cpuinfo.get("flags") or cpuinfo.get("Features") or "").split())
+    if facts_of_cpu := cpuinfo():
+        facts["cpu"] = facts_of_cpu.get("model name", facts["cpu"])
+        present = set((facts_of_cpu.get("flags") or facts_of_cpu.get("Features") or "").split())
         facts["cpu flags"] = [flag for flag in _CPU_FLAGS if flag in present]
     facts["cpus for this process"] = _cpu_count()
     facts["memory"] = _memory()
     facts["allocator"] = _allocator()
     return facts
-
-
-def _cpuinfo() -> dict[str, str]:
-    """The first processor of /proc/cpuinfo."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return {}
-    pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
-    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def _cpu_count() -> int:

@@ -8,7 +8,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -126,6 +126,8 @@ def run(args: argparse.Namespace) -> int:
         able = []
         for backend in (args.backend,) if args.backend else BACKENDS:
             reason = BACKENDS[backend].unsupported("lora_linear_fwd", device)
+            if backend == "triton" and device == "cpu" and not args.backend:
+                reason = reason or "Its interpreter takes many minutes; --backend triton runs it."
             if reason is None:
                 able.append(backend)
             else:
@@ -174,7 +176,13 @@ def _devices() -> Iterator[str]:
 
 
 def check(
-    backends: Sequence[str], device: str, *, quick: bool = False, console: Console | None = None
+    backends: Sequence[str],
+    device: str,
+    *,
+    quick: bool = False,
+    sizes: Sequence[tuple[int, int, int, int]] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    console: Console | None = None,
 ) -> dict[str, Results]:
     """Runs every op of `backends` on `device` and measures each result against its bound.
 
@@ -182,10 +190,12 @@ def check(
         backends: names of backends that support the device.
         device: "cpu" or "cuda".
         quick: fewer sizes.
+        sizes: (M, N, K, R) instead of the command's own.
+        stop: asked before each case; True leaves the rest out.
         console: shows a bar while it runs, if given and a terminal.
     """
     found: dict[str, Results] = {backend: {} for backend in backends}
-    sizes = _QUICK_SIZES if quick else _SIZES
+    sizes = sizes or (_QUICK_SIZES if quick else _SIZES)
     cases = [
         _Case(base, names, size, dropout, column, device)
         for base, dropout in itertools.product(BASES, (0.0, _DROPOUT))
@@ -204,6 +214,8 @@ def check(
             transient=True,
             disable=console is None or not console.is_terminal,
         ):
+            if stop():
+                break
             for backend, op, result, ratio in case.ratios(backends):
                 row = found[backend].setdefault((op, str(case.base)), {})
                 row.setdefault(case.column, Cell()).add(ratio, f"{op} {case.base} {result}: {case}")
@@ -403,7 +415,9 @@ def _check_4bit(
     import torch
 
     from .. import ops, reference
+    from ..backends import BACKENDS
 
+    quantises = BACKENDS[backend].unsupported("quantize_4bit", device) is None
     columns = ("float32", "bfloat16", "float16")
     for base, name, (_, N, K, _) in itertools.product(BASES[1:], columns, sizes):
         assert base.quant_type is not None
@@ -411,14 +425,18 @@ def _check_4bit(
         generator = torch.Generator().manual_seed(N + K)
         weight = torch.randn(N, K, generator=generator).to(device, dtype)
         settings = (64, base.quant_type, base.nested)
-        packed, state = ops.quantize_4bit(weight, *settings, backend=backend)
         expected, expected_state = reference.quantize_4bit(weight, *settings)
-        same = torch.equal(packed, expected) and torch.equal(state.absmax, expected_state.absmax)
+        equal_by_op = {}
+        if quantises:
+            packed, state = ops.quantize_4bit(weight, *settings, backend=backend)
+            equal_by_op["quantize_4bit"] = torch.equal(packed, expected) and torch.equal(
+                state.absmax, expected_state.absmax
+            )
         decoded = ops.dequantize_4bit(expected, expected_state, dtype, backend=backend)
-        decoded_same = torch.equal(
+        equal_by_op["dequantize_4bit"] = torch.equal(
             decoded, reference.dequantize_4bit(expected, expected_state, dtype)
         )
-        for op, equal in (("quantize_4bit", same), ("dequantize_4bit", decoded_same)):
+        for op, equal in equal_by_op.items():
             column = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[name]
             results.setdefault((op, str(base)), {}).setdefault(column, Cell()).add(
                 0.0 if equal else math.inf, f"{op} {base}: {name}, N={N} K={K}"

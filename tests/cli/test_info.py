@@ -35,6 +35,7 @@ def test_text_is_bullets(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_missing_library_is_explained(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(native, "_build", None)
     monkeypatch.setattr(native, "_reason", "not built; `make build` builds it.")
     facts = report(capsys)["fastlora"]

@@ -15,6 +15,7 @@ struct Context {
 template <class T>
 void dequantize(const Dequantize4bit& p, int64_t begin, int64_t end) {
   const Quant4bit& q = p.quant;
+  const Statistics statistics = statistics_of(q);
   const int shift = log2_of(q.blocksize);
   T* out = static_cast<T*>(p.out);
   while (begin < end) {
@@ -23,12 +24,12 @@ void dequantize(const Dequantize4bit& p, int64_t begin, int64_t end) {
     float absmax[kStep / kGroup + 1];
     const int64_t first = begin >> shift, last = ((stop - 1) >> shift) + 1;
     if (q.absmax == nullptr) {
-      decode_absmax(q, first, last, absmax);
+      decode_absmax(statistics, first, last, absmax);
     } else {
       for (int64_t b = first; b < last; b++) absmax[b - first] = q.absmax[b];
     }
     // The table is not rounded: the store rounds, and to the same value.
-    const FourBit w{q.packed, q.code, absmax - first, 0, shift, DType::f32};
+    const FourBit w{q.packed, q.code, absmax - first, 0, shift, DType::f32, nullptr};
 #if defined(__AVX512VBMI__)
     if constexpr (sizeof(T) == 2) {
       const auto table = [&](float scale) __attribute__((always_inline)) {

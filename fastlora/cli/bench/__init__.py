@@ -18,7 +18,7 @@ _QUICK_PROVIDERS = ("frozen", "peft", "fastlora")
 # These have a mode of their own.
 _DEQUANTIZERS = ("bitsandbytes", "fastlora-fresh", "fastlora-out", "write")
 # Left out of `all`: one takes seconds to compile for each size, the other seconds to run.
-_SLOW_PROVIDERS = ("compile", "reference")
+_SLOW_PROVIDERS = ("compile", "reference", "fastlora-triton")
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:

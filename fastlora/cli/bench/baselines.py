@@ -166,7 +166,7 @@ def bitsandbytes_dequantize(setup: Setup, index: int) -> Built:
 
 def read(setup: Setup, index: int) -> Built:
     """Reads as many bytes as the weight has, and nothing else: the memory's limit."""
-    buffer = torch.ones(setup.layer.weight_bytes // 4)
+    buffer = torch.ones(setup.layer.weight_bytes // 4, device=setup.device)
     return Built(lambda x: buffer.sum(), (), no_modes)
 
 

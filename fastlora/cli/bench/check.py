@@ -76,15 +76,16 @@ def _keep(provider: Provider, case: Case, p: float, setup: Setup) -> Tensor:
     shape = (case.M, setup.layer.K)
     if provider.dropout == "torch":
         torch.manual_seed(_SEED)
-        return dropout(torch.ones(shape, dtype=getattr(torch, DTYPES[name])), p)
-    return _fastlora_keep(*shape, p)
+        ones = torch.ones(shape, dtype=getattr(torch, DTYPES[name]), device=setup.device)
+        return dropout(ones, p)
+    return _fastlora_keep(*shape, p, setup.device)
 
 
 @lru_cache(maxsize=1)
-def _fastlora_keep(M: int, K: int, p: float) -> Tensor:
+def _fastlora_keep(M: int, K: int, p: float, device: str) -> Tensor:
     torch.manual_seed(_SEED)
-    seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64)
-    return dropout_mask(M, K, p, seed) * dropout_threshold(p)[1]
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    return dropout_mask(M, K, p, seed, device) * dropout_threshold(p)[1]
 
 
 def _sequence(

@@ -47,10 +47,12 @@ class Setup:
     Args:
         layer: what is drawn.
         copies: of the weight; when None, so many that they don't fit into a cache.
+        device: where the tensors lie; their values don't depend on it.
     """
 
     layer: Layer
     copies: int | None = None
+    device: str = "cpu"
     weights: list[tuple[Tensor, QuantState | None]] = field(init=False)
     lora_A: Tensor = field(init=False)
     lora_B: Tensor = field(init=False)
@@ -74,7 +76,7 @@ class Setup:
         self._tokens: dict[int, tuple[Tensor, Tensor]] = {}
 
     def _normal(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self._generator)
+        return torch.randn(*shape, generator=self._generator).to(self.device)
 
     def tokens(self, M: int) -> tuple[Tensor, Tensor]:
         """x [M, K] and dy [M, N]."""
@@ -101,7 +103,7 @@ class Setup:
     @cached_property
     def output(self) -> Tensor:
         """Memory for a dense weight that calls share."""
-        return torch.zeros(self.layer.N, self.layer.K, dtype=self.dtype)
+        return torch.zeros(self.layer.N, self.layer.K, dtype=self.dtype, device=self.device)
 
     @cached_property
     def exact_weight(self) -> Tensor:

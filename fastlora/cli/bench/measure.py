@@ -61,11 +61,15 @@ class Bench:
     Args:
         providers: names in PROVIDERS.
         budget: how long to measure.
+        device: "cpu" or "cuda".
     """
 
-    def __init__(self, providers: Sequence[str], budget: Budget) -> None:
+    def __init__(self, providers: Sequence[str], budget: Budget, device: str = "cpu") -> None:
         self.providers = [PROVIDERS[name] for name in providers]
         self.budget = budget
+        self.device = device
+        # What the last case timed, by provider.
+        self.timed: dict[str, Calls] = {}
         self._setup: Setup | None = None
         self._built: dict[str, list[Built]] = {}
 
@@ -78,8 +82,8 @@ class Bench:
         """
         prepared = self.calls(case)
         refused = {name: what for name, what in prepared.items() if isinstance(what, Refused)}
-        timed = {name: what for name, what in prepared.items() if not isinstance(what, Refused)}
-        return refused | interleave(timed, self.budget, tick)
+        self.timed = {n: what for n, what in prepared.items() if not isinstance(what, Refused)}
+        return refused | interleave(self.timed, self.budget, tick, wait=waits_for(self.device))
 
     def calls(self, case: Case) -> dict[str, Calls | Refused]:
         """By provider: what to time, one call for each copy of the weight. Checked."""
@@ -87,7 +91,7 @@ class Bench:
             self._built.clear()
             self._setup = None
             gc.collect()
-            self._setup = Setup(case.layer)
+            self._setup = Setup(case.layer, device=self.device)
         return {
             provider.name: self._prepare(provider, self._setup, case)
             for provider in self.providers
@@ -105,6 +109,11 @@ class Bench:
             return Refused(reason, wrong=True)
         used = built if case.M <= ROTATE_UP_TO else built[:1]
         return [_call(layer, setup, case) for layer in used]
+
+
+def waits_for(device: str) -> Callable[[], None]:
+    """A call that returns when `device` has done what it was given."""
+    return torch.cuda.synchronize if device == "cuda" else lambda: None
 
 
 def _call(built: Built, setup: Setup, case: Case) -> Callable[[], object]:
@@ -137,6 +146,7 @@ def interleave(
     budget: Budget,
     tick: Callable[[], None] = lambda: None,
     switch: Callable[[str], None] = lambda name: None,
+    wait: Callable[[], None] = lambda: None,
 ) -> dict[str, Timing]:
     """Times all of `timed` in rounds; each round runs each once, in a rotated order.
 
@@ -145,6 +155,7 @@ def interleave(
         budget: how long to measure.
         tick: called after every sample.
         switch: called with the name before each sample, and not timed.
+        wait: returns when the device has done what it was given; ends each sample.
     """
     enabled = gc.isenabled()
     gc.collect()
@@ -154,7 +165,7 @@ def interleave(
         calls: dict[str, int] = {}
         for name in timed:
             switch(name)
-            calls[name] = _calls(turns[name], len(timed[name]), budget)
+            calls[name] = _calls(turns[name], len(timed[name]), budget, wait)
         seconds: dict[str, list[float]] = {name: [] for name in timed}
         names = list(timed)
         for number in range(budget.rounds):
@@ -162,7 +173,7 @@ def interleave(
             order = names[shift:] + names[:shift]
             for name in order if number % 2 == 0 else order[::-1]:
                 switch(name)
-                seconds[name].append(_sample(turns[name], calls[name]))
+                seconds[name].append(_sample(turns[name], calls[name], wait))
                 tick()
     finally:
         if enabled:
@@ -170,22 +181,25 @@ def interleave(
     return {name: Timing(seconds[name], calls[name]) for name in timed}
 
 
-def _calls(turn: Iterator[Callable[[], object]], copies: int, budget: Budget) -> int:
+def _calls(
+    turn: Iterator[Callable[[], object]], copies: int, budget: Budget, wait: Callable[[], None]
+) -> int:
     """Calls of a sample, after every copy was called once (the first call may prepare things)."""
     for _ in range(copies):
         next(turn)()
+    wait()
     calls = 1
-    while (elapsed := calls * _once(turn, calls)) < 0.25 * budget.sample_seconds:
+    while (elapsed := calls * _once(turn, calls, wait)) < 0.25 * budget.sample_seconds:
         calls *= 4
     return max(1, round(calls * budget.sample_seconds / elapsed + 0.5))
 
 
-def _sample(turn: Iterator[Callable[[], object]], calls: int) -> float:
+def _sample(turn: Iterator[Callable[[], object]], calls: int, wait: Callable[[], None]) -> float:
     """Seconds a call; of a few tries, the one that was interrupted least."""
     tries: list[tuple[int, float]] = []
     for _ in range(_RETRIES + 1):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
-        seconds = _once(turn, calls)
+        seconds = _once(turn, calls, wait)
         interrupted = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - before
         if not interrupted or seconds * calls > _TOO_LONG_TO_RETRY:
             return seconds
@@ -193,8 +207,9 @@ def _sample(turn: Iterator[Callable[[], object]], calls: int) -> float:
     return min(tries)[1]
 
 
-def _once(turn: Iterator[Callable[[], object]], calls: int) -> float:
+def _once(turn: Iterator[Callable[[], object]], calls: int, wait: Callable[[], None]) -> float:
     start = time.perf_counter_ns()
     for _ in range(calls):
         next(turn)()
+    wait()
     return (time.perf_counter_ns() - start) * 1e-9 / calls

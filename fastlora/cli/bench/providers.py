@@ -120,7 +120,10 @@ def _fastlora_peft(setup: Setup, index: int) -> Built:
 def _fastlora_frozen(setup: Setup, index: int) -> Built:
     layer = setup.layer
     dtype = getattr(torch, DTYPES[layer.adapter_dtype])
-    empty = (torch.empty(0, layer.K, dtype=dtype), torch.empty(layer.N, 0, dtype=dtype))
+    empty = (
+        torch.empty(0, layer.K, dtype=dtype, device=setup.device),
+        torch.empty(layer.N, 0, dtype=dtype, device=setup.device),
+    )
     return _fastlora_call(setup, *setup.weights[index], empty)
 
 
@@ -170,6 +173,14 @@ def _native(case: Case) -> str | None:
         "cpu",
         dtype=getattr(torch, DTYPES[layer.dtype]),
         adapter_dtype=getattr(torch, DTYPES[layer.adapter_dtype]),
+    )
+
+
+def _triton(case: Case) -> str | None:
+    # On a GPU, else in the interpreter where that was asked for.
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return BACKENDS["triton"].unsupported(
+        "lora_linear_fwd", device, dtype=getattr(torch, DTYPES[case.layer.dtype])
     )
 
 
@@ -266,6 +277,7 @@ _ALL = (
         _fastlora_dense,
         unsupported=_native_4bit,
     ),
+    Provider("fastlora-triton", "fastlora, Triton", _fastlora("triton"), unsupported=_triton),
     Provider("reference", "fastlora's reference", _fastlora("reference")),
     Provider("read", "reading the weight", baselines.read, adapter=None, modes=("inference",)),
     Provider(

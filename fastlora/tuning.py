@@ -1,0 +1,97 @@
+"""The cache of what `fastlora tune` measured: the best choice for an op, a shape and a device.
+
+One JSON file a device in `$FASTLORA_CACHE`, else `~/.cache/fastlora`:
+
+    {"device": "...", "fastlora": "0.1.0", "choices": {"<op> | <shape>": {"tile": 64, ...}}}
+
+A choice is a flat dictionary whose meaning belongs to the backend that stores it. Nothing here
+measures, and nothing is ever stored but by a call of `store`.
+
+    device = device_key("NVIDIA H100", "driver 580.65", "triton 3.9.0")
+    store(device, "lora_linear_fwd", "bf16 M4096 N4096 K4096 R16", {"way": "fused", "BM": 128})
+    lookup(device, "lora_linear_fwd", "bf16 M4096 N4096 K4096 R16")
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from . import __version__
+
+Choice = Mapping[str, int | float | str]
+_Choices = dict[str, dict[str, int | float | str]]
+
+
+def device_key(*facts: str) -> str:
+    """All that a measured time depends on, in one line: device, driver, compiler; and fastlora."""
+    return ", ".join((*facts, f"fastlora {__version__}"))
+
+
+def size_class(size: int) -> int:
+    """The power of two that is not below `size`: tokens of one class share a choice."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+def cache_file(device: str) -> Path:
+    """Where the choices of `device` are kept."""
+    default = Path.home() / ".cache" / "fastlora"
+    folder = Path(os.environ.get("FASTLORA_CACHE") or default)
+    name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")[:60]
+    return folder / f"{name}-{hashlib.sha256(device.encode()).hexdigest()[:12]}.json"
+
+
+def lookup(device: str, op: str, shape: str) -> Choice | None:
+    """What was stored for this device, op and shape, or None.
+
+    A file that can't be read counts as empty. It is read once in a process, and after a `store`.
+
+    Args:
+        device: from `device_key`.
+        op: the op's name.
+        shape: dtypes and sizes, as the backend writes them.
+    """
+    return _choices_of(device, os.environ.get("FASTLORA_CACHE", "")).get(f"{op} | {shape}")
+
+
+def store(device: str, op: str, shape: str, choice: Choice) -> Path:
+    """Keeps `choice`, in place of an older one; returns the file.
+
+    Processes that store at the same time wait for each other, and a reader finds the old file or
+    the new one, never a part.
+    """
+    path = cache_file(device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        choices = _read(path, device) | {f"{op} | {shape}": dict(choice)}
+        content = {"device": device, "fastlora": __version__, "choices": choices}
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, prefix=path.stem, suffix=".tmp", delete=False
+        ) as file:
+            json.dump(content, file, indent=1, sort_keys=True)
+        os.replace(file.name, path)
+        _choices_of.cache_clear()
+    return path
+
+
+@functools.lru_cache(maxsize=64)
+def _choices_of(device: str, folder: str) -> _Choices:
+    """Every op asks: the file is looked for once for each value of FASTLORA_CACHE."""
+    return _read(cache_file(device), device)
+
+
+def _read(path: Path, device: str) -> _Choices:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    # The name has but a part of the device's hash.
+    return content["choices"] if content.get("device") == device else {}

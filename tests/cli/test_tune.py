@@ -1,0 +1,120 @@
+"""`fastlora tune` in Triton's interpreter: what it keeps is used, and what loses is not kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastlora import tuning
+from fastlora.backends import triton
+
+pytestmark = pytest.mark.skipif(
+    triton.unsupported("lora_linear_fwd", "cpu") is not None,
+    reason=str(triton.unsupported("lora_linear_fwd", "cpu")),
+)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path))
+
+
+def problem(op: str):  # type: ignore[no-untyped-def]
+    from fastlora.backends.triton.tuner import Problem
+
+    return Problem(op, (20, 48, 64, 4))
+
+
+@pytest.mark.parametrize("slow", ["addmm", "ours"])
+@pytest.mark.parametrize("op", ["lora_linear_fwd", "qlora_linear_bwd"])
+def test_the_fastest_is_kept_and_no_loser(
+    op: str, slow: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Times are given, so that the choice is what is tested."""
+    from fastlora.backends.triton.launch import Launcher, launcher, tile_of
+    from fastlora.backends.triton.tiles import candidates
+    from fastlora.cli import tune
+    from fastlora.cli.bench import measure
+
+    def given(timed, budget, **how):  # type: ignore[no-untyped-def]
+        for calls in timed.values():
+            calls[0]()
+        times = {name: 2.0 + index for index, name in enumerate(timed)}
+        times[list(timed)[2]] = 1.0
+        times["addmm"] = 9.0 if slow == "addmm" else 0.5
+        return {name: measure.Timing([value], 1) for name, value in times.items()}
+
+    monkeypatch.setattr(measure, "interleave", given)
+    # Two tiles are enough to have a choice.
+    some = candidates("base_product", "interpreter", torch.bfloat16, 20, 4)[:2]
+    monkeypatch.setattr("fastlora.backends.triton.tuner.candidates", lambda *args: some)
+    outcome = tune.tune(problem(op), "cpu", 1, 0.0)
+    gpu = launcher(torch.empty(1))
+    kept = gpu.choice(op, torch.bfloat16, (20, 48, 64, 4))
+    assert not outcome.wrong and not outcome.left_out
+    assert len(outcome.cells()) == 6
+    if slow == "ours":
+        assert outcome.kept is None and kept is None
+        return
+    assert kept is not None and tile_of(kept) == some[1]
+    # The same class of tokens and of ranks finds it, and the op then runs with it.
+    assert gpu.choice(op, torch.bfloat16, (30, 48, 64, 3)) == kept
+    assert gpu.choice(op, torch.bfloat16, (33, 48, 64, 3)) is None
+    sizes = (20, 48, 64, 4)
+    taken = gpu.dense_tile if op.startswith("lora") else Launcher.four_bit_tiles.__get__(gpu)
+    found = taken(op, torch.bfloat16, sizes)
+    assert some[1] in (found if isinstance(found, tuple) else (found,))
+
+
+def test_a_wrong_candidate_is_neither_timed_nor_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastlora.backends.triton import tuner
+    from fastlora.cli import tune
+
+    trial = tuner.Trial(problem("lora_linear_fwd"), torch.device("cpu"))
+    choices = {tune._name(choice): choice for choice in trial.choices()[:3]}
+    ready, left_out, wrong = tune._checked(trial, choices)
+    assert ready == list(choices) and not left_out and not wrong
+    run = tuner.Trial.call
+    spoilt = list(choices.values())[1]
+
+    def call(self, choice):  # type: ignore[no-untyped-def]
+        if choice == spoilt:
+            return lambda: (run(self, choice)()[0] * 1.05,)
+        if choice["way"] == "vendor":
+            raise RuntimeError("out of resource: shared memory")
+        return run(self, choice)
+
+    monkeypatch.setattr(tuner.Trial, "call", call)
+    ready, left_out, wrong = tune._checked(trial, choices)
+    assert ready == list(choices)[2:]
+    assert "shared memory" in left_out[0] and "y is wrong" in wrong[0]
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from fastlora.cli import main
+
+    sizes = ["--shape", "48,64", "--tokens", "5", "--rank", "2", "--quant", "none"]
+    assert main(["tune", *sizes, "--rounds", "1", "--sample-ms", "0.1"]) == 0
+    out = capsys.readouterr().out
+    assert "addmm" in out and "M=5" in out
+
+
+def test_layers_of_a_model(tmp_path: Path) -> None:
+    from fastlora.cli.errors import CliError
+    from fastlora.cli.tune import _shapes_of
+
+    folder = Path(__file__).parents[2] / "benchmarks" / "models" / "llama-1b"
+    assert set(_shapes_of(str(folder))) == {(2048, 2048), (512, 2048), (8192, 2048), (2048, 8192)}
+    with pytest.raises(CliError, match=r"config\.json"):
+        _shapes_of(str(tmp_path))
+
+
+def test_nothing_is_tuned_without_the_command() -> None:
+    """Running an op neither measures nor stores."""
+    from fastlora import ops
+
+    x, A, B = torch.randn(20, 64), torch.randn(4, 64), torch.randn(48, 4)
+    ops.lora_linear_fwd(x, torch.randn(48, 64), None, A, B, 1.0, backend="triton")
+    assert not list(tuning.cache_file("any").parent.iterdir())

@@ -1,0 +1,245 @@
+"""Calls of the CPU kernels as bytes for `tests/csrc/kernel_runner.cpp`, and what must come back.
+
+The reference says what is right and `fastlora.tolerance` how far off a result may be; the program
+only runs kernels. So it needs no torch, and can be compiled for a processor that has none.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastlora import reference
+from fastlora.quant import QuantState, quantize_bounds
+from tests.cases import (
+    BASES,
+    CASES,
+    DTYPES,
+    Base,
+    Case,
+    Inputs,
+    exact_results,
+    make_inputs,
+    plain_results,
+)
+from tests.tolerance import assert_close_to_exact
+
+# Positions in the runner's list of kernels, and of dtypes in csrc/common/params.h.
+KERNELS = ("lora_linear_fwd", "lora_linear_bwd", "quantize_4bit", "dequantize_4bit")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass
+class Record:
+    """The bytes of one call, in the order in which the runner reads them."""
+
+    data: bytearray = field(default_factory=bytearray)
+
+    def integers(self, *values: int) -> None:
+        self.data += struct.pack(f"={len(values)}q", *values)
+
+    def real(self, value: float) -> None:
+        self.data += struct.pack("=d", value)
+
+    def array(self, tensor: Tensor | None) -> None:
+        """A flat tensor, or null."""
+        flat = b""
+        if tensor is not None:
+            flat = tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes()
+        self.integers(len(flat))
+        self.data += flat
+
+    def rows(self, matrix: Tensor) -> None:
+        """A matrix whose rows may lie apart, from its first element to its last, and its stride."""
+        M, K = matrix.shape
+        stride = matrix.stride(0) if M > 1 else K
+        self.array(matrix.as_strided(((M - 1) * stride + K if M else 0,), (1,)))
+        self.integers(stride)
+
+    def quant(self, packed: Tensor | None, state: QuantState | None) -> None:
+        self.array(packed)
+        self.array(None if state is None else state.code)
+        self.integers(64 if state is None else state.blocksize)
+        inner = None if state is None else state.state2
+        self.array(None if state is None or inner is not None else state.absmax)
+        self.array(None if state is None or inner is None else state.absmax)
+        self.array(None if inner is None else inner.code)
+        self.array(None if inner is None else inner.absmax)
+        self.array(None if state is None else state.offset)
+
+    def weight(self, N: int, K: int, inputs: Inputs) -> None:
+        self.integers(N, K)
+        state = inputs.quant_state
+        self.array(inputs.weight if state is None else None)
+        self.quant(None if state is None else inputs.weight, state)
+        self.integers(FLOATS.index(inputs.compute_dtype or inputs.x.dtype))
+
+    def dropout(self, p: float, seed: Tensor) -> None:
+        threshold, scale = reference.dropout_threshold(p)
+        self.integers(threshold)
+        self.real(scale)
+        self.integers(int(seed))
+
+
+@dataclass
+class Call:
+    """One call; `check` raises AssertionError for results that are not right."""
+
+    name: str
+    record: Record
+    outputs: tuple[torch.dtype, ...]
+    check: Callable[[list[Tensor]], None]
+
+
+def forward(case: Case, inputs: Inputs) -> Record:
+    record = Record()
+    record.integers(KERNELS.index("lora_linear_fwd"), case.M, inputs.lora_A.shape[0])
+    record.weight(case.N, case.K, inputs)
+    record.integers(FLOATS.index(inputs.x.dtype), FLOATS.index(inputs.lora_A.dtype))
+    record.rows(inputs.x)
+    for tensor in (inputs.bias, inputs.lora_A, inputs.lora_B):
+        record.array(tensor)
+    record.real(inputs.scaling)
+    record.dropout(case.dropout_p, inputs.seed)
+    record.integers(1, 1)
+    return record
+
+
+def backward(case: Case, inputs: Inputs, S: Tensor, needs: tuple[bool, bool, bool, bool]) -> Record:
+    record = Record()
+    record.integers(KERNELS.index("lora_linear_bwd"), case.M, inputs.lora_A.shape[0])
+    record.weight(case.N, case.K, inputs)
+    record.integers(FLOATS.index(inputs.x.dtype), FLOATS.index(inputs.lora_A.dtype))
+    record.rows(inputs.dy)
+    record.rows(inputs.x)
+    for tensor in (inputs.lora_A, inputs.lora_B, S):
+        record.array(tensor)
+    record.real(inputs.scaling)
+    record.dropout(case.dropout_p, inputs.seed)
+    record.integers(*needs)
+    return record
+
+
+def layer_calls(case: Case, base: Base, dtypes: str) -> Iterator[Call]:
+    """Forward and backward of a layer, held to the error policy."""
+    inputs = make_inputs(case, base, DTYPES[dtypes])
+    exact, plain = exact_results(case, inputs), plain_results(case, inputs)
+    x_dtype, adapter_dtype = inputs.x.dtype, inputs.lora_A.dtype
+    x, A = inputs.x.double(), inputs.lora_A.double()
+    kept = reference.dropout_mask(case.M, case.K, case.dropout_p, inputs.seed)
+    S = (x * kept * reference.dropout_threshold(case.dropout_p)[1]) @ A.T
+    plain_S = (inputs.x.float() * kept * reference.dropout_threshold(case.dropout_p)[1]) @ (
+        inputs.lora_A.float().T
+    )
+
+    def check_forward(outputs: list[Tensor]) -> None:
+        y, got_S = outputs
+        assert_close_to_exact(y.view_as(exact.y), exact.y, plain.y, what="y")
+        assert_close_to_exact(got_S.view_as(S), S, plain_S, what="S")
+
+    def check_backward(outputs: list[Tensor]) -> None:
+        for name, out in zip(("dx", "dA", "dB", "dbias"), outputs, strict=True):
+            want, base_result = getattr(exact, name), getattr(plain, name)
+            out = out.view(want.shape).to(adapter_dtype if name in ("dA", "dB") else out.dtype)
+            if base_result is None:
+                base_result = want.to(out.dtype)
+            assert_close_to_exact(out, want, base_result, what=name)
+
+    name = f"{case}, {base}, {dtypes}"
+    f32 = torch.float32
+    yield Call(f"forward: {name}", forward(case, inputs), (x_dtype, f32), check_forward)
+    record = backward(case, inputs, S.float(), (True, True, True, True))
+    yield Call(f"backward: {name}", record, (x_dtype, f32, f32, f32), check_backward)
+
+
+def mask_call(M: int, p: float) -> Call:
+    """With A = B = identity and W = 0, y is drop(x): its zeros are the mask's, bit by bit."""
+    K = 300
+    eye, seed = torch.eye(K), torch.tensor([-12345])
+    inputs = Inputs(torch.ones(M, K), torch.zeros(K, K), None, None, eye, eye, eye, seed, 1.0, None)
+    mask = reference.dropout_mask(M, K, p, seed)
+
+    def check(outputs: list[Tensor]) -> None:
+        assert torch.equal(outputs[0].view(M, K) != 0, mask)
+
+    case = Case("", M, K, K, K, dropout_p=p)
+    return Call(f"mask: {M} rows, p = {p}", forward(case, inputs), (torch.float32,) * 2, check)
+
+
+def quant_calls(
+    shape: tuple[int, ...], base: Base, dtype: torch.dtype, out_dtype: torch.dtype
+) -> Iterator[Call]:
+    """Quantise and dequantise, bit by bit."""
+    weight = torch.randn(shape).to(dtype)
+    weight.view(-1)[:: max(1, weight.numel() // 5)] *= 1e-30  # some tiny, some denormal
+    assert base.quant_type is not None
+    plain_packed, plain_state = reference.quantize_4bit(weight, base.blocksize, base.quant_type)
+    packed, state = reference.quantize_4bit(weight, base.blocksize, base.quant_type, base.nested)
+    decoded = reference.dequantize_4bit(packed, state, out_dtype)
+
+    def check_quantize(outputs: list[Tensor]) -> None:
+        assert torch.equal(outputs[0], plain_packed.view(-1))
+        assert torch.equal(outputs[1], plain_state.absmax)
+
+    def check_dequantize(outputs: list[Tensor]) -> None:
+        assert torch.equal(outputs[0], decoded.view(-1))
+
+    record = Record()
+    record.integers(KERNELS.index("quantize_4bit"))
+    record.integers(weight.numel(), base.blocksize, FLOATS.index(dtype))
+    record.array(weight)
+    bounds, order = quantize_bounds(state.code)
+    record.array(bounds)
+    record.array(order.to(torch.uint8))
+    record.integers(1, 1)
+    name = f"{shape}, {base}, {dtype} to {out_dtype}"
+    yield Call(f"quantize: {name}", record, (torch.uint8, torch.float32), check_quantize)
+
+    record = Record()
+    record.integers(KERNELS.index("dequantize_4bit"), weight.numel())
+    record.quant(packed, state)
+    record.integers(FLOATS.index(out_dtype), 1)
+    yield Call(f"dequantize: {name}", record, (out_dtype,), check_dequantize)
+
+
+def make_calls() -> list[Call]:
+    """Every case with every base, and every dtype with every base at least twice."""
+    calls: list[Call] = []
+    names = list(DTYPES)
+    for i, case in enumerate(CASES):
+        for j, base in enumerate(BASES):
+            dtypes = names[(i + j) % len(names)]
+            if base.quant_type is None and DTYPES[dtypes][2] is not None:
+                dtypes = names[i % 5]  # a dense weight has no compute dtype of its own
+            calls += layer_calls(case, base, dtypes)
+    calls += [mask_call(M, p) for M, p in ((5, 0.05), (37, 0.5), (37, 0.999))]
+    shapes = ((7, 33), (64, 128), (1, 1), (130, 577), (3, 1, 5))
+    for i, shape in enumerate(shapes):
+        for j, base in enumerate(BASES[1:]):
+            calls += quant_calls(shape, base, FLOATS[(i + j) % 3], FLOATS[j % 3])
+            calls += quant_calls(shape, base, FLOATS[i % 3], FLOATS[(i + j) % 3])
+    return calls
+
+
+def read_results(path: Path, calls: list[Call]) -> Iterator[tuple[Call, list[Tensor]]]:
+    """Each call with the arrays that the runner has written for it."""
+    data = np.fromfile(path, dtype=np.uint8)
+    position = 0
+    for call in calls:
+        outputs = []
+        for dtype in call.outputs:
+            (size,) = struct.unpack_from("=q", data, position)
+            position += 8
+            part = data[position : position + size].copy()
+            outputs.append(
+                torch.from_numpy(part).view(dtype) if size else torch.empty(0, dtype=dtype)
+            )
+            position += size
+        yield call, outputs
+    assert position == len(data), "the runner has written more than was asked for"

@@ -1,0 +1,358 @@
+"""The Triton kernels in Triton's interpreter, against the definition.
+
+`tests/conftest.py` switches the interpreter on where there is no GPU. What it can't check: layouts,
+races, bounds, and what the compiler makes of a kernel; `tests/test_triton_compiled.py` compiles.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from fastlora import backends, lora_linear, ops, reference
+from fastlora.backends import native, triton
+from tests import every_op, test_backends
+from tests.cases import BASES, CASES, DTYPES, Base, Case, make_inputs
+
+# Run again here, with this module's `backend`.
+from tests.test_backends import (  # noqa: F401
+    test_a_weight_without_elements,
+    test_code_table_comes_from_the_state,
+    test_computes_only_what_is_needed,
+    test_dequantize_writes_into_out,
+    test_dropout_mask_is_the_references,
+    test_no_adapter_is_the_frozen_layer,
+)
+
+pytestmark = pytest.mark.skipif(
+    triton.unsupported("lora_linear_fwd", "cpu") is not None,
+    reason=str(triton.unsupported("lora_linear_fwd", "cpu")),
+)
+
+COMBINATIONS = [
+    (base, dtypes)
+    for base in BASES
+    for dtypes in DTYPES
+    if base.quant_type is not None or DTYPES[dtypes][2] is None
+]
+
+
+def chosen(index: int, count: int = 3) -> list[tuple[Base, str]]:
+    """Some combinations of base and dtypes for a case; the cases together take each of them."""
+    return [
+        COMBINATIONS[(index * count + j) * 7 % len(COMBINATIONS)] for j in range(count)
+    ]  # 7 has no factor in common with their number
+
+
+@pytest.fixture
+def backend() -> str:
+    return "triton"
+
+
+@pytest.mark.parametrize(
+    ("case", "base", "dtypes"),
+    [(case, *pair) for index, case in enumerate(CASES) for pair in chosen(index)],
+    ids=str,
+)
+def test_against_definition(case: Case, base: Base, dtypes: str, backend: str) -> None:
+    test_backends.test_against_definition(case, base, dtypes, backend)
+
+
+def test_every_combination_is_chosen() -> None:
+    taken = {pair for index in range(len(CASES)) for pair in chosen(index)}
+    assert taken == set(COMBINATIONS)
+
+
+@pytest.mark.parametrize("dtypes", every_op.DTYPES, ids=str)
+@pytest.mark.parametrize("quantized", [False, True])
+def test_gradients_through_the_layer(dtypes: tuple, quantized: bool, backend: str) -> None:
+    every_op.check_layer(every_op.SIZES[1], dtypes, quantized, backend)
+
+
+def test_masks_are_the_native_ones(backend: str) -> None:
+    """S of an identity is drop(x): equal to the C++ kernels' in every bit."""
+    if reason := native.unavailable_reason():
+        pytest.skip(reason)
+    x, eye, seed = torch.randn(19, 300), torch.eye(300), torch.tensor([2**62 + 5])
+    call = (x, torch.zeros(4, 300), None, eye, torch.ones(4, 300), 1.0, 0.25, seed)
+    _, ours = ops.lora_linear_fwd(*call, backend=backend)
+    _, theirs = ops.lora_linear_fwd(*call, backend="native")
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_one_launch_shrinks_for_several_adapters(p: float) -> None:
+    """q, k and v: x is given once, and each adapter has the mask of its own seed."""
+    from fastlora.backends.triton.aot import Recorder
+    from fastlora.backends.triton.kernels.shrink import shrink
+    from fastlora.backends.triton.launch import launcher
+
+    x, A = torch.randn(45, 200), torch.randn(3, 5, 200)
+    seeds = torch.tensor([11, -7, 2**40])
+    S = shrink(launcher(x), x, A, p, seeds if p else None)
+    for one, lora_A, seed in zip(S, A, seeds, strict=True):
+        lora = (None, lora_A, torch.ones(5, 5), 1.0, p, seed)
+        plain = reference.lora_linear_fwd(x, A[0], *lora)[1]
+        wide = (x.double(), A[0].double(), None, lora_A.double(), torch.ones(5, 5).double())
+        exact = reference.lora_linear_fwd(*wide, 1.0, p, seed)[1]
+        test_backends.assert_close_to_exact(one, exact, plain, what="S")
+    recorder = Recorder("sm_90", 132)
+    many = torch.empty(8192, 200, device="meta")
+    shrink(recorder, many, A.to("meta"), p, seeds.to("meta") if p else None)
+    assert len(recorder.launches) == 1
+
+
+def test_same_call_same_bits(backend: str) -> None:
+    case = Case("", M=70, N=80, K=300, R=16, dropout_p=0.1)
+    inputs = make_inputs(case, Base("nf4", 32, nested=True), DTYPES["bf16, fp32 adapter"])
+    first = test_backends.run(case, inputs, backend)
+    for name, tensor in test_backends.run(case, inputs, backend).items():
+        assert torch.equal(tensor, getattr(first, name)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("blocksize", "quant_type", "nested"),
+    [(64, "nf4", True), (32, "fp4", False), (256, "nf4", False), (4096, "fp4", True)],
+)
+def test_dequantize_is_bit_exact(
+    blocksize: int, quant_type: str, nested: bool, dtype: torch.dtype, backend: str
+) -> None:
+    for shape in ((7, 33), (64, 128), (1, 1), (9, 577), (3, 1, 5)):
+        weight = torch.randn(shape)
+        weight.view(-1)[:: max(1, weight.numel() // 5)] *= 1e-30
+        packed, state = reference.quantize_4bit(weight, blocksize, quant_type, nested)
+        with test_backends.poisoned_memory():
+            out = ops.dequantize_4bit(packed, state, dtype, backend=backend)
+        assert torch.equal(out, reference.dequantize_4bit(packed, state, dtype))
+
+
+def test_default_device_does_not_leak_in(backend: str) -> None:
+    packed, state = reference.quantize_4bit(torch.randn(8, 64), compress_statistics=True)
+    want = reference.dequantize_4bit(packed, state)
+    with torch.device("meta"):
+        assert torch.equal(ops.dequantize_4bit(packed, state, backend=backend), want)
+
+
+@pytest.mark.parametrize("name", ["decoded first", "in panels", "by the vendor", "fused"])
+def test_every_way_through_a_4bit_base(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same layer by each path; panels are the whole weight's columns with its dropout mask."""
+    from fastlora.backends.triton import launch, qlora_linear, tiles
+
+    case = Case("", M=35, N=40, K=2176, R=8, dropout_p=0.2)
+    inputs = make_inputs(case, Base("nf4", 64, nested=True), DTYPES["bf16, fp32 adapter"])
+    limits = tiles.ARCHS["interpreter"]
+    vendor = name in ("by the vendor", "in panels")
+    fused = 2**30 if name == "fused" else 0
+    changed = tiles.Arch(limits.shared, limits.mma, fused, vendor=vendor)
+    monkeypatch.setitem(tiles.ARCHS, "interpreter", changed)
+    if name == "in panels":
+        monkeypatch.setattr(qlora_linear, "WORKSPACE_BYTES", 2048 * 40 * 2)
+        shape, packed = (40, 2176), launch_packed(inputs)
+        for is_forward in (True, False):
+            cut = qlora_linear.panels(packed, shape, is_forward, torch.bfloat16, 2048 * 40 * 2)
+            assert len(cut) > 1
+    assert launch.launcher(inputs.x).limits == changed
+    got = test_backends.run(case, inputs, "triton")
+    exact = test_backends.exact_results(case, inputs)
+    plain = test_backends.plain_results(case, inputs)
+    for result, out in got.items():
+        test_backends.assert_close_to_exact(
+            out, getattr(exact, result), getattr(plain, result), what=result
+        )
+
+
+@pytest.mark.parametrize("K", [35, 64])
+def test_panels_of_rows_that_are_no_whole_blocks(K: int) -> None:
+    """Each panel of the forward begins where a word and a block begin, whatever K is."""
+    from fastlora.backends.triton.kernels.dequantize_4bit import Packed
+    from fastlora.backends.triton.launch import launcher
+    from fastlora.backends.triton.qlora_linear import decoded_panel, panels
+
+    N = 151
+    data, state = reference.quantize_4bit(torch.randn(N, K), 64, "nf4", True)
+    want = reference.dequantize_4bit(data, state, torch.float16)
+    packed = Packed(data.view(-1), *native._state_args(state))
+    cut = panels(packed, (N, K), True, torch.float16, 70 * K * 2)
+    assert len(cut) > 1 and cut[0][0] == 0 and cut[-1][1] == N
+    for begin, end in cut:
+        with test_backends.poisoned_memory():
+            got = decoded_panel(launcher(want), packed, (N, K), True, (begin, end), torch.float16)
+        assert torch.equal(got, want[begin:end].t())
+
+
+def launch_packed(inputs):  # type: ignore[no-untyped-def]
+    from fastlora.backends.triton.kernels.dequantize_4bit import Packed
+
+    return Packed(inputs.weight.view(-1), *native._state_args(inputs.quant_state))
+
+
+def test_weight_as_left_operand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """sm_90 and sm_100 compute the transposed product; the interpreter can do it as well."""
+    from fastlora.backends.triton import tiles
+
+    case = Case("", M=35, N=70, K=192, R=8, dropout_p=0.2)
+    inputs = make_inputs(case, Base("nf4", 64), DTYPES["bf16"])
+    straight = test_backends.run(case, inputs, "triton")
+    limits = tiles.ARCHS["interpreter"]
+    swapped = tiles.Arch(limits.shared, "", limits.fused_4bit, weight_left=True, vendor=False)
+    monkeypatch.setitem(tiles.ARCHS, "interpreter", swapped)
+    assert torch.equal(test_backends.run(case, inputs, "triton").y, straight.y)
+
+
+def test_offsets_past_two_to_the_31(backend: str) -> None:
+    """Rows 2^30 elements apart: the third begins past 2^31. Few pages of them are ever touched."""
+    M, N, K, R = 3, 20, 64, 2
+    apart = 2**30
+    x = torch.empty(2 * apart + K, dtype=torch.float16).as_strided((M, K), (apart, 1))
+    x.copy_(torch.randn(M, K))
+    W, dy = torch.randn(N, K).half(), torch.randn(M, N).half()
+    A, B, seed = torch.randn(R, K), torch.randn(N, R), torch.tensor([3])
+    y, S = ops.lora_linear_fwd(x, W, None, A, B, 1.0, 0.1, seed, backend=backend)
+    near = x.contiguous()
+    same_y, same_S = ops.lora_linear_fwd(near, W, None, A, B, 1.0, 0.1, seed, backend=backend)
+    assert torch.equal(y, same_y) and torch.equal(S, same_S)
+    grads = ops.lora_linear_bwd(dy, x, W, A, B, S, 1.0, 0.1, seed, backend=backend)
+    same = ops.lora_linear_bwd(dy, near, W, A, B, S, 1.0, 0.1, seed, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(grads[:3], same[:3], strict=True))
+
+
+def test_no_op_reads_a_tensor_on_the_host() -> None:
+    """On device "meta" every read of a value raises: nothing waits for the GPU, and no launch
+    depends on data, so a CUDA graph captures all of it. Memory comes from torch's allocator."""
+    from fastlora.backends.triton.aot import Recorder, op_calls
+
+    for arch in ("sm_80", "gfx942"):
+        gpu = Recorder(arch, 108)
+        for _, call in op_calls(64, 16, torch.bfloat16, torch.float32):
+            before = len(gpu.launches)
+            call(gpu)
+            assert len(gpu.launches) > before
+
+
+def test_torch_compile_traces_the_layer(backend: str) -> None:
+    x = torch.randn(9, 64, requires_grad=True)
+    W = torch.randn(20, 64)
+    packed, state = reference.quantize_4bit(W)
+    A, B = torch.randn(4, 64, requires_grad=True), torch.randn(20, 4, requires_grad=True)
+    seed = torch.tensor([5])
+
+    def layer(x, weight, state):  # type: ignore[no-untyped-def]
+        return lora_linear(
+            x, weight, None, A, B, 1.5, quant_state=state, dropout_p=0.2, seed=seed, backend=backend
+        )
+
+    for weight, quant_state in ((W, None), (packed, state)):
+        results = []
+        for call in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+            y = call(x, weight, quant_state)
+            grads = torch.autograd.grad(y.square().sum(), (x, A, B))
+            results.append((y, *grads))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("op", test_backends._op_arguments())
+def test_opcheck(op: str) -> None:
+    if op == "quantize_4bit":
+        assert backends.BACKENDS["triton"].unsupported(op, "cuda") == (
+            "quantize_4bit has no Triton kernel."
+        )
+        return
+    result = torch.library.opcheck(
+        getattr(torch.ops.fastlora_triton, op).default,
+        test_backends._op_arguments()[op],
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )
+    assert set(result.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("op", test_backends._op_arguments())
+def test_schemas_are_the_native_ones(op: str) -> None:
+    if reason := native.unavailable_reason():
+        pytest.skip(reason)
+    if op == "quantize_4bit":
+        assert not hasattr(torch.ops.fastlora_triton, op)
+        return
+    ours = str(getattr(torch.ops.fastlora_triton, op).default._schema)
+    theirs = str(getattr(torch.ops.fastlora, op).default._schema)
+    assert ours.replace("fastlora_triton::", "fastlora::") == theirs
+
+
+def test_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+        backends.choose("lora_linear_fwd", "cpu", "triton", dtype=torch.float32)
+    assert "device 'mps'" in str(triton.unsupported("lora_linear_fwd", "mps"))
+    if not torch.cuda.is_available():
+        assert "no CUDA device" in str(triton.unsupported("lora_linear_fwd", "cuda"))
+    assert backends.DEVICE_ORDER["cuda"] == ("native", "triton", "reference")
+
+
+# ---- the byte-permute decoder, which the interpreter can't run ---------------------------------
+
+
+def run_ptx(text: str, values: dict[str, int]) -> dict[str, int]:
+    """Executes the few instructions of `decode4` on 32-bit registers; returns the outputs."""
+    registers = dict(values)
+
+    def read(name: str) -> int:
+        return int(name, 16) if name.startswith("0x") else int(registers.get(name, name))
+
+    def prmt(a: int, b: int, selector: int) -> int:
+        pool = a.to_bytes(4, "little") + b.to_bytes(4, "little")
+        picked = bytes(pool[selector >> 4 * i & 7] for i in range(4))
+        assert not selector & 0x8888, "bit 3 would replicate a sign"
+        return int.from_bytes(picked, "little")
+
+    for line in text.replace("{\n", "").splitlines():
+        line = line.strip().rstrip(";")
+        if not line or line.startswith(".reg") or line == "}":
+            continue
+        op, operands = line.split(" ", 1)
+        names = re.findall(r"[$\w]+", operands)
+        if op == "mov.b32":
+            value = read(names[2])
+            registers[names[0]], registers[names[1]] = value & 0xFFFF, value >> 16
+            continue
+        target, *sources = names
+        given = [read(name) for name in sources]
+        if op == "prmt.b32":
+            value = prmt(given[0], given[1], given[2] & 0xFFFF)
+        elif op == "and.b32":
+            value = given[0] & given[1]
+        elif op == "shr.b32":
+            value = given[0] >> given[1]
+        elif op == "lop3.b32":
+            assert given[3] == 0xEA  # (a & b) | c
+            value = given[0] & given[1] | given[2]
+        else:
+            raise AssertionError(f"no meaning for {op}")
+        registers[target] = value & 0xFFFFFFFF
+    return registers
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_byte_permutes_decode_bit_exactly(quant_type: str, dtype: torch.dtype) -> None:
+    from fastlora.backends.triton.kernels.decode4 import DECODE_PTX, HIGH_BYTES_PTX, LOW_BYTES_PTX
+
+    weight = torch.randn(64, 64)
+    packed, state = reference.quantize_4bit(weight, 64, quant_type)
+    want = reference.dequantize_4bit(packed, state, dtype).view(torch.int16).int() & 0xFFFF
+    words = packed.view(-1).view(torch.int32).view(64, 8)
+    for row in range(64):
+        # What `_pair` computes: two products a register, the first in the low half.
+        products = (state.code * state.absmax[row]).to(dtype).view(torch.int16).int() & 0xFFFF
+        pairs = [int(a) | int(b) << 16 for a, b in products.view(8, 2)]
+        planes = [
+            run_ptx(text, {"$1": pairs[2 * i], "$2": pairs[2 * i + 1]})["$0"]
+            for text in (LOW_BYTES_PTX, HIGH_BYTES_PTX)
+            for i in range(4)
+        ]
+        for index, word in enumerate(words[row].tolist()):
+            given = {f"${9 + i}": plane for i, plane in enumerate(planes)}
+            out = run_ptx(DECODE_PTX, given | {"$8": word & 0xFFFFFFFF})
+            got = [out[f"${i}"] for i in range(8)]
+            assert got == want[row, index * 8 : index * 8 + 8].tolist()
