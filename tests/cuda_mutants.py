@@ -1,10 +1,10 @@
 """Plants faults in the CUDA kernels, one at a time, and tells how the emulation notices each.
 
-    python tests/cuda_mutants.py [WORD]      prints a line for each fault (whose name has WORD in it)
+    python -m tests.cuda_mutants [WORD]      a line for each fault (whose name has WORD in it)
 
 A fault is a line of a kernel changed. The changed kernel is compiled as the emulation is and runs a
 few cases in a process of its own. A fault that nothing notices would mean that the tests prove less
-than they seem to: tests/test_cuda_mutants.py fails on it.
+than they seem to: then this ends with status 1, and tests/test_cuda.py fails.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from fastlora import ops, reference
 from tests import emulated
 from tests.cases import DTYPES, Base, Case, exact_results, make_inputs, plain_results
 from tests.test_backends import run
+from tests.test_cuda import LORA_TERM_ERROR, lora_term_errors
 from tests.tolerance import assert_close_to_exact
 
 CUDA = emulated.ROOT / "csrc" / "cuda"
@@ -44,9 +45,8 @@ class Fault:
 
 
 FWD, DX, DECODE = "qlora_gemm_fwd", "qlora_gemm_dx", "qlora_decode"
-LOOP_BARRIER = """      // Step's x and decoded W are there; what the step before has read may be overwritten.
-      block_barrier();
-"""
+LOOP_BARRIER = "      block_barrier();\n      if (step + 1 < end) load_x(step + 1);\n"
+LOOP_LOAD = "      if (step + 1 < end) load_x(step + 1);\n"
 
 
 def gemm(name: str, unit: str, old: str, new: str, noticed: str) -> Fault:
@@ -58,13 +58,13 @@ def decode(name: str, old: str, new: str, noticed: str) -> Fault:
 
 
 FAULTS = (
-    gemm("no barrier between steps", FWD, LOOP_BARRIER, "", "race"),
+    gemm("no barrier between steps", FWD, LOOP_BARRIER, LOOP_LOAD, "race"),
     gemm(
         "a barrier for half of the warps",
         FWD,
         LOOP_BARRIER,
-        "      if (warp < 4) block_barrier();\n",
-        "deadlock",
+        "      if (warp < 4) block_barrier();\n" + LOOP_LOAD,
+        "race",
     ),
     gemm(
         "no barrier before the LoRA product",
@@ -120,7 +120,7 @@ FAULTS = (
         "a swizzle that the reader does not share",
         DX,
         "moved(w_tile(step) + w_write, 0, quarter)",
-        "w_tile(step) + w_write + 16 * (3 - quarter)",
+        "moved(w_tile(step) + w_write, 0, 3 - quarter)",
         "wrong",
     ),
     gemm(
@@ -131,9 +131,17 @@ FAULTS = (
         "wrong",
     ),
     gemm("dx without transposing", DX, "load_matrices_transposed(b", "load_matrices(b", "wrong"),
-    gemm("one output too many", FWD, "if (output >= p.outputs)", "if (output > p.outputs)", "wrong"),
+    gemm(
+        "one output too many", FWD, "if (output >= p.outputs)", "if (output > p.outputs)", "wrong"
+    ),
     gemm("x past its last column", FWD, "smaller(larger(left, 0), 8)", "8", "wrong"),
-    gemm("a fragment's rows 4 apart", DX, "16 * i + 8 * h + at.lane", "16 * i + 4 * h + at.lane", "wrong"),
+    gemm(
+        "a fragment's rows 4 apart",
+        DX,
+        "16 * i + 8 * h + at.lane",
+        "16 * i + 4 * h + at.lane",
+        "wrong",
+    ),
     gemm(
         "the absmax of the first step for all",
         FWD,
@@ -148,7 +156,13 @@ FAULTS = (
         "",
         "wrong",
     ),
-    gemm("parts of the sum in one place", FWD, "p.partial + split *", "p.partial + 0 * split *", "wrong"),
+    gemm(
+        "parts of the sum in one place",
+        FWD,
+        "p.partial + split *",
+        "p.partial + 0 * split *",
+        "wrong",
+    ),
     gemm("mask: even and odd swapped", DX, "permute(even, odd,", "permute(odd, even,", "wrong"),
     gemm("dx without the mask", DX, "drop_out();\n    }\n", ";\n    }\n", "wrong"),
     Fault("nibbles swapped", "weights.cuh", DX, "0x4051", "0x5140", "wrong"),
@@ -161,23 +175,57 @@ FAULTS = (
         "__builtin_fmaf(code, a.scale, offset)",
         "wrong",
     ),
-    Fault("halves of the seed swapped", "dropout.cuh", DX, "k0 = dropout.key[0], k1 = dropout.key[1]",
-          "k0 = dropout.key[1], k1 = dropout.key[0]", "wrong"),
-    decode("no barrier before the table is overwritten",
-           "  constexpr int kTokens = kTokenTiles * kTile;\n  block_barrier();\n",
-           "  constexpr int kTokens = kTokenTiles * kTile;\n", "race"),
-    decode("no barrier before S is added",
-           "sums[0]);\n  block_barrier();\n", "sums[0]);\n", "race"),
-    decode("x of another lane's codes", "kColumns + 16 * t;", "kColumns + 16 * (t ^ 1);", "wrong"),
-    decode("one absmax for two rows", "sums[tile][2] += scale1", "sums[tile][2] += scale0", "wrong"),
-    decode("sums given to the wrong lane", "upper ? sums[i] : sums[i + apart]",
-           "upper ? sums[i + apart] : sums[i]", "wrong"),
+    Fault(
+        "halves of the seed swapped",
+        "dropout.cuh",
+        DX,
+        "k0 = dropout.key[0], k1 = dropout.key[1]",
+        "k0 = dropout.key[1], k1 = dropout.key[0]",
+        "wrong",
+    ),
+    decode(
+        "no barrier before the table is overwritten",
+        "  constexpr int kTokens = kTokenTiles * kTile;\n  block_barrier();\n",
+        "  constexpr int kTokens = kTokenTiles * kTile;\n",
+        "race",
+    ),
+    decode(
+        "no barrier before S is added", "sums[0]);\n  block_barrier();\n", "sums[0]);\n", "race"
+    ),
+    decode("x of another lane's codes", "+ 16 * t;", "+ 16 * (t ^ 1);", "wrong"),
+    decode(
+        "a product for half of the lanes",
+        "          multiply_add<T>(sum,",
+        "          if (lane < 16) multiply_add<T>(sum,",
+        "deadlock",
+    ),
+    decode(
+        "one absmax for two rows", "sums[tile][2] += scale1", "sums[tile][2] += scale0", "wrong"
+    ),
+    decode(
+        "sums given to the wrong lane",
+        "upper ? sums[i] : sums[i + apart]",
+        "upper ? sums[i + apart] : sums[i]",
+        "wrong",
+    ),
     decode("the last group of columns left out", "group0 < end;", "group0 < end - 1;", "wrong"),
-    Fault("maxima of half a block", "quantize_4bit.cu", "quantize_4bit",
-          "i < threads && i < kWarp", "2 * i < threads && i < kWarp", "wrong"),
-    Fault("no barrier before the maxima are read", "quantize_4bit.cu", "quantize_4bit",
-          "  block_barrier();\n  if (threads > kWarp)", "  if (threads > kWarp)", "race"),
-)  # fmt: skip
+    Fault(
+        "maxima of half a block",
+        "quantize_4bit.cu",
+        "quantize_4bit",
+        "i < threads && i < kWarp",
+        "2 * i < threads && i < kWarp",
+        "wrong",
+    ),
+    Fault(
+        "no barrier before the maxima are read",
+        "quantize_4bit.cu",
+        "quantize_4bit",
+        "  block_barrier();\n  if (threads > kWarp)",
+        "  if (threads > kWarp)",
+        "race",
+    ),
+)
 
 CASES = {
     FWD: (Case("", 130, 137, 224, 40), Case("", 70, 64, 1056, 5)),
@@ -199,6 +247,8 @@ def check(unit: str, library: Path) -> None:
             for name in ("y", "dx"):
                 results = (getattr(which, name) for which in (got, exact, plain))
                 assert_close_to_exact(*results, what=name)
+        if unit in (FWD, DX):
+            assert max(lora_term_errors(backend)) < LORA_TERM_ERROR, "LoRA term"
         for blocksize in (64, 2048):
             weight = torch.randn(300, 131)
             want, state = reference.quantize_4bit(weight, blocksize, compress_statistics=True)

@@ -26,6 +26,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const FinishParams p) 
       float sum = 0.0f;
       if (token < p.M && rank < p.R) {
         const int64_t at = token * p.R + rank;
+#pragma unroll 1
         for (int64_t s = 0; s < p.S_splits; s++) sum += p.S_partial[s * p.M * p.R + at];
         if (writes_S) p.S[at] = sum;
       }
@@ -33,6 +34,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const FinishParams p) 
     }
     block_barrier();
     const int ranks = static_cast<int>(smaller<int64_t>(p.R - rank0, kRanks));
+#pragma unroll 1
     for (int r = 0; inside && r < ranks; r++) {
       const float b = load(p.adapter, p.adapter_dtype, output * p.R + rank0 + r);
 #pragma unroll
@@ -49,6 +51,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const FinishParams p) 
     if (token0 + m >= p.M) break;
     const int64_t at = (token0 + m) * p.outputs + output;
     float sum = p.factor * lora[m] + bias;
+#pragma unroll 1
     for (int64_t s = 0; s < p.splits; s++) sum += p.partial[s * p.M * p.outputs + at];
     store(p.y, p.y_dtype, at, sum);
   }

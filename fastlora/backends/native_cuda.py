@@ -81,7 +81,7 @@ def plan(
         return "dequantize"
     if M <= DECODE_TOKENS and K % 64 == 0 and blocksize % 64 == 0:
         return "decode"
-    return "dequantize" if M > most else "gemm"
+    return "dequantize" if most < M else "gemm"
 
 
 def state_args(state: QuantState) -> tuple[Any, ...]:

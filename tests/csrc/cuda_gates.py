@@ -1,4 +1,4 @@
-"""What the compiled CUDA kernels look like: registers, spills, instructions, length of the main loop.
+"""What the compiled CUDA kernels look like: registers, spills, instructions, main loop.
 
     python tests/csrc/cuda_gates.py build/cuda            compares with tests/csrc/cuda_gates.csv
     python tests/csrc/cuda_gates.py build/cuda --write    writes that file
@@ -7,19 +7,19 @@ Nothing here says how fast a kernel is. It says when a change, or another compil
 spill registers, lose its tensor core instructions or grow its loop, with no GPU at hand. The figures
 hold for the nvcc release in the file's first line; for another one only LIMITS are checked.
 
-The main loop is the shortest loop around all tensor core instructions of one step; `loop_per_8` is
-its length for eight weights that a thread decodes.
+The main loop is the one over the steps of the sum; `loop_per_8` is its length for eight weights
+that a thread decodes.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import importlib.util
 import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 from collections import Counter
 from pathlib import Path
 
@@ -37,12 +37,12 @@ LIMITS = {"registers": 128, "stack": 8}
 
 
 def find_cuobjdump() -> str | None:
-    """cuobjdump of the requirements or of a CUDA toolkit; None where there is none."""
-    for folder in (Path(sysconfig.get_paths()["purelib"]) / "nvidia").glob("cu*/bin"):
-        if (folder / "cuobjdump").exists():
-            (folder / "cuobjdump").chmod(0o755)
-            (folder / "nvdisasm").chmod(0o755)
-            return str(folder / "cuobjdump")
+    """cuobjdump of Triton's package, which has nvdisasm beside it, or of a CUDA toolkit; or None."""
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.origin is not None:
+        tool = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        if tool.exists():
+            return str(tool)
     return shutil.which("cuobjdump")
 
 
@@ -57,11 +57,10 @@ def nvcc_release() -> str | None:
 
 def short_name(mangled: str) -> str:
     """`qlora_gemm_bf16_1`: the kernel and its template arguments."""
-    match = re.search(r"\d+([a-z_0-9]+?)(?:I(.*?)E)?E?v?(?:NS_|N)", mangled.split("cuda", 1)[1])
-    name = re.search(r"(quantize|dequantize|qlora_gemm|decode_kernel|finish_kernel)", mangled)
-    if name is None or match is None:
+    name = re.search(r"\d(quantize|dequantize|qlora_gemm|decode_kernel|finish_kernel)[IE]", mangled)
+    if name is None:
         raise ValueError(f"unknown kernel {mangled}")
-    rest = mangled[name.end() :]
+    rest = mangled[name.end(1) :]
     number = re.search(r"NS0_\d+(bf16|f16)E", rest)
     kind = number[1] if number else "f32" if rest.startswith("If") else ""
     integer = re.search(r"L[bi](\d+)E", rest)
@@ -71,7 +70,7 @@ def short_name(mangled: str) -> str:
 
 
 def main_loop(code: list[tuple[int, str]]) -> list[str]:
-    """The instructions of the shortest backward jump's range that has the most products of one."""
+    """The shortest loop with tensor core products and loads of packed bytes: a step of the sum."""
     loops = []
     for index, (_, text) in enumerate(code):
         jump = re.match(r"(?:@!?U?P\w+ )?BRA(?:\.\w+)* (?:!?U?P\w+, )?0x([0-9a-f]+)", text)
@@ -80,9 +79,9 @@ def main_loop(code: list[tuple[int, str]]) -> list[str]:
         start = next((i for i, (at, _) in enumerate(code) if at == int(jump[1], 16)), index + 1)
         if start <= index:
             body = [line for _, line in code[start : index + 1]]
-            # The step's decoding and its products: the LoRA term's loop has products alone.
-            if any("HMMA" in line for line in body) and any("PRMT" in line for line in body) or (
-                sum("HMMA" in line for line in body) >= 4 and sum("LDS" in line for line in body) > 8
+            # The tile kernel copies (LDGSTS), the decode kernel loads past the cache (LDG.E.EF).
+            if any("HMMA" in line for line in body) and any(
+                "LDGSTS" in line or "LDG.E.EF" in line for line in body
             ):
                 loops.append(body)
     return min(loops, key=len, default=[])
@@ -175,7 +174,7 @@ def main() -> int:
     args = parser.parse_args()
     cuobjdump = find_cuobjdump()
     if cuobjdump is None:
-        sys.exit("cuda-gates: no cuobjdump; pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+        sys.exit("cuda-gates: no cuobjdump; `pip install triton` brings one")
     rows = measure(sorted(args.folder.glob("*.o")), cuobjdump)
     if args.write:
         with GATES.open("w", newline="") as file:
