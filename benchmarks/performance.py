@@ -1,6 +1,6 @@
-"""Writes the tables of docs/performance.md from a file of results.
+"""Writes the tables of docs/performance.md and of README.md from a file of results.
 
-python -m benchmarks.performance                 docs/performance.md, from the file of the project
+python -m benchmarks.performance                 both documents, from the file of the project
 python -m benchmarks.performance my.csv --print  the tables of a file of yours
 """
 
@@ -20,6 +20,9 @@ from .document import fill
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "epyc-zen4-2core.csv"
 DOCS = ROOT / "docs" / "performance.md"
+README = ROOT / "README.md"
+README_SHAPES = ((2048, 2048), (4096, 4096))
+README_TOKENS = (1, 16, 128, 512, 2048)
 
 # Two cores of the machine of RESULTS, GFLOP/s: loops of vdpbf16ps and of fp32 FMA in registers.
 PEAK_BF16, PEAK_FP32 = 455.0, 230.0
@@ -182,6 +185,32 @@ def tables(rows: list[Row]) -> dict[str, str]:
     }
 
 
+def readme_tables(rows: list[Row]) -> dict[str, str]:
+    """The table of README.md: time of PEFT / time of fastlora, under tcmalloc and under glibc."""
+    cells: dict[tuple[str, int, int, str, int], dict[str, str]] = {}
+    for group in newest(rows):
+        row = group.get("fastlora")
+        if row is None or "peft" not in group or table.is_model(row):
+            continue
+        if _training("nf4 nested")(row) or _training("none")(row):
+            key = (row["quant"], int(row["N"]), int(row["K"]), row["mode"], int(row["M"]))
+            middle = ratio(row, group["peft"])[1]
+            cells.setdefault(key, {})[row["allocator"]] = f"{middle:.2f}"
+    lines = [
+        f"| base, size | pass | {' | '.join(f'M = {M}' for M in README_TOKENS)} |",
+        "|---" * (2 + len(README_TOKENS)) + "|",
+    ]
+    for quant, name in (("nf4 nested", "NF4 nested"), ("none", "dense bf16")):
+        for N, K in README_SHAPES:
+            for mode in ("forward", "step"):
+                found = [cells.get((quant, N, K, mode, M), {}) for M in README_TOKENS]
+                pairs = (
+                    f"{cell.get('tcmalloc', '-')} / {cell.get('glibc', '-')}" for cell in found
+                )
+                lines.append(f"| {name}, {N} x {K} | {PASSES[mode]} | {' | '.join(pairs)} |")
+    return {"measured": "\n".join(lines)}
+
+
 def main(argv: list[str] | None = None) -> int:
     assert __doc__
     parser = argparse.ArgumentParser(
@@ -197,6 +226,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(made.values()))
     else:
         DOCS.write_text(fill(DOCS.read_text(), made))
+        README.write_text(fill(README.read_text(), readme_tables(read(args.csv))))
     return 0
 
 

@@ -472,12 +472,15 @@ def test_wrong_arguments_take_one_line(
 
 
 def test_the_tables_of_the_documents_are_those_of_the_results() -> None:
-    """docs/performance.md is what `python -m benchmarks.performance` writes from the rows in git."""
+    """They are what `python -m benchmarks.performance` writes from the rows in git."""
     from benchmarks import performance
     from benchmarks.document import fill
 
+    measured = rows.read(performance.RESULTS)
     text = performance.DOCS.read_text()
-    assert fill(text, performance.tables(rows.read(performance.RESULTS))) == text
+    assert fill(text, performance.tables(measured)) == text
+    readme = performance.README.read_text()
+    assert fill(readme, performance.readme_tables(measured)) == readme
     with pytest.raises(ValueError, match="lacks <!-- nf4 -->"):
         fill("no marks", {"nf4": "a table"})
 
