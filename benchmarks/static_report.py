@@ -24,6 +24,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from .document import fill
+
 GATES = Path(__file__).parent / "gates" / "triton.csv"
 DOCS = Path(__file__).parents[1] / "docs" / "gpu.md"
 # A main loop may grow by this much, registers by that much, before it is a regression.
@@ -273,11 +275,7 @@ def docs_text(text: str) -> str:
     gates = read_gates()
     newest = max((row.triton for row in gates), key=lambda v: tuple(map(int, v.split("."))))
     static = f"Triton {newest}.\n\n{markdown([row for row in gates if row.triton == newest])}"
-    for name, table in (("static", static), ("roofline", roofline.markdown())):
-        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        before, rest = text.split(begin)
-        text = f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
-    return text
+    return fill(text, {"static": static, "roofline": roofline.markdown()})
 
 
 def main(argv: list[str] | None = None) -> int:

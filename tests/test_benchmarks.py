@@ -469,3 +469,29 @@ def test_wrong_arguments_take_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert len(error.strip().splitlines()) == 1
+
+
+def test_the_tables_of_the_documents_are_those_of_the_results() -> None:
+    """They are what `python -m benchmarks.performance` writes from the rows in git."""
+    from benchmarks import performance
+    from benchmarks.document import fill
+
+    measured = rows.read(performance.RESULTS)
+    text = performance.DOCS.read_text()
+    assert fill(text, performance.tables(measured)) == text
+    readme = performance.README.read_text()
+    assert fill(readme, performance.readme_tables(measured)) == readme
+    with pytest.raises(ValueError, match="lacks <!-- nf4 -->"):
+        fill("no marks", {"nf4": "a table"})
+
+
+def test_the_limit_counts_products_and_bytes() -> None:
+    from benchmarks.performance import BANDWIDTH, PEAK_BF16, PEAK_FP32, limit_ms
+
+    row = {"M": "2048", "N": "4096", "K": "1024", "R": "16", "mode": "step", "dtype": "bf16"}
+    row["quant"] = "nf4 nested"
+    base = 2 * (2 * 2048 * 4096 * 1024) / PEAK_BF16
+    lora = 3 * (2 * 2048 * 16 * (4096 + 1024)) / PEAK_FP32
+    assert limit_ms(row) == pytest.approx((base + lora) * 1e-6)
+    few = {**row, "M": "1", "mode": "inference", "quant": "none"}
+    assert limit_ms(few) == pytest.approx(4096 * 1024 * 2 / BANDWIDTH * 1e-6)
