@@ -196,6 +196,7 @@ def test_opcheck(op: str) -> None:
         ("qlora_gemm_dx", 11, None, "seed must be an int64 tensor"),
         ("qlora_decode", 7, 32, "K and blocksize must be multiples of 64"),
         ("qlora_decode", 9, torch.randn(3, 64), "lora_B must be .12, 3."),
+        ("qlora_decode", 10, torch.empty(2**31, 0), "weight must have fewer than 2.38 elements"),
     ],
 )
 def test_bindings_refuse(op: str, place: int, wrong: object, message: str) -> None:
@@ -278,6 +279,14 @@ def test_every_planted_fault_is_noticed() -> None:
     done = subprocess.run(command, cwd=emulated.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert done.stdout.count("\nok ") >= 30 and "MISSED" not in done.stdout
+
+
+def test_the_tables_of_the_document_are_those_of_the_gates_and_the_faults() -> None:
+    from benchmarks import cuda_report
+    from benchmarks.document import fill
+
+    text = cuda_report.DOCS.read_text()
+    assert fill(text, cuda_report.tables()) == text
 
 
 # ---- the library for GPUs ----------------------------------------------------------------------

@@ -20,8 +20,8 @@ namespace fastlora::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarp = 32, kWarps = kThreads / kWarp;
-constexpr int kRows = 16;     // of W, for a block
-constexpr int kColumns = 64;  // of W, for an absmax
+constexpr int kRows = 16;                                      // of W, for a block
+constexpr int kLog2Columns = 6, kColumns = 1 << kLog2Columns;  // of W: a group has one absmax
 // Such groups of columns that a warp loads at once: as many as the registers hold.
 template <int kTokenTiles>
 constexpr int kAtOnce = kTokenTiles > 2 ? 1 : 4;
@@ -78,18 +78,20 @@ FASTLORA_DEVICE void multiply_rows(const DecodeParams& p) {
   copy_tables(tables, quant, thread, kThreads);
   block_barrier();
 
-  // Rows and tokens past the end repeat the last one and are not stored.
-  const int64_t row = smaller<int64_t>(row0 + g, N - 1);
-  const int64_t first = row * K;
-  const int below = static_cast<int>((smaller<int64_t>(row0 + g + 8, N - 1) - row) * K);
+  // Rows and tokens past the end repeat the last one and are not stored. W is counted in groups.
+  const int groups = static_cast<int>(K / kColumns), row = smaller<int>(row0 + g, N - 1);
+  const uint32_t first = static_cast<uint32_t>(row) * static_cast<uint32_t>(groups);
+  const uint32_t below = static_cast<uint32_t>((smaller<int>(row0 + g + 8, N - 1) - row) * groups);
+  const uint8_t* packed = quant.packed + 8 * t;
+  const float offset = quant.nested_absmax == nullptr ? 0.0f : absmax_offset(tables);
   const uint32_t pairs = shared + 4 * static_cast<uint32_t>(lane);
   const auto look_up = [&](uint32_t word, int byte) {
-    return load_shared<uint32_t>(pairs + (word >> (8 * byte) & 255) * kPairBytes);
+    const uint32_t value = permute(word, 0, 0x4440u + static_cast<uint32_t>(byte));
+    return load_shared<uint32_t>(pairs + value * kPairBytes);
   };
 
   constexpr int kLoads = kAtOnce<kTokenTiles>;
   float sums[kTokenTiles][4] = {};
-  const int groups = static_cast<int>(K / kColumns);
   const int end = part_start(groups, split + 1, p.splits);
   for (int group0 = part_start(groups, split, p.splits) + warp * kLoads; group0 < end;
        group0 += kWarps * kLoads) {
@@ -97,13 +99,13 @@ FASTLORA_DEVICE void multiply_rows(const DecodeParams& p) {
     Absmax scales[kLoads][2];
 #pragma unroll
     for (int i = 0; i < kLoads; i++) {
-      const int64_t k = int64_t{smaller(group0 + i, end - 1)} * kColumns;
+      const uint32_t group = first + static_cast<uint32_t>(smaller(group0 + i, end - 1));
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        const int64_t code = first + k + h * below;
-        const uint8_t* source = quant.packed + code / 2 + 8 * t;
-        codes[i][h] = load_once(reinterpret_cast<const Words2*>(source));
-        scales[i][h] = load_absmax(quant, code);
+        const uint32_t at = group + static_cast<uint32_t>(h) * below;
+        codes[i][h] =
+            load_once(reinterpret_cast<const Words2*>(packed + at * int64_t{kColumns / 2}));
+        scales[i][h] = load_piece_absmax(quant, at, kLog2Columns);
       }
     }
 #pragma unroll
@@ -116,8 +118,8 @@ FASTLORA_DEVICE void multiply_rows(const DecodeParams& p) {
 #pragma unroll
         for (int h = 0; h < 2; h++) w[h][j] = look_up(codes[i][h].w[j / 4], j % 4);
       }
-      const float scale0 = absmax_value(quant, scales[i][0], tables);
-      const float scale1 = absmax_value(quant, scales[i][1], tables);
+      const float scale0 = absmax_value(quant, scales[i][0], tables, offset);
+      const float scale1 = absmax_value(quant, scales[i][1], tables, offset);
 #pragma unroll
       for (int tile = 0; tile < kTokenTiles; tile++) {
         const int64_t token = smaller<int64_t>(token0 + tile * kTile + g, op.M - 1);

@@ -51,19 +51,38 @@ struct Absmax {
   uint32_t code;
 };
 
-// Of the block that code `i` lies in.
-FASTLORA_DEVICE Absmax load_absmax(const Quant4bit& quant, int64_t i) {
-  const int64_t block = i >> log2_of(static_cast<uint32_t>(quant.blocksize));
+template <typename Index>
+FASTLORA_DEVICE Absmax absmax_of_block(const Quant4bit& quant, Index block) {
   if (quant.nested_absmax == nullptr) return {quant.absmax[block], 0};
   return {quant.nested_absmax[block >> kLog2NestedBlock], quant.absmax_8bit[block]};
 }
 
+// Of the block that code `i` lies in.
+FASTLORA_DEVICE Absmax load_absmax(const Quant4bit& quant, int64_t i) {
+  return absmax_of_block(quant, i >> log2_of(static_cast<uint32_t>(quant.blocksize)));
+}
+
+// Of the block that piece i lies in, W cut into pieces of 2^log2_piece codes: where 32 bits number
+// them all, addresses take half of the arithmetic.
+FASTLORA_DEVICE Absmax load_piece_absmax(const Quant4bit& quant, uint32_t i, int log2_piece) {
+  return absmax_of_block(quant,
+                         i >> (log2_of(static_cast<uint32_t>(quant.blocksize)) - log2_piece));
+}
+
+FASTLORA_DEVICE float absmax_offset(uint32_t tables) {
+  return load_shared<float>(tables + 4 * (kCodes + kNestedCodes));
+}
+
 // Product and sum are rounded one after the other, as in reference.dequantize_absmax.
-FASTLORA_DEVICE float absmax_value(const Quant4bit& quant, Absmax a, uint32_t tables) {
+FASTLORA_DEVICE float absmax_value(const Quant4bit& quant, Absmax a, uint32_t tables,
+                                   float offset) {
   if (quant.nested_absmax == nullptr) return a.scale;
   const float code = load_shared<float>(tables + 4 * (kCodes + a.code));
-  const float offset = load_shared<float>(tables + 4 * (kCodes + kNestedCodes));
   return add(multiply(code, a.scale), offset);
+}
+FASTLORA_DEVICE float absmax_value(const Quant4bit& quant, Absmax a, uint32_t tables) {
+  const bool nested = quant.nested_absmax != nullptr;
+  return absmax_value(quant, a, tables, nested ? absmax_offset(tables) : 0.0f);
 }
 
 // The 16 values code * absmax of one block, rounded once to T, their lower bytes in low[], their
