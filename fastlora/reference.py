@@ -217,12 +217,12 @@ def _bwd(
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     acc = _acc(x)
-    dS, *adapter_grads = skinny_bwd(dy, x, lora_A, lora_B, S, scaling, dropout_p, seed, needs[1:])
+    dS, dA, dB, dbias = skinny_bwd(dy, x, lora_A, lora_B, S, scaling, dropout_p, seed, needs[1:])
     dx = None
     if needs[0]:
         lora = expand_dx(dS, lora_A, dropout_p, seed)
         dx = (dy_base.to(acc) @ weight.to(acc) + lora).to(x.dtype)
-    return dx, *adapter_grads
+    return dx, dA, dB, dbias
 
 
 def skinny_bwd(

@@ -4,8 +4,8 @@
     python tests/csrc/cuda_gates.py build/cuda --write    writes that file
 
 Nothing here says how fast a kernel is. It says when a change, or another compiler, made a kernel
-spill registers, lose its tensor core instructions or grow its loop, with no GPU at hand. The figures
-hold for the nvcc release in the file's first line; for another one only LIMITS are checked.
+spill registers, lose its tensor core instructions or grow its loop, with no GPU at hand. The
+figures hold for the nvcc release in the file's first line; for another one only LIMITS are checked.
 
 The main loop is the one over the steps of the sum; `loop_per_8` is its length for eight weights
 that a thread decodes.
@@ -37,7 +37,7 @@ LIMITS = {"registers": 128, "stack": 8}
 
 
 def find_cuobjdump() -> str | None:
-    """cuobjdump of Triton's package, which has nvdisasm beside it, or of a CUDA toolkit; or None."""
+    """cuobjdump of Triton's package, which has nvdisasm beside it, or of a CUDA toolkit."""
     triton = importlib.util.find_spec("triton")
     if triton is not None and triton.origin is not None:
         tool = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
