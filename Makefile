@@ -16,7 +16,7 @@ INSTALLED := $(VENV)/.installed-$(FASTLORA_NATIVE)
 CXX_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test demo check format format-check lint types cuda-check clean
+.PHONY: help venv build test demo check format format-check lint types cuda-check cuda-build clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,6 +67,11 @@ types: $(REQUIREMENTS) ## mypy
 cuda-check: build ## compile csrc/cuda for every architecture, where nvcc is found
 ifneq ($(FASTLORA_NATIVE),0)
 	@$(BIN)/cmake --build build --target cuda-check
+endif
+
+cuda-build: build ## build fastlora/_CUDA.so, the CUDA kernels for a torch with CUDA
+ifneq ($(FASTLORA_NATIVE),0)
+	@$(BIN)/cmake --build build --target cuda-build
 endif
 
 clean: ## remove what was built, but .venv

@@ -147,6 +147,12 @@ def lora_linear_fwd(
     return _fwd(x, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
 
 
+def shrink(x: Tensor, lora_A: Tensor, dropout_p: float, seed: Tensor | int | None) -> Tensor:
+    """`S = drop(x) A^T`, `[M, R]` in fp32 (fp64 for fp64); arguments as in `lora_linear_fwd`."""
+    acc = _acc(x)
+    return _dropout(x.to(acc), dropout_p, seed) @ lora_A.to(acc).T
+
+
 def _fwd(
     x: Tensor,
     x_base: Tensor,
@@ -159,7 +165,7 @@ def _fwd(
     seed: Tensor | int | None,
 ) -> tuple[Tensor, Tensor]:
     acc = _acc(x)
-    S = _dropout(x.to(acc), dropout_p, seed) @ lora_A.to(acc).T
+    S = shrink(x, lora_A, dropout_p, seed)
     y = x_base.to(acc) @ weight.to(acc).T + scaling * (S @ lora_B.to(acc).T)
     if bias is not None:
         y = y + bias.to(acc)
@@ -211,20 +217,46 @@ def _bwd(
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     acc = _acc(x)
-    need_dx, need_dA, need_dB, need_dbias = needs
+    dS, dA, dB, dbias = skinny_bwd(dy, x, lora_A, lora_B, S, scaling, dropout_p, seed, needs[1:])
+    dx = None
+    if needs[0]:
+        lora = expand_dx(dS, lora_A, dropout_p, seed)
+        dx = (dy_base.to(acc) @ weight.to(acc) + lora).to(x.dtype)
+    return dx, dA, dB, dbias
+
+
+def skinny_bwd(
+    dy: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    S: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | int | None,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """All of `lora_linear_bwd` that does not touch W: `dS`, `[M, R]` in fp32, then dA, dB, dbias.
+
+    Arguments as in `lora_linear_bwd`; `needs` says which of dA, dB and dbias to compute.
+    """
+    acc = _acc(x)
+    need_dA, need_dB, need_dbias = needs
     g = dy.to(acc)
     dS = scaling * (g @ lora_B.to(acc))
-    dx = dA = dB = dbias = None
-    if need_dx:
-        lora = _dropout(dS @ lora_A.to(acc), dropout_p, seed)
-        dx = (dy_base.to(acc) @ weight.to(acc) + lora).to(x.dtype)
+    dA = dB = dbias = None
     if need_dA:
         dA = (dS.T @ _dropout(x.to(acc), dropout_p, seed)).to(lora_A.dtype)
     if need_dB:
         dB = (scaling * (g.T @ S)).to(lora_B.dtype)
     if need_dbias:
         dbias = g.sum(0)
-    return dx, dA, dB, dbias
+    return dS, dA, dB, dbias
+
+
+def expand_dx(dS: Tensor, lora_A: Tensor, dropout_p: float, seed: Tensor | int | None) -> Tensor:
+    """`drop'(dS A)`, `[M, K]` in dS's dtype: the LoRA term of dx."""
+    return _dropout(dS @ lora_A.to(dS.dtype), dropout_p, seed)
 
 
 # ---- LoRA on a 4-bit base --------------------------------------------------------------------

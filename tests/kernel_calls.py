@@ -71,7 +71,7 @@ class Record:
         self.array(None if state is None or inner is None else state.absmax)
         self.array(None if inner is None else inner.code)
         self.array(None if inner is None else inner.absmax)
-        self.real(0.0 if state is None or state.offset is None else float(state.offset))
+        self.array(None if state is None else state.offset)
 
     def weight(self, N: int, K: int, inputs: Inputs) -> None:
         self.integers(N, K)

@@ -214,7 +214,7 @@ def _op_arguments() -> dict[str, tuple]:
     dense = make_inputs(case, Base(), DTYPES["fp32"])
     packed = make_inputs(case, Base("nf4", 64, nested=True), DTYPES["fp32"])
     options = (1.0, 0.1, dense.seed)
-    quant = (packed.weight.view(-1), *native._state_args(packed.quant_state))
+    quant = (packed.weight.view(-1), *native.state_args(packed.quant_state))
     A, B, S = dense.lora_A, dense.lora_B, torch.randn(5, 2)
     needs = (True, True, False, True)
     bounds = torch.linspace(-0.9, 0.9, 15)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastlora import backends, lora_linear, ops, reference
-from fastlora.backends import native, triton
+from fastlora.backends import native, native_cuda, triton
 from tests import every_op, test_backends
 from tests.cases import BASES, CASES, DTYPES, Base, Case, make_inputs
 
@@ -174,7 +174,7 @@ def test_panels_of_rows_that_are_no_whole_blocks(K: int) -> None:
     N = 151
     data, state = reference.quantize_4bit(torch.randn(N, K), 64, "nf4", True)
     want = reference.dequantize_4bit(data, state, torch.float16)
-    packed = Packed(data.view(-1), *native._state_args(state))
+    packed = Packed(data.view(-1), *native_cuda.state_args(state))
     cut = panels(packed, (N, K), True, torch.float16, 70 * K * 2)
     assert len(cut) > 1 and cut[0][0] == 0 and cut[-1][1] == N
     for begin, end in cut:
@@ -186,7 +186,7 @@ def test_panels_of_rows_that_are_no_whole_blocks(K: int) -> None:
 def launch_packed(inputs):  # type: ignore[no-untyped-def]
     from fastlora.backends.triton.kernels.dequantize_4bit import Packed
 
-    return Packed(inputs.weight.view(-1), *native._state_args(inputs.quant_state))
+    return Packed(inputs.weight.view(-1), *native_cuda.state_args(inputs.quant_state))
 
 
 def test_weight_as_left_operand(monkeypatch: pytest.MonkeyPatch) -> None:

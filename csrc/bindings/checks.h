@@ -39,6 +39,11 @@ inline Tensor with_contiguous_rows(const Tensor& t) {
 }
 inline int64_t row_stride(const Tensor& t) { return t.size(0) <= 1 ? t.size(1) : t.stride(0); }
 
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes,
+                    std::optional<ScalarType> dtype = std::nullopt) {
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes), dtype);
+}
+
 inline void check_matrix(const Tensor& t, const char* name, int64_t rows, int64_t columns) {
   STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name, " must be [",
                   rows, ", ", columns, "]");
@@ -60,15 +65,14 @@ inline Dropout dropout_of(double p, const OptionalTensor& seed) {
   STD_TORCH_CHECK(p >= 0.0 && p <= 1.0, "dropout_p must be between 0 and 1, got ", p);
   // Nearest, ties to even, as Python's round.
   const uint32_t threshold = static_cast<uint32_t>(std::nearbyint(p * 65536));
-  Dropout dropout{threshold, 0.0f, {0, 0}};
+  Dropout dropout{threshold, 0.0f, nullptr};
   if (threshold < 65536) dropout.scale = static_cast<float>(1.0 / (1.0 - threshold / 65536.0));
   if (p > 0.0) {
     STD_TORCH_CHECK(
         seed.has_value() && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long,
         "seed must be an int64 tensor of one element when dropout_p > 0");
-    const uint64_t key = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->data_ptr()));
-    dropout.key[0] = static_cast<uint32_t>(key);
-    dropout.key[1] = static_cast<uint32_t>(key >> 32);
+    // The seed stays where it is, on the GPU perhaps: the kernel reads it. Low half first.
+    dropout.key = static_cast<const uint32_t*>(seed->data_ptr());
   }
   return dropout;
 }
@@ -110,8 +114,45 @@ inline Quant4bit quant_of(const QuantTensors& t, int64_t elements) {
   q.absmax_8bit = static_cast<const uint8_t*>(t.absmax.data_ptr());
   q.nested_absmax = static_cast<const float*>(t.nested_absmax->data_ptr());
   q.nested_code = static_cast<const float*>(t.nested_code->data_ptr());
-  q.nested_offset = *static_cast<const float*>(t.nested_offset->data_ptr());
+  q.nested_offset = static_cast<const float*>(t.nested_offset->data_ptr());
   return q;
+}
+
+// The arguments and results of quantize_4bit.
+struct Quantisation {
+  Quantisation(const Tensor& weight_any, const Tensor& bounds, const Tensor& order,
+               int64_t blocksize)
+      : weight(torch::stable::contiguous(weight_any)) {
+    const int64_t elements = weight.numel();
+    STD_TORCH_CHECK(blocksize >= 32 && blocksize % 2 == 0,
+                    "blocksize must be even and at least 32");
+    check_vector(bounds, "bounds", 15);
+    check_dtype(bounds, "bounds", ScalarType::Float);
+    check_vector(order, "order", 16);
+    check_dtype(order, "order", ScalarType::Byte);
+    packed = empty(weight, {(elements + 1) / 2, 1}, ScalarType::Byte);
+    absmax = empty(weight, {(elements + blocksize - 1) / blocksize}, ScalarType::Float);
+    params.elements = elements;
+    params.blocksize = blocksize;
+    params.dtype = dtype_of(weight, "weight");
+    params.weight = weight.data_ptr();
+    params.bounds = static_cast<const float*>(bounds.data_ptr());
+    params.order = static_cast<const uint8_t*>(order.data_ptr());
+    params.packed = static_cast<uint8_t*>(packed.data_ptr());
+    params.absmax = static_cast<float*>(absmax.data_ptr());
+  }
+  Tensor weight, packed, absmax;
+  Quantize4bit params{};
+};
+
+inline Dequantize4bit dequantisation_of(const QuantTensors& quant, const Tensor& out) {
+  STD_TORCH_CHECK(out.is_contiguous(), "out must be contiguous");
+  Dequantize4bit p{};
+  p.elements = out.numel();
+  p.quant = quant_of(quant, p.elements);
+  p.dtype = dtype_of(out, "out");
+  p.out = out.data_ptr();
+  return p;
 }
 
 }  // namespace fastlora

@@ -4,13 +4,13 @@
 // that is not asked for comes back as an empty tensor.
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <tuple>
 
 #include "checks.h"
 #include "cpu/kernels.h"
 #include "cpu/scratch.h"
 #include "cpu/tile_sizes.h"
+#include "schemas.h"
 
 namespace fastlora {
 namespace {
@@ -43,11 +43,6 @@ const ParallelFor& parallel_for() {
     });
   }};
   return parallel;
-}
-
-Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes,
-             std::optional<ScalarType> dtype = std::nullopt) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes), dtype);
 }
 
 Tensor dense_weight(const Tensor& weight, const Tensor& x) {
@@ -215,51 +210,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qlora_linear_bwd(
                   need_dB, need_dbias);
 }
 
-std::tuple<Tensor, Tensor> quantize_4bit(Tensor weight_any, Tensor bounds, Tensor order,
+std::tuple<Tensor, Tensor> quantize_4bit(Tensor weight, Tensor bounds, Tensor order,
                                          int64_t blocksize) {
-  const Tensor weight = torch::stable::contiguous(weight_any);
-  const int64_t elements = weight.numel();
-  STD_TORCH_CHECK(blocksize >= 32 && blocksize % 2 == 0, "blocksize must be even and at least 32");
-  check_vector(bounds, "bounds", 15);
-  check_dtype(bounds, "bounds", ScalarType::Float);
-  check_vector(order, "order", 16);
-  check_dtype(order, "order", ScalarType::Byte);
-  Tensor packed = empty(weight, {(elements + 1) / 2, 1}, ScalarType::Byte);
-  Tensor absmax = empty(weight, {(elements + blocksize - 1) / blocksize}, ScalarType::Float);
-  Quantize4bit p{};
-  p.elements = elements;
-  p.blocksize = blocksize;
-  p.dtype = dtype_of(weight, "weight");
-  p.weight = weight.data_ptr();
-  p.bounds = static_cast<const float*>(bounds.data_ptr());
-  p.order = static_cast<const uint8_t*>(order.data_ptr());
-  p.packed = static_cast<uint8_t*>(packed.data_ptr());
-  p.absmax = static_cast<float*>(absmax.data_ptr());
-  kernels().quantize_4bit(p, parallel_for());
-  return {packed, absmax};
+  const Quantisation q(weight, bounds, order, blocksize);
+  kernels().quantize_4bit(q.params, parallel_for());
+  return {q.packed, q.absmax};
 }
 
 Tensor dequantize_4bit_out(Tensor weight, Tensor absmax, Tensor code, OptionalTensor nested_absmax,
                            OptionalTensor nested_code, OptionalTensor nested_offset,
                            int64_t blocksize, Tensor out) {
-  STD_TORCH_CHECK(out.is_contiguous(), "out must be contiguous");
   const QuantTensors quant{weight,      absmax,        code,     nested_absmax,
                            nested_code, nested_offset, blocksize};
-  Dequantize4bit p{};
-  p.elements = out.numel();
-  p.quant = quant_of(quant, p.elements);
-  p.dtype = dtype_of(out, "out");
-  p.out = out.data_ptr();
-  kernels().dequantize_4bit(p, parallel_for());
+  kernels().dequantize_4bit(dequantisation_of(quant, out), parallel_for());
   return out;
 }
 
 }  // namespace
 }  // namespace fastlora
 
-#define FASTLORA_QUANT                                                 \
-  "Tensor weight, Tensor absmax, Tensor code, Tensor? nested_absmax, " \
-  "Tensor? nested_code, Tensor? nested_offset, int blocksize, "
 #define FASTLORA_LORA "Tensor lora_A, Tensor lora_B, "
 #define FASTLORA_DROPOUT "float scaling, float dropout_p, Tensor? seed"
 #define FASTLORA_NEEDS ", bool need_dx, bool need_dA, bool need_dB, bool need_dbias"
@@ -276,10 +245,8 @@ STABLE_TORCH_LIBRARY(fastlora, m) {
   m.def("qlora_linear_bwd(Tensor dy, Tensor x, " FASTLORA_QUANT
         "ScalarType compute_dtype, " FASTLORA_LORA "Tensor S, " FASTLORA_DROPOUT FASTLORA_NEEDS
         ") -> (Tensor dx, Tensor dA, Tensor dB, Tensor dbias)");
-  m.def(
-      "quantize_4bit(Tensor weight, Tensor bounds, Tensor order, int blocksize)"
-      " -> (Tensor packed, Tensor absmax)");
-  m.def("dequantize_4bit_out(" FASTLORA_QUANT "Tensor(a!) out) -> Tensor(a!)");
+  m.def(FASTLORA_QUANTIZE_4BIT);
+  m.def(FASTLORA_DEQUANTIZE_4BIT_OUT);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastlora, CPU, m) {

@@ -11,9 +11,9 @@ enum class DType : int32_t { f32, bf16, f16 };
 
 // Dropout of x on the LoRA path; the map from (m, k) to random bits is in philox.h.
 struct Dropout {
-  uint32_t threshold;  // round(65536 p); 0: no dropout, 65536: all dropped
-  float scale;         // 1 / (1 - threshold / 65536), 0 when all are dropped
-  uint32_t key[2];     // the seed's low and high half
+  uint32_t threshold;   // round(65536 p); 0: no dropout, 65536: all dropped
+  float scale;          // 1 / (1 - threshold / 65536), 0 when all are dropped
+  const uint32_t* key;  // [2], the seed's low and high half; null without dropout
 };
 
 // A 4-bit weight in bitsandbytes' layout: codes along the flattened [N, K] weight, two a byte, high
@@ -26,7 +26,7 @@ struct Quant4bit {
   const uint8_t* absmax_8bit;  // [blocks], nested: absmax = nested_code[q] * nested_absmax + offset
   const float* nested_code;    // [256]
   const float* nested_absmax;  // [ceil(blocks / 256)]
-  float nested_offset;
+  const float* nested_offset;  // [1]
 };
 
 struct Weight {

@@ -39,13 +39,13 @@ static inline void decode_absmax(const Statistics& statistics, int64_t begin, in
   const Quant4bit& q = *statistics.quant;
   const auto one = [&](int64_t b) {
     const float product = q.nested_code[q.absmax_8bit[b]] * q.nested_absmax[b / kNestedBlock];
-    out[b - begin] = product + q.nested_offset;
+    out[b - begin] = product + *q.nested_offset;
   };
   int64_t b = begin;
 #if defined(__AVX512VBMI__)
   // Unpacking works within 128-bit lanes: this order of the dwords undoes it.
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  const Vec offset = broadcast(q.nested_offset);
+  const Vec offset = broadcast(*q.nested_offset);
   for (; b < end && b % 64 != 0; b++) one(b);
   for (; b + 64 <= end; b += 64) {
     prefetch(q.absmax_8bit + b + (end - begin));  // for the next rows

@@ -1,4 +1,6 @@
-"""The compiled backend: C++ kernels for CPUs, as torch ops `torch.ops.fastlora.*`."""
+"""The compiled backend, as torch ops `torch.ops.fastlora.*`: C++ kernels for CPUs, and, on CUDA
+devices, those that `native_cuda` chooses among.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,12 @@ from torch import Tensor
 
 from .. import reference
 from ..quant import QuantState, code_table, quantize_bounds
-from . import cpu
+from . import cpu, native_cuda
+from .native_cuda import state_args
 
 NAME = "native"
 
+ops: Any = torch.ops.fastlora
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _build: dict[str, Any] | None
 _reason: str | None = None
@@ -50,20 +54,14 @@ def unsupported(
     """One sentence that says why `op` can't run here, or None."""
     if _reason is not None:
         return _reason
+    if device == "cuda":
+        return native_cuda.unsupported(op, dtype, adapter_dtype, compute_dtype)
     if device != "cpu":
         return f"{op} has no native kernel for device {device!r}."
     for name, given in (("x", dtype), ("lora_A", adapter_dtype), ("compute_dtype", compute_dtype)):
         if given is not None and given not in _DTYPES:
             return f"{op} takes fp32, bf16 and fp16, got {name} in {given}."
     return None
-
-
-def _state_args(state: QuantState) -> tuple[Any, ...]:
-    """A quant state as the ops take it: absmax, code, three nested tensors, blocksize."""
-    inner = state.state2
-    nested_absmax = None if inner is None else inner.absmax
-    nested_code = None if inner is None else inner.code
-    return state.absmax, state.code, nested_absmax, nested_code, state.offset, state.blocksize
 
 
 def _empty(x: Tensor, lora_B: Tensor) -> bool:
@@ -88,9 +86,7 @@ def lora_linear_fwd(
     """`reference.lora_linear_fwd`."""
     if _empty(x, lora_B):
         return reference.lora_linear_fwd(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
-    return torch.ops.fastlora.lora_linear_fwd(
-        x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed
-    )
+    return ops.lora_linear_fwd(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
 
 
 def lora_linear_bwd(
@@ -110,9 +106,7 @@ def lora_linear_bwd(
         return reference.lora_linear_bwd(
             dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, needs
         )
-    grads = torch.ops.fastlora.lora_linear_bwd(
-        dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, *needs
-    )
+    grads = ops.lora_linear_bwd(dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, *needs)
     return _asked(grads, needs)
 
 
@@ -133,10 +127,14 @@ def qlora_linear_fwd(
         return reference.qlora_linear_fwd(
             x, weight, quant_state, bias, lora_A, lora_B, scaling, dropout_p, seed, compute_dtype
         )
-    return torch.ops.fastlora.qlora_linear_fwd(
+    if x.is_cuda:
+        return native_cuda.qlora_linear_fwd(
+            x, weight, quant_state, bias, lora_A, lora_B, scaling, dropout_p, seed, compute_dtype
+        )
+    return ops.qlora_linear_fwd(
         x,
         weight,
-        *_state_args(quant_state),
+        *state_args(quant_state),
         compute_dtype or x.dtype,
         bias,
         lora_A,
@@ -177,11 +175,26 @@ def qlora_linear_bwd(
             compute_dtype,
             needs,
         )
-    grads = torch.ops.fastlora.qlora_linear_bwd(
+    if x.is_cuda:
+        return native_cuda.qlora_linear_bwd(
+            dy,
+            x,
+            weight,
+            quant_state,
+            lora_A,
+            lora_B,
+            S,
+            scaling,
+            dropout_p,
+            seed,
+            compute_dtype,
+            needs,
+        )
+    grads = ops.qlora_linear_bwd(
         dy,
         x,
         weight,
-        *_state_args(quant_state),
+        *state_args(quant_state),
         compute_dtype or x.dtype,
         lora_A,
         lora_B,
@@ -203,9 +216,7 @@ def quantize_4bit(
     """`reference.quantize_4bit`."""
     code = code_table(quant_type, weight.device)
     bounds, order = quantize_bounds(code)
-    packed, absmax = torch.ops.fastlora.quantize_4bit(
-        weight.detach(), bounds, order.to(torch.uint8), blocksize
-    )
+    packed, absmax = ops.quantize_4bit(weight.detach(), bounds, order.to(torch.uint8), blocksize)
     state = QuantState(absmax, weight.shape, code, weight.dtype, blocksize, quant_type)
     return packed, reference.nested(state) if compress_statistics else state
 
@@ -219,7 +230,7 @@ def dequantize_4bit(
     """`reference.dequantize_4bit`."""
     if out is None:
         out = torch.empty(quant_state.shape, dtype=dtype or quant_state.dtype, device=packed.device)
-    torch.ops.fastlora.dequantize_4bit_out(packed, *_state_args(quant_state), out)
+    ops.dequantize_4bit_out(packed, *state_args(quant_state), out)
     return out
 
 

@@ -133,7 +133,7 @@ Quant4bit read_quant(Call& call) {
   q.absmax_8bit = call.array<uint8_t>();
   q.nested_code = call.array<float>();
   q.nested_absmax = call.array<float>();
-  q.nested_offset = call.real();
+  q.nested_offset = call.array<float>();
   return q;
 }
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ... import reference
 from ...quant import QuantState
-from ..native import _asked, _empty, _state_args
+from ..native import _asked, _empty
+from ..native_cuda import state_args
 from . import library as library  # registers torch.ops.fastlora_triton
 
 NAME = "triton"
@@ -137,7 +138,7 @@ def qlora_linear_fwd(
     if _empty(x, lora_B):
         return reference.qlora_linear_fwd(x, weight, quant_state, *lora, compute_dtype)
     return torch.ops.fastlora_triton.qlora_linear_fwd(
-        x, weight, *_state_args(quant_state), compute_dtype or x.dtype, *lora
+        x, weight, *state_args(quant_state), compute_dtype or x.dtype, *lora
     )
 
 
@@ -162,7 +163,7 @@ def qlora_linear_bwd(
             dy, x, weight, quant_state, *lora, compute_dtype, needs=needs
         )
     grads = torch.ops.fastlora_triton.qlora_linear_bwd(
-        dy, x, weight, *_state_args(quant_state), compute_dtype or x.dtype, *lora, *needs
+        dy, x, weight, *state_args(quant_state), compute_dtype or x.dtype, *lora, *needs
     )
     return _asked(grads, needs)
 
@@ -177,5 +178,5 @@ def dequantize_4bit(
     if out is None:
         out = torch.empty(quant_state.shape, dtype=dtype or quant_state.dtype, device=packed.device)
     if out.numel():
-        torch.ops.fastlora_triton.dequantize_4bit_out(packed, *_state_args(quant_state), out)
+        torch.ops.fastlora_triton.dequantize_4bit_out(packed, *state_args(quant_state), out)
     return out

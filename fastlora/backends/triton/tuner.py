@@ -12,7 +12,7 @@ from torch.nn.functional import dropout
 
 from ... import reference, tuning
 from ...tolerance import exceeds
-from ..native import _state_args
+from ..native_cuda import state_args
 from .kernels.base_product_4bit import fits
 from .kernels.dequantize_4bit import Packed, dequantize_4bit
 from .launch import Launcher, Sizes, choice_of, launcher, shape_key
@@ -84,7 +84,7 @@ class Trial:
             data, state = reference.quantize_4bit(
                 self.weight, problem.blocksize, problem.quant_type, True
             )
-            self.packed = Packed(data.view(-1), *_state_args(state))
+            self.packed = Packed(data.view(-1), *state_args(state))
             self.weight = reference.dequantize_4bit(data, state, problem.dtype)
         self.gpu = launcher(self.x)
         _, self.S = self._forward(self.gpu)

@@ -1,0 +1,221 @@
+// torch.ops.fastlora.*: CUDA implementations, on torch's stable ABI. A library of its own, apart from
+// the CPU's: fastlora/backends/native_cuda.py loads it and puts the layers' ops together from these.
+//
+// All work is enqueued on torch's current stream; scratch memory comes from torch's allocator.
+#include <tuple>
+
+#include "bindings/cuda_stream.h"
+#include "checks.h"
+#include "cuda/kernels.h"
+#include "schemas.h"
+
+// Under another name and for another device where the kernels are emulated.
+#ifndef FASTLORA_CUDA_LIBRARY
+#define FASTLORA_CUDA_LIBRARY fastlora
+#define FASTLORA_CUDA_DEVICE CUDA
+#endif
+
+namespace fastlora {
+namespace {
+
+void check_launch(const char* op, const char* error) {
+  STD_TORCH_CHECK(error == nullptr, op, ": CUDA says: ", error);
+}
+
+bool is_aligned(const Tensor& t) {
+  return reinterpret_cast<uintptr_t>(t.data_ptr()) % cuda::kRowAlignment == 0;
+}
+
+// The kernels copy rows in pieces of 16 bytes: t itself, or a copy whose rows start at multiples of
+// that.
+Tensor with_aligned_rows(const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 2, "x and dy must be matrices");
+  const int64_t M = t.size(0), K = t.size(1);
+  const int64_t unit = cuda::kRowAlignment / static_cast<int64_t>(t.element_size());
+  const bool rows_fit = M <= 1 || (t.stride(0) >= K && t.stride(0) % unit == 0);
+  if (rows_fit && (K <= 1 || t.stride(1) == 1) && is_aligned(t)) return t;
+  Tensor wide = empty(t, {M, (K + unit - 1) / unit * unit});
+  Tensor copy = torch::stable::narrow(wide, 1, 0, K);
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
+void check_on_device(const Tensor& x, const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.get_device_index() == x.get_device_index(), name, " must be on x's device");
+}
+
+Weight weight_of(const QuantTensors& quant, int64_t N, int64_t K, const Tensor& x) {
+  STD_TORCH_CHECK(K % 32 == 0, "K must be a multiple of 32, got ", K);
+  check_on_device(x, quant.packed, "weight");
+  Weight weight{};
+  weight.N = N;
+  weight.K = K;
+  weight.quant = quant_of(quant, N * K);
+  weight.compute_dtype = dtype_of(x, "x");
+  STD_TORCH_CHECK(weight.compute_dtype != DType::f32, "x must be bf16 or fp16");
+  STD_TORCH_CHECK(is_aligned(quant.packed), "weight must start at a multiple of 16 bytes");
+  check_not_empty(weight);
+  return weight;
+}
+
+float* data_of(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
+
+Tensor scratch(const Tensor& like, int64_t floats) {
+  return empty(like, {floats}, ScalarType::Float);
+}
+
+// ---- the ops, in the order of their schemas ----------------------------------------------------
+
+std::tuple<Tensor, Tensor> quantize_4bit(Tensor weight, Tensor bounds, Tensor order,
+                                         int64_t blocksize) {
+  const OnDeviceOf device(weight);
+  const Quantisation q(weight, bounds, order, blocksize);
+  check_launch("quantize_4bit", cuda::quantize_4bit(q.params, device.stream()));
+  return {q.packed, q.absmax};
+}
+
+Tensor dequantize_4bit_out(Tensor weight, Tensor absmax, Tensor code, OptionalTensor nested_absmax,
+                           OptionalTensor nested_code, OptionalTensor nested_offset,
+                           int64_t blocksize, Tensor out) {
+  const OnDeviceOf device(out);
+  const QuantTensors quant{weight,      absmax,        code,     nested_absmax,
+                           nested_code, nested_offset, blocksize};
+  check_launch("dequantize_4bit",
+               cuda::dequantize_4bit(dequantisation_of(quant, out), device.stream()));
+  return out;
+}
+
+// What qlora_gemm_fwd and qlora_gemm_dx have in common.
+cuda::QloraGemm gemm_of(const Tensor& x, const Weight& weight, const Tensor& S,
+                        const Tensor& adapter, const Tensor& y) {
+  check_matrix(S, "S", x.size(0), S.size(1));
+  check_dtype(S, "S", ScalarType::Float);
+  STD_TORCH_CHECK(S.is_contiguous() && adapter.is_contiguous(),
+                  "S and the adapter must be contiguous");
+  check_on_device(x, S, "S");
+  check_on_device(x, adapter, "the adapter");
+  cuda::QloraGemm p{};
+  p.M = x.size(0);
+  p.R = S.size(1);
+  p.weight = weight;
+  p.x = x.data_ptr();
+  p.ldx = x.stride(0);
+  p.S = data_of(S);
+  p.factor = 1.0f;
+  p.adapter_dtype = dtype_of(adapter, "the adapter");
+  p.adapter = adapter.data_ptr();
+  p.y_dtype = dtype_of(y, "y");
+  p.y = y.data_ptr();
+  return p;
+}
+
+Tensor qlora_gemm_fwd(Tensor x_any, Tensor weight, Tensor absmax, Tensor code,
+                      OptionalTensor nested_absmax, OptionalTensor nested_code,
+                      OptionalTensor nested_offset, int64_t blocksize, OptionalTensor bias,
+                      Tensor S, Tensor lora_B, double scaling, ScalarType dtype) {
+  const OnDeviceOf device(x_any);
+  const Tensor x = with_aligned_rows(x_any);
+  const QuantTensors quant{weight,      absmax,        code,     nested_absmax,
+                           nested_code, nested_offset, blocksize};
+  const int64_t M = x.size(0), K = x.size(1), N = lora_B.size(0);
+  check_matrix(lora_B, "lora_B", N, S.size(1));
+  const Tensor y = empty(x, {M, N}, dtype);
+  cuda::QloraGemm p = gemm_of(x, weight_of(quant, N, K, x), S, lora_B, y);
+  p.factor = static_cast<float>(scaling);
+  if (bias.has_value()) {
+    check_vector(*bias, "bias", N);
+    check_on_device(x, *bias, "bias");
+    p.bias_dtype = dtype_of(*bias, "bias");
+    p.bias = bias->data_ptr();
+  }
+  const Tensor workspace = scratch(x, cuda::qlora_gemm_workspace(M, N, K));
+  check_launch("qlora_gemm_fwd", cuda::qlora_gemm_fwd(p, data_of(workspace), device.stream()));
+  return y;
+}
+
+Tensor qlora_gemm_dx(Tensor dy_any, Tensor weight, Tensor absmax, Tensor code,
+                     OptionalTensor nested_absmax, OptionalTensor nested_code,
+                     OptionalTensor nested_offset, int64_t blocksize, Tensor dS, Tensor lora_A,
+                     double dropout_p, OptionalTensor seed, ScalarType dtype) {
+  const OnDeviceOf device(dy_any);
+  const Tensor dy = with_aligned_rows(dy_any);
+  const QuantTensors quant{weight,      absmax,        code,     nested_absmax,
+                           nested_code, nested_offset, blocksize};
+  const int64_t M = dy.size(0), N = dy.size(1), K = lora_A.size(1);
+  check_matrix(lora_A, "lora_A", dS.size(1), K);
+  const Tensor dx = empty(dy, {M, K}, dtype);
+  cuda::QloraGemm p = gemm_of(dy, weight_of(quant, N, K, dy), dS, lora_A, dx);
+  p.dropout = dropout_of(dropout_p, seed);
+  const Tensor workspace = scratch(dy, cuda::qlora_gemm_workspace(M, K, N));
+  check_launch("qlora_gemm_dx", cuda::qlora_gemm_dx(p, data_of(workspace), device.stream()));
+  return dx;
+}
+
+std::tuple<Tensor, Tensor> qlora_decode(Tensor x_any, Tensor weight, Tensor absmax, Tensor code,
+                                        OptionalTensor nested_absmax, OptionalTensor nested_code,
+                                        OptionalTensor nested_offset, int64_t blocksize,
+                                        OptionalTensor bias, Tensor lora_A, Tensor lora_B,
+                                        double scaling, double dropout_p, OptionalTensor seed) {
+  const OnDeviceOf device(x_any);
+  const Tensor x = with_aligned_rows(x_any);
+  const QuantTensors quant{weight,      absmax,        code,     nested_absmax,
+                           nested_code, nested_offset, blocksize};
+  const int64_t M = x.size(0), K = x.size(1), N = lora_B.size(0), R = lora_A.size(0);
+  STD_TORCH_CHECK(M <= cuda::kDecodeTokens, "x must have at most ", cuda::kDecodeTokens, " rows");
+  STD_TORCH_CHECK(K % 64 == 0 && blocksize % 64 == 0, "K and blocksize must be multiples of 64");
+  // The kernel counts W in groups of 64 codes with 32 bits.
+  STD_TORCH_CHECK(N < (int64_t{1} << 31) && K < (int64_t{1} << 31) && N * (K / 64) >> 32 == 0,
+                  "weight must have fewer than 2^38 elements, got [", N, ", ", K, "]");
+  check_matrix(lora_A, "lora_A", R, K);
+  check_matrix(lora_B, "lora_B", N, R);
+  check_dtype(lora_B, "lora_B", lora_A.scalar_type());
+  STD_TORCH_CHECK(lora_A.is_contiguous() && lora_B.is_contiguous(),
+                  "lora_A and lora_B must be contiguous");
+  check_on_device(x, lora_A, "lora_A");
+  check_on_device(x, lora_B, "lora_B");
+  const Tensor y = empty(x, {M, N}), S = empty(x, {M, R}, ScalarType::Float);
+  LoraLinearFwd p{};
+  p.M = M;
+  p.R = R;
+  p.weight = weight_of(quant, N, K, x);
+  p.x_dtype = p.weight.compute_dtype;
+  p.adapter_dtype = dtype_of(lora_A, "lora_A");
+  p.x = x.data_ptr();
+  p.ldx = x.stride(0);
+  if (bias.has_value()) {
+    check_vector(*bias, "bias", N);
+    check_on_device(x, *bias, "bias");
+    p.bias_dtype = dtype_of(*bias, "bias");
+    p.bias = bias->data_ptr();
+  }
+  p.lora_A = lora_A.data_ptr();
+  p.lora_B = lora_B.data_ptr();
+  p.scaling = static_cast<float>(scaling);
+  p.dropout = dropout_of(dropout_p, seed);
+  p.y = y.data_ptr();
+  p.S = data_of(S);
+  const Tensor workspace = scratch(x, cuda::qlora_decode_workspace(p));
+  check_launch("qlora_decode", cuda::qlora_decode(p, data_of(workspace), device.stream()));
+  return {y, S};
+}
+
+}  // namespace
+}  // namespace fastlora
+
+STABLE_TORCH_LIBRARY_FRAGMENT(FASTLORA_CUDA_LIBRARY, m) {
+  m.def("qlora_gemm_fwd(Tensor x, " FASTLORA_QUANT
+        "Tensor? bias, Tensor S, Tensor lora_B, float scaling, ScalarType dtype) -> Tensor y");
+  m.def("qlora_gemm_dx(Tensor dy, " FASTLORA_QUANT
+        "Tensor dS, Tensor lora_A, float dropout_p, Tensor? seed, ScalarType dtype) -> Tensor dx");
+  m.def("qlora_decode(Tensor x, " FASTLORA_QUANT
+        "Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling, float dropout_p, Tensor? seed)"
+        " -> (Tensor y, Tensor S)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(FASTLORA_CUDA_LIBRARY, FASTLORA_CUDA_DEVICE, m) {
+  m.impl("quantize_4bit", TORCH_BOX(&fastlora::quantize_4bit));
+  m.impl("dequantize_4bit_out", TORCH_BOX(&fastlora::dequantize_4bit_out));
+  m.impl("qlora_gemm_fwd", TORCH_BOX(&fastlora::qlora_gemm_fwd));
+  m.impl("qlora_gemm_dx", TORCH_BOX(&fastlora::qlora_gemm_dx));
+  m.impl("qlora_decode", TORCH_BOX(&fastlora::qlora_decode));
+}

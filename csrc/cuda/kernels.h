@@ -1,0 +1,50 @@
+// The CUDA kernels as the bindings see them. Each call enqueues its work on `stream` of the current
+// device and returns null, or CUDA's own words when that fails. Pointers are to device memory.
+#pragma once
+
+#include <cstdint>
+
+#include "common/params.h"
+
+namespace fastlora::cuda {
+
+using Stream = void*;  // a cudaStream_t
+
+// Rows of a kernel's 16-byte loads: x and dy must start at multiples of 16 bytes, and so must each
+// of their rows.
+constexpr int64_t kRowAlignment = 16;
+
+// The products of a 4-bit layer, LoRA terms included; one struct for both directions:
+//   forward    y  = x W^T  + bias + factor * S B^T      x [M, K], y [M, N], adapter B [N, R]
+//   dx         y  = x W    + drop'(factor * S A)        x = dy [M, N], y = dx [M, K], S = dS,
+//                                                       adapter A [R, K]
+struct QloraGemm {
+  int64_t M, R;
+  Weight weight;  // K a multiple of 32; compute_dtype bf16 or fp16, that of x
+  const void* x;  // rows of stride ldx
+  int64_t ldx;
+  const float* S;  // [M, R]
+  float factor;
+  DType adapter_dtype;
+  const void* adapter;
+  DType bias_dtype;
+  const void* bias;  // [N] or null
+  Dropout dropout;   // of dx
+  DType y_dtype;
+  void* y;  // contiguous
+};
+
+const char* quantize_4bit(const Quantize4bit& p, Stream stream);
+const char* dequantize_4bit(const Dequantize4bit& p, Stream stream);
+
+// Floats that qlora_gemm_fwd, qlora_gemm_dx and qlora_decode need as scratch memory.
+int64_t qlora_gemm_workspace(int64_t M, int64_t outputs, int64_t inputs);
+const char* qlora_gemm_fwd(const QloraGemm& p, float* workspace, Stream stream);
+const char* qlora_gemm_dx(const QloraGemm& p, float* workspace, Stream stream);
+
+// y and S of LoraLinearFwd for up to kDecodeTokens tokens; blocksize and K are multiples of 64.
+constexpr int64_t kDecodeTokens = 64;
+int64_t qlora_decode_workspace(const LoraLinearFwd& p);
+const char* qlora_decode(const LoraLinearFwd& p, float* workspace, Stream stream);
+
+}  // namespace fastlora::cuda

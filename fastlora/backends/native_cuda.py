@@ -1,0 +1,181 @@
+"""The native backend on CUDA devices: which kernel of csrc/cuda runs a 4-bit layer's op.
+
+`x W^T` and `dy W` come from one of three kernels, as `plan` says. The skinny products around them,
+which touch no W, are the reference's plain torch operations, but for `qlora_decode`, which makes S
+and adds the LoRA term itself.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..quant import QuantState
+
+OPS = ("qlora_linear_fwd", "qlora_linear_bwd", "quantize_4bit", "dequantize_4bit")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# The most tokens for which decoding W inside the product pays, by compute capability; above, W is
+# decoded once and multiplied by cuBLAS. Estimates from data sheets: nobody has measured them.
+FUSED_TOKENS = {(8, 0): 512, (8, 6): 1024, (8, 9): 1024, (9, 0): 512, (10, 0): 128, (12, 0): 1024}
+DECODE_TOKENS = 64  # kDecodeTokens in csrc/cuda/kernels.h
+
+ops: Any = torch.ops.fastlora
+_reason: str | None = None
+
+
+def load() -> None:
+    """Loads the library fastlora/_CUDA.so, if this torch has CUDA; else `unavailable` says why."""
+    global _reason
+    path = Path(__file__).parents[1] / "_CUDA.so"
+    if torch.version.cuda is None:
+        _reason = f"this torch ({torch.__version__}) is built without CUDA."
+    elif not path.exists():
+        _reason = (
+            "the library fastlora/_CUDA.so has not been built; in fastlora's source folder, "
+            "`make cuda-build` builds it."
+        )
+    else:
+        try:
+            torch.ops.load_library(str(path))
+            register_fakes("fastlora")
+        except OSError as error:
+            _reason = f"the library {path} can't be loaded: {error}"
+
+
+def unsupported(op: str, *dtypes: torch.dtype | None) -> str | None:
+    """One sentence that says why `op` can't run on a CUDA device, or None."""
+    if _reason is not None:
+        return _reason
+    if op not in OPS:
+        return f"{op} has no CUDA kernel in the native backend."
+    for dtype in dtypes:
+        if dtype is not None and dtype not in _DTYPES:
+            return f"{op} takes fp32, bf16 and fp16, got {dtype}."
+    return None
+
+
+def fused_tokens(device: torch.device) -> int:
+    """`FUSED_TOKENS` of a device; unknown ones are taken for the next older one that is listed."""
+    capability = torch.cuda.get_device_capability(device)
+    known = [listed for listed in FUSED_TOKENS if listed <= capability]
+    return FUSED_TOKENS[max(known)] if known else 0
+
+
+def plan(
+    M: int, K: int, blocksize: int, dtype: torch.dtype, most: int
+) -> Literal["decode", "gemm", "dequantize"]:
+    """The kernel for `x W^T`: "decode" (few tokens), "gemm", or "dequantize" and torch's product.
+
+    Args:
+        M, K: tokens and in_features.
+        blocksize: codes that share an absmax.
+        dtype: of the product's operands; the fused kernels have bf16 and fp16.
+        most: tokens above which W is decoded apart.
+    """
+    if dtype not in (torch.bfloat16, torch.float16) or K % 32 != 0:
+        return "dequantize"
+    if M <= DECODE_TOKENS and K % 64 == 0 and blocksize % 64 == 0:
+        return "decode"
+    return "dequantize" if most < M else "gemm"
+
+
+def state_args(state: QuantState) -> tuple[Any, ...]:
+    """A quant state as the ops take it: absmax, code, three nested tensors, blocksize."""
+    inner = state.state2
+    nested_absmax = None if inner is None else inner.absmax
+    nested_code = None if inner is None else inner.code
+    return state.absmax, state.code, nested_absmax, nested_code, state.offset, state.blocksize
+
+
+def _decoded(weight: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
+    out = torch.empty(tuple(state.shape), dtype=dtype, device=weight.device)
+    return ops.dequantize_4bit_out(weight, *state_args(state), out)
+
+
+def qlora_linear_fwd(
+    x: Tensor,
+    weight: Tensor,
+    quant_state: QuantState,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`reference.qlora_linear_fwd`."""
+    dtype = compute_dtype or x.dtype
+    kernel = plan(x.shape[0], x.shape[1], quant_state.blocksize, dtype, fused_tokens(x.device))
+    quant = (weight, *state_args(quant_state))
+    lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
+    # The decode kernel reads x once, for both products: in one dtype.
+    if kernel == "decode" and x.dtype == dtype:
+        return ops.qlora_decode(x, *quant, bias, lora_A, lora_B, scaling, dropout_p, seed)
+    S = reference.shrink(x, lora_A, dropout_p, seed)
+    if kernel != "dequantize":
+        y = ops.qlora_gemm_fwd(x.to(dtype), *quant, bias, S, lora_B, scaling, x.dtype)
+        return y, S
+    y = torch.nn.functional.linear(x.to(dtype), _decoded(weight, quant_state, dtype))
+    y = torch.addmm(y.float(), S, lora_B.float().T, alpha=scaling)
+    return (y if bias is None else y + bias.float()).to(x.dtype), S
+
+
+def qlora_linear_bwd(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    quant_state: QuantState,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    S: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+    needs: tuple[bool, bool, bool, bool] = (True, True, True, False),
+) -> tuple[Tensor | None, ...]:
+    """`reference.qlora_linear_bwd`."""
+    dtype = compute_dtype or x.dtype
+    dS, *grads = reference.skinny_bwd(dy, x, lora_A, lora_B, S, scaling, dropout_p, seed, needs[1:])
+    if not needs[0]:
+        return None, *grads
+    M, K = x.shape
+    if plan(M, K, quant_state.blocksize, dtype, fused_tokens(x.device)) != "dequantize":
+        quant = (weight, *state_args(quant_state))
+        A = lora_A.contiguous()
+        dx = ops.qlora_gemm_dx(dy.to(dtype), *quant, dS, A, dropout_p, seed, x.dtype)
+        return dx, *grads
+    dx = dy.to(dtype) @ _decoded(weight, quant_state, dtype)
+    return (dx + reference.expand_dx(dS, lora_A, dropout_p, seed)).to(x.dtype), *grads
+
+
+def register_fakes(namespace: str) -> None:
+    """Shapes without data, for torch.compile."""
+
+    @torch.library.register_fake(f"{namespace}::qlora_gemm_fwd")
+    def _(  # type: ignore[no-untyped-def]
+        x, weight, absmax, code, n_absmax, n_code, n_offset, blocksize, bias, S, B, scaling, dtype
+    ):
+        return x.new_empty((x.shape[0], B.shape[0]), dtype=dtype)
+
+    @torch.library.register_fake(f"{namespace}::qlora_gemm_dx")
+    def _(  # type: ignore[no-untyped-def]
+        dy, weight, absmax, code, n_absmax, n_code, n_offset, blocksize, dS, A, p, seed, dtype
+    ):
+        return dy.new_empty((dy.shape[0], A.shape[1]), dtype=dtype)
+
+    @torch.library.register_fake(f"{namespace}::qlora_decode")
+    def _(  # type: ignore[no-untyped-def]
+        x, weight, absmax, code, n_absmax, n_code, n_offset, blocksize, bias, A, B, *options
+    ):
+        S = x.new_empty((x.shape[0], A.shape[0]), dtype=torch.float32)
+        return x.new_empty((x.shape[0], B.shape[0])), S
+
+
+load()

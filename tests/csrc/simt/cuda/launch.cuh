@@ -1,0 +1,22 @@
+// csrc/cuda/launch.cuh for a CPU: the kernel has run when launch() returns.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../simt.h"
+#include "cuda/kernels.h"
+
+namespace fastlora::cuda {
+
+template <class Params>
+const char* launch(void (*kernel)(Params), int64_t blocks, int threads, size_t shared_bytes, Stream,
+                   const Params& params) {
+  simt::launch(blocks, threads, shared_bytes, [&] { kernel(params); });
+  return nullptr;
+}
+
+// Few, so that small layers are split too.
+inline int multiprocessors() { return 12; }
+
+}  // namespace fastlora::cuda

@@ -1,0 +1,93 @@
+"""The CUDA kernels on a CPU: builds and loads them, and makes a backend of them.
+
+`torch.ops.fastlora_emulated` are the ops of csrc/bindings/cuda_ops.cpp, compiled for CPU tensors
+with the kernels' own sources over tests/csrc/simt.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastlora import backends
+from fastlora.backends import native, native_cuda
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = ROOT / "build"
+NAME = "cuda emulated"
+# As on an sm_80. The emulation has no compute capability.
+FUSED_TOKENS = native_cuda.FUSED_TOKENS[8, 0]
+
+
+def run_cmake(target: str) -> None:
+    """Brings a target of CMakeLists.txt up to date, or skips the test that wants it."""
+    if not (BUILD / "build.ninja").exists():
+        pytest.skip("there is no build/ with CMake's targets: FASTLORA_NATIVE=0 leaves it out")
+    command = [str(Path(sys.executable).parent / "cmake"), "--build", str(BUILD)]
+    done = subprocess.run([*command, "--target", target], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+def build(target: str = "fastlora_emulated") -> Path:
+    """The emulated library, compiled."""
+    if platform.machine() != "x86_64":
+        pytest.skip("the emulation switches fibers with instructions of x86-64")
+    run_cmake(target)
+    return BUILD / f"{target}.so"
+
+
+def load_library(path: Path) -> ctypes.CDLL:
+    """Registers the ops and returns the library's C functions."""
+    torch.ops.load_library(str(path))
+    library = ctypes.CDLL(str(path))
+    library.simt_to_float.restype = ctypes.c_float
+    library.simt_counters.restype = Counters
+    return library
+
+
+class Counters(ctypes.Structure):
+    """What the emulation has counted: simt::Counters in tests/csrc/simt/simt.h."""
+
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in ("blocks", "matrix_products", "matrix_loads", "bank_conflicts", "async_copies")
+    ]
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """The library, compiled and loaded once."""
+    library = load_library(build())
+    native_cuda.register_fakes("fastlora_emulated")
+    return library
+
+
+@contextmanager
+def as_backend() -> Iterator[str]:
+    """Inside, `backend="cuda emulated"` runs the ops' CUDA side on CPU tensors."""
+    module = SimpleNamespace(
+        NAME=NAME,
+        unsupported=lambda op, device, *dtypes, **named: native_cuda.unsupported(op, *dtypes),
+        qlora_linear_fwd=native_cuda.qlora_linear_fwd,
+        qlora_linear_bwd=native_cuda.qlora_linear_bwd,
+        quantize_4bit=native.quantize_4bit,
+        dequantize_4bit=native.dequantize_4bit,
+    )
+    ops = torch.ops.fastlora_emulated
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native_cuda, "ops", ops)
+        patch.setattr(native_cuda, "_reason", None)
+        patch.setattr(native_cuda, "fused_tokens", lambda device: FUSED_TOKENS)
+        patch.setattr(native, "ops", ops)
+        patch.setitem(backends.BACKENDS, NAME, module)
+        yield NAME

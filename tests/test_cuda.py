@@ -1,0 +1,358 @@
+"""The CUDA side of the native backend, its kernels emulated, against the definition."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastlora import ops, reference
+from fastlora.backends import native, native_cuda
+from tests import emulated
+from tests.cases import BASES, CASES, DTYPES, Base, Case, exact_results, make_inputs, plain_results
+from tests.conftest import poisoned_memory
+from tests.test_backends import run
+from tests.tolerance import assert_close_to_exact
+
+NESTED = Base("nf4", 64, nested=True)
+# A tile is 128 tokens by 128 outputs and a step 64 terms, of which a thread decodes 32; LoRA takes
+# 32 ranks at once. Sums are split to keep 12 multiprocessors busy. Decoding takes 8 tokens at a
+# time, up to 32 in a block, and 16 rows of W.
+EDGES = (
+    Case("whole tiles and ranks", 128, 128, 128, 32, dropout_p=0.1),
+    Case("one below each edge", 127, 127, 96, 31, dropout_p=0.1),
+    Case("one past each edge", 129, 129, 160, 33, dropout_p=0.3),
+    Case("half a step, few outputs", 65, 8, 32, 1, bias=False),
+    Case("sum of the forward in two parts", 70, 64, 1056, 5, dropout_p=0.1),
+    Case("sum of dx in two parts", 66, 1100, 64, 3, dropout_p=0.2),
+    Case("few tokens, no decoding: half a step", 7, 40, 96, 4, dropout_p=0.1, strided=True),
+    Case("decoding: 9 tokens, 17 rows", 9, 17, 64, 5, dropout_p=0.1),
+    Case("decoding: 17 tokens", 17, 16, 128, 4),
+    Case("decoding: 33 tokens, two blocks' worth", 33, 31, 192, 9, dropout_p=0.1),
+    Case("decoding: 64 tokens, parts of S and of the sum", 64, 33, 2112, 4, dropout_p=0.1),
+    Case("everything dropped", 70, 32, 64, 4, dropout_p=1.0),
+)
+RUNS = [
+    (case, base, dtypes)
+    for case in EDGES + CASES
+    for base in BASES[1:]
+    for dtypes in DTYPES
+    # Every dtype with one base, every base with one dtype.
+    if base == NESTED or dtypes == "bf16, fp32 adapter"
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def backend() -> Iterator[str]:
+    emulated.load()
+    with emulated.as_backend() as name:
+        yield name
+
+
+@pytest.mark.parametrize(
+    ("case", "base", "dtypes"), RUNS, ids=lambda part: str(part).replace(" ", "_")
+)
+def test_against_definition(case: Case, base: Base, dtypes: str, backend: str) -> None:
+    inputs = make_inputs(case, base, DTYPES[dtypes])
+    exact, plain = exact_results(case, inputs), plain_results(case, inputs)
+    with poisoned_memory():
+        got = run(case, inputs, backend)
+    for name, out in got.items():
+        want, base_result = getattr(exact, name), getattr(plain, name)
+        if base_result is None:  # no bias in this case: compare with the exact sum alone
+            base_result = want.to(out.dtype)
+        assert_close_to_exact(out, want, base_result, what=name)
+
+
+@pytest.mark.parametrize("blocksize", [32, 64, 512, 4096])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_quantize_and_dequantize_are_bit_exact(
+    blocksize: int, quant_type: str, dtype: torch.dtype, backend: str
+) -> None:
+    for shape in ((7, 33), (64, 128), (1, 1), (130, 577)):
+        weight = torch.randn(shape).to(dtype)
+        weight.view(-1)[:: max(1, weight.numel() // 5)] *= 1e-30  # some tiny, some denormal
+        weight.view(-1)[-blocksize:] *= 0  # a block of zeros
+        for nested in (False, True):
+            packed, state = ops.quantize_4bit(
+                weight, blocksize, quant_type, nested, backend=backend
+            )
+            want, want_state = reference.quantize_4bit(weight, blocksize, quant_type, nested)
+            assert torch.equal(packed, want)
+            assert torch.equal(state.absmax, want_state.absmax)
+            for out_dtype in (torch.float32, torch.bfloat16, torch.float16):
+                with poisoned_memory():
+                    out = ops.dequantize_4bit(packed, state, out_dtype, backend=backend)
+                assert torch.equal(out, reference.dequantize_4bit(want, want_state, out_dtype))
+
+
+def test_quantize_takes_what_is_not_aligned_and_not_a_number(backend: str) -> None:
+    weight = torch.randn(1 + 64 * 9)[1:]
+    packed, state = ops.quantize_4bit(weight, backend=backend)
+    want, want_state = reference.quantize_4bit(weight)
+    assert torch.equal(packed, want) and torch.equal(state.absmax, want_state.absmax)
+    out = torch.full((1 + 64 * 9,), torch.nan)[1:]
+    ops.dequantize_4bit(packed, state, out=out, backend=backend)
+    assert torch.equal(out, reference.dequantize_4bit(want, want_state))
+    weight[70] = torch.nan
+    packed, state = ops.quantize_4bit(weight, backend=backend)
+    want, want_state = reference.quantize_4bit(weight)
+    assert torch.equal(packed, want) and bool(state.absmax[1].isnan())
+
+
+# The product of two split numbers leaves out that of their lower parts, up to 2^-16 of it. PEFT's
+# own fp32 sequence is no measure for that, so this bound stands apart from the error policy.
+LORA_TERM_ERROR = 2.0**-15
+
+
+def lora_term_errors(backend: str) -> list[float]:
+    """Of y and dx in fp32, relative to the largest, where W = 0 leaves the LoRA term alone."""
+    inputs = make_inputs(Case("", 70, 96, 64, 40), Base("nf4"), DTYPES["fp32 computed in bf16"])
+    inputs.weight, inputs.quant_state = reference.quantize_4bit(torch.zeros(96, 64))
+    inputs.bias = None
+    case = Case("", 70, 96, 64, 40, bias=False)
+    got, exact = run(case, inputs, backend), exact_results(case, inputs)
+    pairs = ((got.y, exact.y), (got.dx, exact.dx))
+    return [float((out - want).abs().max() / want.abs().max()) for out, want in pairs]
+
+
+def test_lora_term_keeps_fp32_adapters(backend: str) -> None:
+    assert max(lora_term_errors(backend)) < LORA_TERM_ERROR
+
+
+def test_any_schedule_gives_the_same_bits(backend: str) -> None:
+    """Blocks and warps take their turns in another order each time."""
+    library = emulated.load()
+    for M, K in ((20, 1024), (130, 1056)):
+        case = Case("", M, N=200, K=K, R=20, dropout_p=0.1)
+        inputs = make_inputs(case, NESTED, DTYPES["bf16, fp32 adapter"])
+        first = run(case, inputs, backend)
+        for seed in range(3):
+            library.simt_seed(seed)
+            again = run(case, inputs, backend)
+            for name, tensor in first.items():
+                assert torch.equal(tensor, getattr(again, name)), name
+
+
+def test_matrix_loads_meet_no_bank_twice(backend: str) -> None:
+    case = Case("", M=130, N=136, K=160, R=20, dropout_p=0.1)
+    inputs = make_inputs(case, NESTED, DTYPES["bf16"])
+    before = emulated.load().simt_counters()
+    run(case, inputs, backend)
+    after = emulated.load().simt_counters()
+    assert after.matrix_loads > before.matrix_loads
+    assert after.bank_conflicts == before.bank_conflicts
+
+
+def test_code_table_comes_from_the_state(backend: str) -> None:
+    for M in (4, 70):
+        case = Case("", M, N=32, K=64, R=2)
+        inputs = make_inputs(case, Base("nf4", 64), DTYPES["bf16"])
+        before = run(case, inputs, backend)
+        inputs.quant_state.code = inputs.quant_state.code.flip(0).contiguous()
+        after, exact = run(case, inputs, backend), exact_results(case, inputs)
+        assert not torch.allclose(before.y, after.y)
+        assert_close_to_exact(after.y, exact.y, plain_results(case, inputs).y, what="y")
+
+
+# ---- bindings ----------------------------------------------------------------------------------
+
+
+def _op_arguments() -> dict[str, tuple]:
+    case = Case("", M=5, N=12, K=64, R=2, dropout_p=0.1)
+    inputs = make_inputs(case, NESTED, DTYPES["bf16, fp32 adapter"])
+    quant = (inputs.weight.view(-1), *native_cuda.state_args(inputs.quant_state))
+    A, B, S, dtype = inputs.lora_A, inputs.lora_B, torch.randn(5, 2), torch.bfloat16
+    return {
+        "qlora_gemm_fwd": (inputs.x, *quant, inputs.bias, S, B, 1.0, dtype),
+        "qlora_gemm_dx": (inputs.dy, *quant, S, A, 0.1, inputs.seed, dtype),
+        "qlora_decode": (inputs.x, *quant, inputs.bias, A, B, 1.0, 0.1, inputs.seed),
+    }
+
+
+@pytest.mark.parametrize("op", _op_arguments())
+def test_opcheck(op: str) -> None:
+    result = torch.library.opcheck(
+        getattr(torch.ops.fastlora_emulated, op).default,
+        _op_arguments()[op],
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )
+    assert set(result.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize(
+    ("op", "place", "wrong", "message"),
+    [
+        ("qlora_gemm_fwd", 0, torch.randn(5, 64), "x must be bf16 or fp16"),
+        ("qlora_gemm_fwd", 1, torch.zeros(3, dtype=torch.uint8), "weight must be contiguous with"),
+        ("qlora_gemm_fwd", 9, torch.randn(4, 2), "S must be .5, 2."),
+        ("qlora_gemm_dx", 9, torch.randn(2, 48), "K must be a multiple of 32, got 48"),
+        ("qlora_gemm_dx", 11, None, "seed must be an int64 tensor"),
+        ("qlora_decode", 7, 32, "K and blocksize must be multiples of 64"),
+        ("qlora_decode", 9, torch.randn(3, 64), "lora_B must be .12, 3."),
+        ("qlora_decode", 10, torch.empty(2**31, 0), "weight must have fewer than 2.38 elements"),
+    ],
+)
+def test_bindings_refuse(op: str, place: int, wrong: object, message: str) -> None:
+    arguments = list(_op_arguments()[op])
+    arguments[place] = wrong
+    with pytest.raises(RuntimeError, match=message):
+        getattr(torch.ops.fastlora_emulated, op)(*arguments)
+
+
+def test_decode_tokens_is_the_kernels() -> None:
+    arguments = list(_op_arguments()["qlora_decode"])
+    most = native_cuda.DECODE_TOKENS
+    arguments[0] = torch.randn(most, 64).bfloat16()
+    assert torch.ops.fastlora_emulated.qlora_decode(*arguments)[0].shape == (most, 12)
+    arguments[0] = torch.randn(most + 1, 64).bfloat16()
+    with pytest.raises(RuntimeError, match=f"x must have at most {most} rows"):
+        torch.ops.fastlora_emulated.qlora_decode(*arguments)
+
+
+# ---- which kernel ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("M", "K", "blocksize", "dtype", "kernel"),
+    [
+        (1, 4096, 64, torch.bfloat16, "decode"),
+        (64, 4096, 64, torch.float16, "decode"),
+        (65, 4096, 64, torch.bfloat16, "gemm"),
+        (1, 4096, 32, torch.bfloat16, "gemm"),
+        (1, 4128, 64, torch.bfloat16, "gemm"),
+        (512, 4096, 64, torch.bfloat16, "gemm"),
+        (513, 4096, 64, torch.bfloat16, "dequantize"),
+        (1, 4100, 64, torch.bfloat16, "dequantize"),
+        (1, 4096, 64, torch.float32, "dequantize"),
+    ],
+)
+def test_plan(M: int, K: int, blocksize: int, dtype: torch.dtype, kernel: str) -> None:
+    assert native_cuda.plan(M, K, blocksize, dtype, 512) == kernel
+
+
+def test_fused_tokens_of_unlisted_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    find = _fused_tokens
+    for capability, want in (((8, 0), 512), ((8, 7), 1024), ((12, 1), 1024), ((7, 5), 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        assert find(torch.device("cuda")) == want
+
+
+_fused_tokens = native_cuda.fused_tokens
+
+
+def test_what_is_not_supported() -> None:
+    assert native.unsupported("qlora_linear_fwd", "cuda", torch.bfloat16) is None
+    dense = native.unsupported("lora_linear_fwd", "cuda", torch.bfloat16)
+    assert dense == "lora_linear_fwd has no CUDA kernel in the native backend."
+    wide = native.unsupported("qlora_linear_fwd", "cuda", torch.float64)
+    assert wide == "qlora_linear_fwd takes fp32, bf16 and fp16, got torch.float64."
+
+
+def test_every_asm_stands_in_ptx() -> None:
+    """The emulation replaces ptx.cuh, launch.cuh and cuda_stream.h: nothing else may need CUDA."""
+    replaced = {"ptx.cuh", "launch.cuh", "cuda_stream.h"}
+    for folder in ("cuda", "bindings"):
+        for path in (emulated.ROOT / "csrc" / folder).iterdir():
+            if path.name in replaced:
+                continue
+            found = re.findall(
+                r"\basm\b|threadIdx|blockIdx|__sync\w+|__shfl\w+|__shared__|<<<|cuda_runtime",
+                path.read_text(),
+            )
+            assert not found, f"{path}: {found}"
+
+
+# ---- planted faults ----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_every_planted_fault_is_noticed() -> None:
+    command = [sys.executable, "-m", "tests.cuda_mutants"]
+    done = subprocess.run(command, cwd=emulated.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert done.stdout.count("\nok ") >= 30 and "MISSED" not in done.stdout
+
+
+def test_the_tables_of_the_document_are_those_of_the_gates_and_the_faults() -> None:
+    from benchmarks import cuda_report
+    from benchmarks.document import fill
+
+    text = cuda_report.DOCS.read_text()
+    assert fill(text, cuda_report.tables()) == text
+
+
+# ---- the library for GPUs ----------------------------------------------------------------------
+
+LOADS = """
+import torch, fastlora
+torch.ops.load_library({library!r})
+for op in (
+    "quantize_4bit", "dequantize_4bit_out", "qlora_gemm_fwd", "qlora_gemm_dx", "qlora_decode"
+):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("fastlora::" + op, "CUDA"), op
+"""
+
+
+@pytest.mark.slow
+def test_the_gpu_library_loads_without_a_gpu() -> None:
+    emulated.run_cmake("cuda-build")
+    library = emulated.ROOT / "fastlora" / "_CUDA.so"
+    if not library.exists():
+        pytest.skip("no nvcc: fastlora/_CUDA.so has not been built")
+    command = [sys.executable, "-c", LOADS.format(library=str(library))]
+    done = subprocess.run(command, cwd=emulated.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+# ---- sanitizers --------------------------------------------------------------------------------
+
+SANITIZED = """
+import torch
+from tests import emulated
+from tests.cases import DTYPES, Base, make_inputs
+from tests.test_backends import run
+from tests.test_cuda import EDGES, NESTED
+from fastlora import ops
+
+emulated.load_library({library!r})
+with emulated.as_backend() as name:
+    for case in EDGES:
+        run(case, make_inputs(case, NESTED, DTYPES["bf16, fp32 adapter"]), name)
+    for shape in ((7, 33), (130, 65)):
+        packed, state = ops.quantize_4bit(torch.randn(shape), 64, "nf4", True, backend=name)
+        ops.dequantize_4bit(packed, state, torch.bfloat16, backend=name)
+print("clean")
+"""
+
+
+@pytest.mark.slow
+def test_under_address_and_undefined_behaviour_sanitizers() -> None:
+    """Tensors come from malloc, so a read past the end of any of them is seen."""
+    library = emulated.build("fastlora_emulated_sanitized")
+    runtime = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    assert all(Path(path.strip()).is_absolute() for path in runtime), runtime
+    done = subprocess.run(
+        [sys.executable, "-c", SANITIZED.format(library=str(library))],
+        cwd=emulated.ROOT,
+        env={
+            "PATH": "/usr/bin:/bin",
+            "PYTHONPATH": str(emulated.ROOT),
+            "LD_PRELOAD": " ".join(path.strip() for path in runtime),
+            "ASAN_OPTIONS": "detect_leaks=0",
+            "OMP_NUM_THREADS": "1",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and done.stdout == "clean\n", done.stderr[-4000:]

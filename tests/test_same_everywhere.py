@@ -1,0 +1,58 @@
+"""One op on every kind of processor: the CPU's kernels, emulated CUDA, Triton interpreted.
+
+The same inputs, the one error policy, and the same dropout mask. A backend joins with its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fastlora import backends, ops, reference
+from tests import emulated, test_backends
+from tests.cases import Base, Case
+
+RUNNERS = ("native", emulated.NAME, "triton")
+
+CASES = (
+    Case("decoding", 9, 24, 128, 4, dropout_p=0.2),
+    Case("a tile and a bit", 70, 72, 160, 5, dropout_p=0.1, strided=True),
+    Case("no multiple of anything", 33, 35, 67, 3, dropout_p=0.3, bias=False),
+)
+BASES = (Base("nf4", 64, nested=True), Base("fp4", 128))
+DTYPES = ("bf16, fp32 adapter", "fp16", "fp32 computed in bf16")
+
+
+@pytest.fixture(params=RUNNERS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param == emulated.NAME:
+        emulated.load()
+        with emulated.as_backend() as name:
+            yield name
+        return
+    if reason := backends.BACKENDS[request.param].unsupported("qlora_linear_fwd", "cpu"):
+        pytest.skip(reason)
+    yield request.param
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("base", BASES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_one_error_policy(case: Case, base: Base, dtypes: str, backend: str) -> None:
+    test_backends.test_against_definition(case, base, dtypes, backend)
+
+
+@pytest.mark.parametrize("M", [5, 70])
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.999])
+def test_one_dropout_mask(M: int, p: float, backend: str) -> None:
+    """With A = B = identity and W = 0, y is drop(x) and dx is drop'(dy): zeros are the mask's."""
+    K, seed = 192, torch.tensor([-12345])
+    x, eye = torch.ones(M, K, dtype=torch.bfloat16), torch.eye(K)
+    weight, state = reference.quantize_4bit(torch.zeros(K, K))
+    mask = reference.dropout_mask(M, K, p, seed)
+    y, S = ops.qlora_linear_fwd(x, weight, state, None, eye, eye, 1.0, p, seed, backend=backend)
+    assert torch.equal(y != 0, mask)
+    dx, *_ = ops.qlora_linear_bwd(x, x, weight, state, eye, eye, S, 1.0, p, seed, backend=backend)
+    assert torch.equal(dx != 0, mask)
