@@ -159,7 +159,7 @@ def rank_and_alpha_patterns(model: nn.Module) -> Results:
     return train_step(model.train(), IDS)
 
 
-@feature("the adapter is a LoRA variant (DoraLinearVariant)", use_dora=True)
+@feature(use_dora=True)
 def dora(model: nn.Module) -> Results:
     return train_step(model.train(), IDS)
 
@@ -234,7 +234,7 @@ def disable_adapter_while_merged(model: nn.Module) -> Results:
     return {"off": off, "on": logits(model)}
 
 
-@feature("the call passes adapter_names")
+@feature()
 def mixed_batch(model: nn.Module) -> Results:
     add(model)
     model.eval()
@@ -251,7 +251,7 @@ def set_adapter(model: nn.Module) -> Results:
     return train_step(model.train(), IDS)
 
 
-@feature("2 adapters are active on this layer; fastlora takes one")
+@feature()
 def two_active_adapters(model: nn.Module) -> Results:
     add(model, r=5)
     model.base_model.set_adapter(["default", "other"])

@@ -1,0 +1,136 @@
+"""DoRA without W + scaling * B A: the norms of its rows by their expansion, and the magnitude.
+
+Source: DoRA, arXiv:2402.09353; its section 4.3 says why the norms get no gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import ops
+from ..quant import QuantState
+
+# Where a quant state of bitsandbytes keeps |W|^2 of the weight that it belongs to.
+_SQUARES = "_fastlora_squared_norms"
+# Tokens whose fp32 products stay in a cache while a gradient is summed.
+_BLOCK = 64
+
+
+@torch.no_grad()
+def weight_norms(
+    weight: Tensor,
+    owner: Any,
+    state: QuantState | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+) -> Tensor:
+    """`|W_n + scaling * (B A)_n|` for each row n, from
+
+        |W_n|^2 + 2 scaling <(W A^T)_n, B_n> + scaling^2 <B_n A A^T, B_n>
+
+    so that nothing of W's size is made: W is read in its own dtype, or decoded on the way.
+
+    Args:
+        weight: [N, K], or the packed bytes when state is given.
+        owner: bitsandbytes' quant state, which keeps |W|^2 for later calls. A dense weight is
+            summed anew each time: PEFT's merge writes to it without a trace.
+        state: the same as fastlora's, or None.
+        lora_A, lora_B: [R, K] and [N, R], fp32 or x's dtype.
+        scaling: factor of the LoRA term.
+
+    Returns:
+        fp32 [N], without a gradient.
+    """
+    A, B = lora_A.float(), lora_B.float()
+    if state is None:
+        squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
+        WA = _dense_times_A(weight, A)
+    else:
+        squares = _squares_4bit(weight, owner, state)
+        WA = _packed_times_A(weight, state, A)
+    cross = (WA * B).sum(1)
+    lora = ((B @ (A @ A.T)) * B).sum(1)
+    return (squares + 2 * scaling * cross + scaling**2 * lora).clamp(min=0).sqrt()
+
+
+def _dense_times_A(weight: Tensor, A: Tensor) -> Tensor:
+    """`W A^T` [N, R] in fp32: the S of a layer whose input is W, which is read as it is."""
+    one = weight.new_zeros(1, weight.shape[1])
+    return ops.lora_linear_fwd(weight, one, None, A, A.new_zeros(1, A.shape[0]), 0.0)[1]
+
+
+def _packed_times_A(weight: Tensor, state: QuantState, A: Tensor) -> Tensor:
+    """`W A^T` [N, R] in fp32: the base product of a layer whose input is A.
+
+    It takes A in W's dtype. Two such parts add up to A in all but its last bits.
+    """
+    high = A.to(state.dtype).float()
+    x = A if state.dtype == torch.float32 else torch.cat([high, A - high])
+    zeros = A.new_zeros(1, A.shape[1]), A.new_zeros(state.shape[0], 1)
+    y, _ = ops.qlora_linear_fwd(x, weight, state, None, *zeros, 0.0, compute_dtype=state.dtype)
+    return y.view(-1, *A.shape[:1], state.shape[0]).sum(0).T
+
+
+def _squares_4bit(weight: Tensor, owner: Any, state: QuantState) -> Tensor:
+    key = (weight.data_ptr(), weight._version)
+    kept = owner.__dict__.get(_SQUARES)
+    if kept is not None and kept[0] == key and kept[1].device == weight.device:
+        return kept[1]
+    dense = ops.dequantize_4bit(weight, state, state.dtype)
+    squares = torch.linalg.vector_norm(dense, dim=1, dtype=torch.float32).square()
+    owner.__dict__[_SQUARES] = (key, squares)
+    return squares
+
+
+class MagnitudeFunction(torch.autograd.Function):
+    """`y = factor * z + bias`, with gradients
+
+        dz = factor * dy,   dfactor = sum over m of dy * z,   dbias = sum over m of dy.
+
+    Saves z, which nothing else keeps. Products and sums are taken in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(z, factor)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        y = z * factor
+        if bias is not None:
+            y += bias
+        return y.to(z.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        z, factor = ctx.saved_tensors
+        need_z, need_factor, need_bias = ctx.needs_input_grad
+        dz = dfactor = dbias = None
+        if need_z:
+            dz = (dy * factor).to(z.dtype)
+        if need_factor:
+            dfactor = torch.zeros_like(factor)
+            for dy_rows, z_rows in zip(dy.split(_BLOCK), z.split(_BLOCK), strict=True):
+                dfactor += (dy_rows.to(factor.dtype) * z_rows).sum(0)
+        if need_bias:
+            dbias = dy.sum(0, dtype=factor.dtype).to(ctx.bias_dtype)
+        return dz, dfactor, dbias
+
+
+def apply_magnitude(z: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
+    """`y = factor * z + bias`, differentiable in all three.
+
+    Args:
+        z: [..., N], fp32, bf16 or fp16.
+        factor: [N], fp32 (fp64 for checks).
+        bias: [N] or None.
+
+    Returns:
+        y [..., N] in z's dtype, rounded once.
+    """
+    y: Tensor = MagnitudeFunction.apply(z.reshape(-1, z.shape[-1]), factor, bias)
+    return y.view(z.shape)

@@ -1,0 +1,199 @@
+"""What one call of a fast layer computes, once `peft_guard` has found that it may.
+
+The casts stand outside the autograd Functions, so that autograd casts the gradients back and the
+backward does not depend on autocast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from ..autograd import lora_linear
+from ..quant import as_quant_state
+from . import bitsandbytes as bnb
+from .peft_dora import apply_magnitude, weight_norms
+
+# The name by which PEFT's `adapter_names` asks for no adapter.
+NO_ADAPTER = "__base__"
+
+
+class Adapter(NamedTuple):
+    """One adapter of a layer; `bias` is lora_B's, `magnitude` that of DoRA, or None."""
+
+    name: str
+    lora_A: Tensor
+    lora_B: Tensor
+    bias: Tensor | None
+    dropout: nn.Module
+    scaling: float
+    magnitude: Tensor | None
+
+    @property
+    def drops(self) -> bool:
+        """True when the dropout would drop something in a call made now."""
+        return self.dropout.training and getattr(self.dropout, "p", 0.0) > 0.0
+
+
+class Parts(NamedTuple):
+    """What the fast path reads from a layer; `quant_state` is bitsandbytes', None when dense."""
+
+    base: nn.Module
+    weight: Tensor
+    quant_state: Any
+    bias: Tensor | None
+    adapters: tuple[Adapter, ...]
+
+    @property
+    def op(self) -> str:
+        """The forward op that serves the layer."""
+        return "lora_linear_fwd" if self.quant_state is None else "qlora_linear_fwd"
+
+
+class Casts(NamedTuple):
+    """The dtypes of one call: of x and of the adapters, and of a 4-bit base product."""
+
+    x: torch.dtype
+    adapter: torch.dtype
+    compute: torch.dtype | None
+
+
+class Plan(NamedTuple):
+    """One call on the fast path; `rows` names the adapter of each row of a mixed batch."""
+
+    parts: Parts
+    casts: Casts
+    autocast: bool
+    rows: Sequence[str] | None = None
+
+    def run(self, x: Tensor) -> Tensor:
+        """`y = x W^T + bias + sum of scaling * drop(x) A^T B^T`, in the dtypes of PEFT's code."""
+        if self.autocast:
+            with torch.autocast(x.device.type, enabled=False):
+                return self._run(x)
+        return self._run(x)
+
+    def _run(self, x: Tensor) -> Tensor:
+        if self.parts.quant_state is not None:
+            bnb.settle_compute_dtype(self.parts.base, x)
+        x = _cast(x, self.casts.x)
+        if self.rows is not None:
+            return self._mixed(x, self.rows)
+        adapters = self.parts.adapters
+        if adapters[0].magnitude is not None:
+            return self._dora(x, adapters[0])
+        # What drops nothing shares one launch; each dropout has a mask of its own.
+        together = [a for a in adapters if not a.drops] or [adapters[0]]
+        y = self._fused(x, together)
+        for adapter in adapters:
+            if adapter.drops and adapter is not together[0]:
+                y = (y + self._term(x, adapter)).to(y.dtype)
+        return y
+
+    def _fused(self, x: Tensor, adapters: Sequence[Adapter]) -> Tensor:
+        """The base product, the bias and adapters with one mask, in one launch.
+
+        Biases of lora_B join the base's in fp32: `bias + sum of scaling * bias_B`.
+        """
+        bias = self._base_bias()
+        for adapter in adapters:
+            if adapter.bias is not None:
+                own = adapter.scaling * adapter.bias.float()
+                bias = own if bias is None else bias.float() + own
+        return self._lora_linear(x, bias, self._stacked(adapters))
+
+    def _lora_linear(self, x: Tensor, bias: Tensor | None, adapter: Adapter) -> Tensor:
+        return lora_linear(
+            x,
+            self.parts.weight,
+            bias,
+            _cast(adapter.lora_A, self.casts.adapter),
+            _cast(adapter.lora_B, self.casts.adapter),
+            adapter.scaling,
+            quant_state=self.parts.quant_state,
+            compute_dtype=self.casts.compute,
+            dropout_p=getattr(adapter.dropout, "p", 0.0),
+            training=adapter.dropout.training,
+        )
+
+    def _base_bias(self) -> Tensor | None:
+        bias = self.parts.bias
+        # bitsandbytes, too, rounds it to compute_dtype, but writes the result into the bias.
+        return None if bias is None else _cast(bias, self.casts.compute or self.casts.x)
+
+    def _stacked(self, adapters: Sequence[Adapter]) -> Adapter:
+        """`sum of s_i B_i A_i = [s_1 B_1, s_2 B_2, ...] [A_1; A_2; ...]`: one adapter for all.
+
+        Where the scalings differ they go into B, in fp32 for want of a rounding in PEFT's code.
+        """
+        first = adapters[0]
+        if len(adapters) == 1:
+            return first
+        As = [_cast(a.lora_A, self.casts.adapter) for a in adapters]
+        Bs = [_cast(a.lora_B, self.casts.adapter) for a in adapters]
+        scaling = first.scaling
+        if any(a.scaling != scaling for a in adapters):
+            As = [A.float() for A in As]
+            Bs = [B.float() * a.scaling for a, B in zip(adapters, Bs, strict=True)]
+            scaling = 1.0
+        return first._replace(lora_A=torch.cat(As), lora_B=torch.cat(Bs, dim=1), scaling=scaling)
+
+    def _term(self, x: Tensor, adapter: Adapter) -> Tensor:
+        """`scaling * (drop(x) A^T B^T + bias_B)` in plain torch, as in PEFT's code."""
+        dtype = self.casts.adapter
+        bias = None if adapter.bias is None else _cast(adapter.bias, dtype)
+        dropped = adapter.dropout(_cast(x, dtype))
+        S = linear(dropped, _cast(adapter.lora_A, dtype))
+        return linear(S, _cast(adapter.lora_B, dtype), bias) * adapter.scaling
+
+    def _mixed(self, x: Tensor, rows: Sequence[str]) -> Tensor:
+        """`y = x W^T + bias + (S * chosen) B^T` with `S = x A^T`, A and B of all adapters stacked.
+
+        `chosen` keeps, in each row of the batch, the ranks of the row's own adapter. So the number
+        of adapters changes the width of two products, not their count.
+        """
+        parts, dtype = self.parts, self.casts.adapter
+        y = self._lora_linear(x, self._base_bias(), self._no_adapter(x))
+        if not parts.adapters:
+            return y
+        owner = [i for i, a in enumerate(parts.adapters) for _ in range(a.lora_A.shape[0])]
+        index = {a.name: i for i, a in enumerate(parts.adapters)}
+        factors = [[float(a.scaling) for a in parts.adapters]]
+        wanted = torch.tensor([[index.get(name, -1)] for name in rows], device=x.device)
+        own = torch.arange(len(parts.adapters), device=x.device) == wanted
+        scale = own * torch.tensor(factors, device=x.device)  # [rows, adapters]
+        middle = (1,) * (x.dim() - 2)
+        chosen = scale[:, owner].view(len(rows), *middle, len(owner)).to(dtype)
+        S = linear(_cast(x, dtype), torch.cat([_cast(a.lora_A, dtype) for a in parts.adapters]))
+        term = linear(S * chosen, torch.cat([_cast(a.lora_B, dtype) for a in parts.adapters], 1))
+        if any(a.bias is not None for a in parts.adapters):
+            N = term.shape[-1]
+            biases = [term.new_zeros(N) if a.bias is None else a.bias for a in parts.adapters]
+            each = scale @ torch.stack([bias.float() for bias in biases])
+            term = term + each.view(len(rows), *middle, N).to(dtype)
+        return y + term.to(y.dtype)
+
+    def _no_adapter(self, x: Tensor) -> Adapter:
+        """Zeros of rank 1: the kernels' base product alone."""
+        base: Any = self.parts.base
+        zeros = torch.zeros(1, base.in_features, dtype=self.casts.adapter, device=x.device)
+        column = torch.zeros(base.out_features, 1, dtype=self.casts.adapter, device=x.device)
+        return Adapter(NO_ADAPTER, zeros, column, None, nn.Identity(), 0.0, None)
+
+    def _dora(self, x: Tensor, adapter: Adapter) -> Tensor:
+        """`y = m / |W + scaling * B A| * (x W^T + scaling * x A^T B^T) + bias`, rows' norms."""
+        parts = self.parts
+        state = None if parts.quant_state is None else as_quant_state(parts.quant_state)
+        A, B = _cast(adapter.lora_A, self.casts.adapter), _cast(adapter.lora_B, self.casts.adapter)
+        norms = weight_norms(parts.weight, parts.quant_state, state, A, B, adapter.scaling)
+        assert adapter.magnitude is not None
+        z = self._lora_linear(x, None, adapter)
+        return apply_magnitude(z, adapter.magnitude.float() / norms, self._base_bias())
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
