@@ -88,49 +88,52 @@ def _squares_4bit(weight: Tensor, owner: Any, state: QuantState) -> Tensor:
 
 
 class MagnitudeFunction(torch.autograd.Function):
-    """`y = factor * z + bias`, with gradients
+    """`y = factor * z + rest`, with gradients
 
-        dz = factor * dy,   dfactor = sum over m of dy * z,   dbias = sum over m of dy.
+        dz = factor * dy,   dfactor = sum over m of dy * z,   drest = dy, or its sum over m.
 
     Saves z, which nothing else keeps. Products and sums are taken in fp32.
     """
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, z: Tensor, factor: Tensor, rest: Tensor | None) -> Tensor:
         ctx.save_for_backward(z, factor)
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.rest = None if rest is None else (rest.dim(), rest.dtype)
         y = z * factor
-        if bias is not None:
-            y += bias
+        if rest is not None:
+            y += rest
         return y.to(z.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         z, factor = ctx.saved_tensors
-        need_z, need_factor, need_bias = ctx.needs_input_grad
-        dz = dfactor = dbias = None
+        need_z, need_factor, need_rest = ctx.needs_input_grad
+        dz = dfactor = drest = None
         if need_z:
             dz = (dy * factor).to(z.dtype)
         if need_factor:
             dfactor = torch.zeros_like(factor)
             for dy_rows, z_rows in zip(dy.split(_BLOCK), z.split(_BLOCK), strict=True):
                 dfactor += (dy_rows.to(factor.dtype) * z_rows).sum(0)
-        if need_bias:
-            dbias = dy.sum(0, dtype=factor.dtype).to(ctx.bias_dtype)
-        return dz, dfactor, dbias
+        if need_rest:
+            dim, dtype = ctx.rest
+            drest = (dy if dim == dy.dim() else dy.sum(0, dtype=factor.dtype)).to(dtype)
+        return dz, dfactor, drest
 
 
-def apply_magnitude(z: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
-    """`y = factor * z + bias`, differentiable in all three.
+def apply_magnitude(z: Tensor, factor: Tensor, rest: Tensor | None) -> Tensor:
+    """`y = factor * z + rest`, differentiable in all three.
 
     Args:
         z: [..., N], fp32, bf16 or fp16.
         factor: [N], fp32 (fp64 for checks).
-        bias: [N] or None.
+        rest: [N], z's shape, or None.
 
     Returns:
         y [..., N] in z's dtype, rounded once.
     """
-    y: Tensor = MagnitudeFunction.apply(z.reshape(-1, z.shape[-1]), factor, bias)
+    if rest is not None and rest.dim() > 1:
+        rest = rest.reshape(-1, rest.shape[-1])
+    y: Tensor = MagnitudeFunction.apply(z.reshape(-1, z.shape[-1]), factor, rest)
     return y.view(z.shape)

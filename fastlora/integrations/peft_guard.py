@@ -189,8 +189,8 @@ def _adapter(layer: Any, name: str, roles: list[tuple[str, nn.Module]]) -> Adapt
     if magnitude is not None:
         if bias is not None:
             return "DoRA with lora_bias: PEFT counts lora_B's bias into the norm"
-        if dropout.training and getattr(dropout, "p", 0.0) > 0.0:
-            return "DoRA with dropout in training multiplies W with x and with the dropped x"
+        if getattr(dropout, "p", 0.0) >= 1.0:
+            return "DoRA with lora_dropout=1 has no scale for what is kept"
     roles += [("lora_A", lora_A), ("lora_B", lora_B), ("the dropout module", dropout)]
     A, B = lora_A._parameters.get("weight"), lora_B._parameters.get("weight")
     vector = None if magnitude is None else magnitude._parameters["weight"]

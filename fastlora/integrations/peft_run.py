@@ -185,14 +185,30 @@ class Plan(NamedTuple):
         return Adapter(NO_ADAPTER, zeros, column, None, nn.Identity(), 0.0, None)
 
     def _dora(self, x: Tensor, adapter: Adapter) -> Tensor:
-        """`y = m / |W + scaling * B A| * (x W^T + scaling * x A^T B^T) + bias`, rows' norms."""
+        """`y = x W^T + bias + (f - 1) * x' W^T + f * scaling * x' A^T B^T`, as PEFT has it, where
+
+            x' = drop(x),   f = magnitude / norm of the rows of W + scaling * B A
+
+        Without dropout that is one product, `f * (x W^T + scaling * x A^T B^T) + bias`; with it
+        two, `f * (x' W^T + scaling * x' A^T B^T) + (x - x') W^T + bias`. The mask alone goes into
+        x', which a scale of 1 / (1 - p) would round.
+        """
         parts = self.parts
         state = None if parts.quant_state is None else as_quant_state(parts.quant_state)
         A, B = _cast(adapter.lora_A, self.casts.adapter), _cast(adapter.lora_B, self.casts.adapter)
         norms = weight_norms(parts.weight, parts.quant_state, state, A, B, adapter.scaling)
         assert adapter.magnitude is not None
-        z = self._lora_linear(x, None, adapter)
-        return apply_magnitude(z, adapter.magnitude.float() / norms, self._base_bias())
+        factor = adapter.magnitude.float() / norms
+        bias = self._base_bias()
+        if not adapter.drops:
+            return apply_magnitude(self._lora_linear(x, None, adapter), factor, bias)
+        scale = 1.0 / (1.0 - float(getattr(adapter.dropout, "p", 0.0)))
+        kept = adapter.dropout(torch.ones_like(x)) != 0
+        z = self._lora_linear(x * kept, None, adapter._replace(dropout=nn.Identity()))
+        rest = torch.where(kept, x * (1.0 - scale), x)
+        return apply_magnitude(
+            z, scale * factor, self._lora_linear(rest, bias, self._no_adapter(x))
+        )
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -209,9 +209,11 @@ def no_active_adapter() -> Call:
     return Call(lora_layers(model)[0], torch.randn(2, 37))
 
 
-@case("DoRA with dropout in training multiplies W with x and with the dropped x")
-def dora_with_dropout() -> Call:
-    return dense(use_dora=True, lora_dropout=1e-9)
+@case("DoRA with lora_dropout=1 has no scale for what is kept")
+def dora_that_drops_all() -> Call:
+    call = dense(use_dora=True, lora_dropout=0.5)
+    call.layer.lora_dropout["default"].p = 1.0
+    return call
 
 
 @case("DoRA with lora_bias: PEFT counts lora_B's bias into the norm")
