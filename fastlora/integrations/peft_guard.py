@@ -33,6 +33,8 @@ LAST_REASON = "_fastlora_reason"
 _MIXED = "adapter_names"
 _PEFT_KWARGS = (_MIXED, "alora_offsets")
 _PLAIN = (Tensor, nn.Parameter)
+# PEFT's variants that differ from LoRA in their initial values and in what trains, not in forward.
+_PLAIN_VARIANTS = ("MiCALinearVariant",)
 
 
 class Unserved(str):
@@ -169,12 +171,13 @@ def _adapter(layer: Any, name: str, roles: list[tuple[str, nn.Module]]) -> Adapt
     if name in state.get("lora_variant", ()) or state.get("use_dora", {}).get(name):
         variant = state.get("lora_variant", {}).get(name)
         kind = "DoRA" if variant is None else type(variant).__name__
-        if kind != "DoraLinearVariant":
+        if kind == "DoraLinearVariant":
+            magnitude = children["lora_magnitude_vector"]._modules[name]
+            if type(magnitude).__name__ != "DoraLinearLayer":
+                return f"the magnitude is a {type(magnitude).__name__}, not a DoraLinearLayer"
+            roles.append(("the magnitude", magnitude))
+        elif kind not in _PLAIN_VARIANTS:
             return f"the adapter is a LoRA variant ({kind})"
-        magnitude = children["lora_magnitude_vector"]._modules[name]
-        if type(magnitude).__name__ != "DoraLinearLayer":
-            return f"the magnitude is a {type(magnitude).__name__}, not a DoraLinearLayer"
-        roles.append(("the magnitude", magnitude))
     scaling = state["scaling"][name]
     if type(scaling) not in (float, int):
         return f"scaling is a {type(scaling).__name__}, not a number"

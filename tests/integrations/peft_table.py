@@ -381,7 +381,7 @@ CASES: dict[str, Case] = {
         {"use_dora": True, "lora_dropout": 0.25}, prepare=narrow
     ),
     "DoRA, merge, unmerge": Case({"use_dora": True}, act=merged_and_unmerged),
-    "MiCA": Case({"init_lora_weights": "mica"}, reasons=variant("MiCALinearVariant")),
+    "MiCA": Case({"init_lora_weights": "mica"}),
     "KaSA": Case({"kasa_config": KasaConfig()}, reasons=variant("KasaLinearVariant")),
     "VeLoRA": Case({"velora_config": VeloraConfig()}, reasons=variant("VeloraLinearVariant")),
     "aLoRA": Case(
