@@ -16,8 +16,8 @@ from ..quant import QuantState
 
 # Where a quant state of bitsandbytes keeps |W|^2 of the weight that it belongs to.
 _SQUARES = "_fastlora_squared_norms"
-# Tokens whose fp32 products stay in a cache while a gradient is summed.
-_BLOCK = 64
+# Elements of a matrix that are widened to fp32 at a time: they stay in a cache, and are never many.
+_BLOCK = 2**19
 
 
 @torch.no_grad()
@@ -48,8 +48,7 @@ def weight_norms(
     """
     A, B = lora_A.float(), lora_B.float()
     if state is None:
-        squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
-        WA = _dense_times_A(weight, A)
+        squares, WA = _dense(weight, A)
     else:
         squares = _squares_4bit(weight, owner, state)
         WA = _packed_times_A(weight, state, A)
@@ -58,10 +57,19 @@ def weight_norms(
     return (squares + 2 * scaling * cross + scaling**2 * lora).clamp(min=0).sqrt()
 
 
-def _dense_times_A(weight: Tensor, A: Tensor) -> Tensor:
-    """`W A^T` [N, R] in fp32: the S of a layer whose input is W, which is read as it is."""
-    one = weight.new_zeros(1, weight.shape[1])
-    return ops.lora_linear_fwd(weight, one, None, A, A.new_zeros(1, A.shape[0]), 0.0)[1]
+def _dense(weight: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """`|W|^2` [N] and `W A^T` [N, R] in fp32, in one pass over W."""
+    norms, WA = A.new_empty(weight.shape[0]), A.new_empty(weight.shape[0], A.shape[0])
+    rows = _rows(weight)
+    for block, norm, product in zip(*(t.split(rows) for t in (weight, norms, WA)), strict=True):
+        wide = block.float()
+        torch.linalg.vector_norm(wide, dim=1, out=norm)
+        torch.mm(wide, A.T, out=product)
+    return norms.square(), WA
+
+
+def _rows(matrix: Tensor) -> int:
+    return max(1, _BLOCK // max(1, matrix.shape[1]))
 
 
 def _packed_times_A(weight: Tensor, state: QuantState, A: Tensor) -> Tensor:
@@ -110,16 +118,19 @@ class MagnitudeFunction(torch.autograd.Function):
         z, factor = ctx.saved_tensors
         need_z, need_factor, need_rest = ctx.needs_input_grad
         dz = dfactor = drest = None
-        if need_z:
-            dz = (dy * factor).to(z.dtype)
-        if need_factor:
-            dfactor = torch.zeros_like(factor)
-            for dy_rows, z_rows in zip(dy.split(_BLOCK), z.split(_BLOCK), strict=True):
-                dfactor += (dy_rows.to(factor.dtype) * z_rows).sum(0)
+        if need_z or need_factor:
+            dz, dfactor = torch.empty_like(z), torch.zeros_like(factor)
+            rows = _rows(z)
+            for dy_rows, z_rows, out in zip(*(t.split(rows) for t in (dy, z, dz)), strict=True):
+                wide = dy_rows.to(factor.dtype)
+                if need_factor:
+                    dfactor += (wide * z_rows).sum(0)
+                if need_z:
+                    out.copy_(wide * factor)
         if need_rest:
             dim, dtype = ctx.rest
             drest = (dy if dim == dy.dim() else dy.sum(0, dtype=factor.dtype)).to(dtype)
-        return dz, dfactor, drest
+        return dz if need_z else None, dfactor if need_factor else None, drest
 
 
 def apply_magnitude(z: Tensor, factor: Tensor, rest: Tensor | None) -> Tensor:
