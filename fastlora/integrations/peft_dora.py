@@ -107,10 +107,14 @@ class MagnitudeFunction(torch.autograd.Function):
     def forward(ctx: Any, z: Tensor, factor: Tensor, rest: Tensor | None) -> Tensor:
         ctx.save_for_backward(z, factor)
         ctx.rest = None if rest is None else (rest.dim(), rest.dtype)
-        y = z * factor
-        if rest is not None:
-            y += rest
-        return y.to(z.dtype)
+        y, rows = torch.empty_like(z), _rows(z)
+        rests = None if rest is None or rest.dim() == 1 else rest.split(rows)
+        for i, (z_rows, out) in enumerate(zip(z.split(rows), y.split(rows), strict=True)):
+            wide = z_rows * factor
+            if rest is not None:
+                wide += rest if rests is None else rests[i]
+            out.copy_(wide)
+        return y
 
     @staticmethod
     @once_differentiable
