@@ -22,7 +22,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "peft-suite"
-DEFAULT = ["tests/test_lora_variants.py", "tests/test_custom_models.py", "-k", "lora or Lora"]
+# Those that need neither the hub nor several processes.
+DEFAULT = ["tests/test_custom_models.py", "-k", "(lora or Lora) and not Fsdp"]
 # What the selected modules import, as far as requirements/dev.txt does not bring it.
 PACKAGES = ["diffusers", "importlib_metadata", "parameterized", "pillow", "requests", "scipy"]
 PACKAGES += ["certifi", "charset_normalizer", "idna", "urllib3", "zipp", "attrs"]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from ..autograd import lora_linear
 from ..quant import as_quant_state
@@ -151,31 +151,31 @@ class Plan(NamedTuple):
         return linear(S, _cast(adapter.lora_B, dtype), bias) * adapter.scaling
 
     def _mixed(self, x: Tensor, rows: Sequence[str]) -> Tensor:
-        """`y = x W^T + bias + (S * chosen) B^T` with `S = x A^T`, A and B of all adapters stacked.
+        """`y[i] = x[i] W^T + bias + s_a (x[i] A_a^T B_a^T + bias_a)`, `a` the adapter of row i.
 
-        `chosen` keeps, in each row of the batch, the ranks of the row's own adapter. So the number
-        of adapters changes the width of two products, not their count.
+        One base product for all rows, and two batched products with each row's own A and B, ranks
+        padded by zeros: their work does not grow with the number of adapters.
         """
-        parts, dtype = self.parts, self.casts.adapter
+        adapters, dtype = self.parts.adapters, self.casts.adapter
         y = self._lora_linear(x, self._base_bias(), self._no_adapter(x))
-        if not parts.adapters:
+        if not adapters:
             return y
-        owner = [i for i, a in enumerate(parts.adapters) for _ in range(a.lora_A.shape[0])]
-        index = {a.name: i for i, a in enumerate(parts.adapters)}
-        factors = [[float(a.scaling) for a in parts.adapters]]
-        wanted = torch.tensor([[index.get(name, -1)] for name in rows], device=x.device)
-        own = torch.arange(len(parts.adapters), device=x.device) == wanted
-        scale = own * torch.tensor(factors, device=x.device)  # [rows, adapters]
-        middle = (1,) * (x.dim() - 2)
-        chosen = scale[:, owner].view(len(rows), *middle, len(owner)).to(dtype)
-        S = linear(_cast(x, dtype), torch.cat([_cast(a.lora_A, dtype) for a in parts.adapters]))
-        term = linear(S * chosen, torch.cat([_cast(a.lora_B, dtype) for a in parts.adapters], 1))
-        if any(a.bias is not None for a in parts.adapters):
-            N = term.shape[-1]
-            biases = [term.new_zeros(N) if a.bias is None else a.bias for a in parts.adapters]
-            each = scale @ torch.stack([bias.float() for bias in biases])
-            term = term + each.view(len(rows), *middle, N).to(dtype)
-        return y + term.to(y.dtype)
+        place = {adapter.name: i for i, adapter in enumerate(adapters)}
+        # A row without an adapter takes the first one, times zero.
+        index = torch.tensor([place.get(name, 0) for name in rows], device=x.device)
+        scalings = [adapters[place[name]].scaling if name in place else 0.0 for name in rows]
+        scale = torch.tensor(scalings, dtype=dtype, device=x.device)[:, None, None]
+        R = max(adapter.lora_A.shape[0] for adapter in adapters)
+        As = [pad(_cast(a.lora_A, dtype), (0, 0, 0, R - a.lora_A.shape[0])) for a in adapters]
+        Bs = [pad(_cast(a.lora_B, dtype), (0, R - a.lora_B.shape[1])) for a in adapters]
+        x_rows = _cast(x, dtype).reshape(len(rows), x.shape[1:-1].numel(), x.shape[-1])
+        S = x_rows @ torch.stack(As)[index].mT
+        term = (S * scale) @ torch.stack(Bs)[index].mT
+        if any(adapter.bias is not None for adapter in adapters):
+            none = term.new_zeros(term.shape[-1])
+            biases = [none if a.bias is None else _cast(a.bias, dtype) for a in adapters]
+            term = term + torch.stack(biases)[index][:, None] * scale
+        return y + term.to(y.dtype).view(y.shape)
 
     def _no_adapter(self, x: Tensor) -> Adapter:
         """Zeros of rank 1: the kernels' base product alone."""

@@ -795,3 +795,10 @@ def test_fsdp2(unit: str, order: str) -> None:
     assert not any("fastlora" in base.__module__ for kind in types(model) for base in kind.__mro__)
     fastlora.accelerate(model, verbose=False)
     assert types(model) == fast
+
+
+@pytest.mark.parametrize("make", [MLP, MLP4bit])
+def test_a_printed_model_looks_as_it_did(make: Callable[[], nn.Module]) -> None:
+    model = peft_model(make())
+    before = str(model)
+    assert str(fastlora.accelerate(model, verbose=False)) == before
