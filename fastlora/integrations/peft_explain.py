@@ -36,7 +36,7 @@ class Row:
         kind: its class.
         base: the frozen weight: "bf16", "nf4/64", "nf4/64 nested", or the class of the base layer.
         shape: (out_features, in_features), or None.
-        r, dropout, adapter: rank, dropout rate and dtype of the active adapter, None without one.
+        r, dropout, adapter: rank, dropout rate and dtype of the first active adapter, or None.
         backend: fastlora's backend for training, None where PEFT's own code runs.
         kernel: the backend's op, and on a CPU its instruction set; "" where PEFT's own code runs.
         reason: why PEFT's own code runs, "" where it does not.

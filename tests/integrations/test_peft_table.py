@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from tests.integrations.models import assert_network_close
-from tests.integrations.peft_table import CASES, PAGE, served
+from tests.integrations.models import assert_network_close, last_reasons
+from tests.integrations.peft_table import CASES, PAGE, add, served, step
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -21,6 +22,23 @@ def test_configuration(name: str) -> None:
 
 def _foreign(reasons: frozenset[str]) -> bool:
     return all(reason.startswith("fastlora has no layer") for reason in reasons)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["DoRA", "DoRA with dropout, training", "lora_bias", "several"])
+def test_compiled(name: str) -> None:
+    """`torch.compile` takes them in one graph; its results are those of eager mode."""
+    model = CASES.get(name, CASES["LoRA"]).trio()[0]
+    if name == "several":
+        add(model)
+        model.base_model.set_adapter(["default", "other"])
+    expected = step(model)
+    assert last_reasons(model) == {""}
+    torch._dynamo.reset()
+    compiled = step(torch.compile(model, backend="aot_eager", fullgraph=True))
+    for key, value in expected.items():
+        # A compiled model's parameters have a longer name.
+        torch.testing.assert_close(compiled.get(key, compiled.get(f"_orig_mod.{key}")), value)
 
 
 def test_the_page_lists_every_configuration() -> None:
