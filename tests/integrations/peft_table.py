@@ -174,9 +174,14 @@ def add(model: Any, name: str = "other", **options: Any) -> None:
             layer.lora_dropout[name] = ReplayDropout(p)
 
 
-def together(**options: Any) -> Act:
+def together(dtype: torch.dtype | None = None, **options: Any) -> Act:
     def act(model: Any) -> Results:
         add(model, **options)
+        for name, parameter in model.named_parameters():
+            if dtype is not None and ".other." in name:
+                rounded = parameter.data.to(dtype)
+                exactly = parameter.dtype == torch.float64
+                parameter.data = rounded.double() if exactly else rounded
         model.base_model.set_adapter(["default", "other"])
         return step(model)
 
@@ -344,6 +349,7 @@ CASES: dict[str, Case] = {
     "two active adapters, each with dropout": Case(
         {"lora_dropout": 0.2}, act=together(lora_dropout=0.3)
     ),
+    "two active adapters, fp32 and bf16": Case(act=together(torch.bfloat16)),
     "two active adapters with lora_bias": Case({"lora_bias": True}, act=together(lora_bias=True)),
     "two active adapters on NF4": Case(act=together(), four_bit=True),
     "adapter_names": Case(act=mixed(training=False)),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from tests.integrations.models import assert_network_close, last_reasons
-from tests.integrations.peft_table import CASES, PAGE, add, served, step
+from tests.integrations.peft_table import CASES, PAGE, add, mixed, served, step
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -22,6 +24,14 @@ def test_configuration(name: str) -> None:
 
 def _foreign(reasons: frozenset[str]) -> bool:
     return all(reason.startswith("fastlora has no layer") for reason in reasons)
+
+
+def test_mixed_batches_train_on_4_bit() -> None:
+    """PEFT's code can't; the same model with decoded weights in fp32 stands for it."""
+    fast, exact, _ = CASES["LoRA on NF4"].trio()
+    stock = copy.deepcopy(exact).float()
+    assert_network_close(*(mixed(training=True)(model) for model in (fast, exact, stock)))
+    assert last_reasons(fast) == {""}
 
 
 @pytest.mark.filterwarnings("ignore")
