@@ -88,7 +88,7 @@ def layer_parts(layer: Any, names: Iterable[str] | None = None) -> Parts | str:
     chosen = layer.active_adapters if names is None else dict.fromkeys(names)
     present = [name for name in chosen if name in As]
     if not present and names is None:
-        return "no adapters are active on this layer; fastlora takes one"
+        return "no adapters are active on this layer"
     adapters: list[Adapter] = []
     roles: list[tuple[str, nn.Module]] = [("the base layer", children["base_layer"])]
     for name in present:

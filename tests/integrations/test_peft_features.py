@@ -258,7 +258,7 @@ def two_active_adapters(model: nn.Module) -> Results:
     return train_step(model.train(), IDS)
 
 
-@feature("", "no adapters are active on this layer; fastlora takes one")
+@feature("", "no adapters are active on this layer")
 def adapter_on_some_layers(model: nn.Module) -> Results:
     add(model, target_modules=["q_proj", "up_proj"])
     model.set_adapter("other")

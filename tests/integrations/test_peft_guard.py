@@ -200,7 +200,7 @@ def dora_and_another_adapter() -> Call:
     return Call(lora_layers(model)[0], torch.randn(2, 37))
 
 
-@case("no adapters are active on this layer; fastlora takes one")
+@case("no adapters are active on this layer")
 def no_active_adapter() -> Call:
     model = peft_model(MLP())
     model.add_adapter("other", LoraConfig(r=2, target_modules=["down"]))
