@@ -128,10 +128,11 @@ struct Dequantize4bit {
 };
 
 // Runs body(context, begin, end) over [0, tiles), each tile once, on as many threads as the caller
-// has, and returns when all are done. Kernels are handed one; they never start threads.
+// has, and returns when all are done. Kernels are handed one; they never start threads. A thread gets
+// up to `neighbours` tiles that follow each other at a time: what one prefetches is the next one's.
 struct ParallelFor {
-  void (*run)(int64_t tiles, void (*body)(const void* context, int64_t begin, int64_t end),
-              const void* context);
+  void (*run)(int64_t tiles, int64_t neighbours,
+              void (*body)(const void* context, int64_t begin, int64_t end), const void* context);
 };
 
 }  // namespace fastlora

@@ -232,6 +232,9 @@ class LinearDecode {
   using Rows = Dot<Compute, Source>;
   using Unit = typename Rows::Unit;
 
+  // Tiles in a run for one thread: at the end of each run W's rows are prefetched for another core.
+  static constexpr int64_t kNeighbours = 8;
+
   const LoraLinearFwd& p_;
   const TileSizes& tiles_;
   const Source& w_;
@@ -275,12 +278,12 @@ class LinearDecode {
       widen(x);
       each(R_lanes_, &LinearDecode::shrink);
     }
-    each(ceil_div(N_, tiles_.decode_rows), &LinearDecode::product);
+    each(ceil_div(N_, tiles_.decode_rows), &LinearDecode::product, kNeighbours);
   }
 
  private:
-  void each(int64_t tiles, void (LinearDecode::*stage)(int64_t tile)) {
-    for_each_tile(parallel_, this, stage, tiles);
+  void each(int64_t tiles, void (LinearDecode::*stage)(int64_t tile), int64_t neighbours = 1) {
+    for_each_tile(parallel_, this, stage, tiles, neighbours);
   }
 
   void widen(const X* x) {

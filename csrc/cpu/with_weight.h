@@ -53,7 +53,7 @@ static inline const float* plain_absmax(const Weight& weight, const ParallelFor&
     float* out;
   } context{&statistics, ceil_div(weight.N * weight.K, q.blocksize), memory};
   parallel.run(
-      ceil_div(context.blocks, kStep),
+      ceil_div(context.blocks, kStep), 1,
       [](const void* c, int64_t begin, int64_t end) {
         const auto* context = static_cast<const Context*>(c);
         const int64_t first = begin * kStep, last = min(end * kStep, context->blocks);

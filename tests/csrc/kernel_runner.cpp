@@ -120,7 +120,7 @@ class Call {
 size_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 const ParallelFor kBackwards = {
-    [](int64_t tiles, void (*body)(const void*, int64_t, int64_t), const void* context) {
+    [](int64_t tiles, int64_t, void (*body)(const void*, int64_t, int64_t), const void* context) {
       for (int64_t i = tiles; i-- > 0;) body(context, i, i + 1);
     }};
 

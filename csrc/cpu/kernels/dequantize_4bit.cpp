@@ -6,7 +6,8 @@ namespace fastlora {
 namespace FASTLORA_ISA {
 namespace {
 
-constexpr int64_t kStep = 16384;  // elements of a tile
+constexpr int64_t kStep = 16384;    // elements of a tile
+constexpr int64_t kNeighbours = 8;  // tiles in a run for one thread
 
 struct Context {
   const Dequantize4bit* p;
@@ -59,7 +60,7 @@ void dequantize(const Dequantize4bit& p, int64_t begin, int64_t end) {
 void dequantize_4bit(const Dequantize4bit& p, const ParallelFor& parallel) {
   Context context{&p};
   parallel.run(
-      ceil_div(p.elements, kStep),
+      ceil_div(p.elements, kStep), kNeighbours,
       [](const void* c, int64_t begin, int64_t end) {
         const Dequantize4bit& p = *static_cast<const Context*>(c)->p;
         with_type(p.dtype, [&](auto* type) {

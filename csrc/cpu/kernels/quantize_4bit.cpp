@@ -10,6 +10,8 @@ namespace fastlora {
 namespace FASTLORA_ISA {
 namespace {
 
+constexpr int64_t kNeighbours = 256;  // blocks in a run for one thread
+
 constexpr float kSmallest = 1e-38f;
 
 FASTLORA_INLINE uint8_t nearest(float x, const Quantize4bit& p) {
@@ -57,7 +59,7 @@ void quantize_4bit(const Quantize4bit& p, const ParallelFor& parallel) {
     const Quantize4bit* p;
   } context{&p};
   parallel.run(
-      ceil_div(p.elements, p.blocksize),
+      ceil_div(p.elements, p.blocksize), kNeighbours,
       [](const void* c, int64_t begin, int64_t end) {
         const Quantize4bit& p = *static_cast<const Context*>(c)->p;
         with_type(p.dtype, [&](auto* type) {
