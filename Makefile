@@ -16,7 +16,7 @@ INSTALLED := $(VENV)/.installed-$(FASTLORA_NATIVE)
 CXX_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test demo check format format-check lint types cuda-check cuda-build clean
+.PHONY: help venv build test peft-suite demo check format format-check lint types cuda-check cuda-build clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ endif
 
 test: build ## run the whole test suite
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+peft-suite: build ## run PEFT's own tests with and without fastlora, and compare
+	$(BIN)/python -m tests.peft_suite $(PEFT_SUITE_ARGS)
 
 demo: build ## fine-tune a small model with fastlora, beside plain PEFT
 	$(BIN)/fastlora demo $(DEMO_ARGS)

@@ -21,3 +21,6 @@ class FastLoraLinear4bit(Linear4bit):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`y = x W^T + bias + scaling * drop(x) A^T B^T`, or PEFT's own code; see `fast_path`."""
         return forward_or_stock(self, super().forward, x, args, kwargs)
+
+    def _get_name(self) -> str:
+        return type(self).__name__.removeprefix("FastLora")

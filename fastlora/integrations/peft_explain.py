@@ -16,8 +16,9 @@ from torch import nn
 from .. import __version__
 from ..backends import choose
 from . import bitsandbytes as bnb
-from .peft_guard import LAST_REASON, Parts, casts, layer_parts
+from .peft_guard import LAST_REASON, casts, layer_parts
 from .peft_layers import bypass_reason, fast_class, is_fast
+from .peft_run import Parts
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -35,7 +36,7 @@ class Row:
         kind: its class.
         base: the frozen weight: "bf16", "nf4/64", "nf4/64 nested", or the class of the base layer.
         shape: (out_features, in_features), or None.
-        r, dropout, adapter: rank, dropout rate and dtype of the active adapter, None without one.
+        r, dropout, adapter: rank, dropout rate and dtype of the first active adapter, or None.
         backend: fastlora's backend for training, None where PEFT's own code runs.
         kernel: the backend's op, and on a CPU its instruction set; "" where PEFT's own code runs.
         reason: why PEFT's own code runs, "" where it does not.
@@ -192,7 +193,7 @@ def _row(name: str, layer: Any) -> Row:
 
 def _kernel(parts: Parts) -> tuple[str, str] | str:
     """`(backend, its ops)` that train such a layer, or why none does."""
-    device = parts.lora_A.device
+    device = parts.adapters[0].lora_A.device
     dtypes = casts(parts, _input_dtype(parts), device, None)
     if isinstance(dtypes, str):
         return dtypes
@@ -220,7 +221,7 @@ def _input_dtype(parts: Parts) -> torch.dtype:
     """The dtype in which x usually comes: the base weight's, or a 4-bit layer's `compute_dtype`."""
     if parts.quant_state is None:
         return parts.weight.dtype
-    return bnb.compute_dtype(parts.base, parts.lora_A.dtype)
+    return bnb.compute_dtype(parts.base, parts.adapters[0].lora_A.dtype)
 
 
 def _base(base: nn.Module) -> str:

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,35 +21,20 @@ from torch.autograd import forward_ad
 from torch.jit._trace import is_tracing
 from torch.nn.modules import module as nn_module
 
-from ..autograd import lora_linear
 from ..backends import BACKENDS, DEVICE_ORDER, forced_backend
 from ..quant import NESTED_BLOCKSIZE, QUANT_TYPES
 from . import bitsandbytes as bnb
+from .peft_run import Adapter, Casts, Parts, Plan
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Why the latest call of a layer ran PEFT's own code; empty when it did not.
 LAST_REASON = "_fastlora_reason"
 # Arguments that PEFT's layers take out of the call themselves; as None they mean nothing.
-_PEFT_KWARGS = ("adapter_names", "alora_offsets")
+_MIXED = "adapter_names"
+_PEFT_KWARGS = (_MIXED, "alora_offsets")
 _PLAIN = (Tensor, nn.Parameter)
-
-
-class Parts(NamedTuple):
-    """What the fast path reads from a layer; `quant_state` is bitsandbytes', None when dense."""
-
-    base: nn.Module
-    weight: Tensor
-    quant_state: Any
-    bias: Tensor | None
-    lora_A: Tensor
-    lora_B: Tensor
-    dropout: nn.Module
-    scaling: float
-
-    @property
-    def op(self) -> str:
-        """The forward op that serves the layer."""
-        return "lora_linear_fwd" if self.quant_state is None else "qlora_linear_fwd"
+# PEFT's variants that differ from LoRA in their initial values and in what trains, not in forward.
+_PLAIN_VARIANTS = ("MiCALinearVariant",)
 
 
 class Unserved(str):
@@ -59,58 +44,6 @@ class Unserved(str):
     """
 
     __slots__ = ()
-
-
-class Casts(NamedTuple):
-    """The dtypes of one call: of x and of the adapters, and of a 4-bit base product."""
-
-    x: torch.dtype
-    adapter: torch.dtype
-    compute: torch.dtype | None
-
-
-class Plan(NamedTuple):
-    """One call on the fast path."""
-
-    parts: Parts
-    casts: Casts
-    autocast: bool
-
-    def run(self, x: Tensor) -> Tensor:
-        """`y = x W^T + bias + scaling * drop(x) A^T B^T`, in the dtypes that PEFT would have used.
-
-        The casts stand outside the autograd Function, so that autograd casts the gradients back
-        and the backward does not depend on autocast.
-        """
-        if self.autocast:
-            with torch.autocast(x.device.type, enabled=False):
-                return self._run(x)
-        return self._run(x)
-
-    def _run(self, x: Tensor) -> Tensor:
-        base, weight, quant_state, bias, lora_A, lora_B, dropout, scaling = self.parts
-        casts = self.casts
-        if quant_state is not None:
-            bnb.settle_compute_dtype(base, x)
-        if bias is not None:
-            # bitsandbytes, too, rounds it to compute_dtype, but writes the result into the bias.
-            bias = _cast(bias, casts.compute or casts.x)
-        return lora_linear(
-            _cast(x, casts.x),
-            weight,
-            bias,
-            _cast(lora_A, casts.adapter),
-            _cast(lora_B, casts.adapter),
-            scaling,
-            quant_state=quant_state,
-            compute_dtype=casts.compute,
-            dropout_p=getattr(dropout, "p", 0.0),
-            training=dropout.training,
-        )
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def fast_path(
@@ -133,8 +66,13 @@ def fast_path(
 # ---- the layer -------------------------------------------------------------------------------
 
 
-def layer_parts(layer: Any) -> Parts | str:
-    """The tensors that the fast path reads, or why PEFT's code has to run whatever the input."""
+def layer_parts(layer: Any, names: Iterable[str] | None = None) -> Parts | str:
+    """The tensors that the fast path reads, or why PEFT's code has to run whatever the input.
+
+    Args:
+        layer: one of PEFT's LoRA layers.
+        names: the adapters of a mixed batch; the active ones when None.
+    """
     state = layer.__dict__
     if state.get("_disable_adapters"):
         return "the adapters are disabled"
@@ -146,38 +84,26 @@ def layer_parts(layer: Any) -> Parts | str:
         return "fan_in_fan_out: the base weight is stored transposed"
 
     children: dict[str, Any] = layer._modules
-    As, Bs = children["lora_A"]._modules, children["lora_B"]._modules
-    active = [name for name in layer.active_adapters if name in As]
-    if len(active) != 1:
-        return f"{len(active) or 'no'} adapters are active on this layer; fastlora takes one"
-    name = active[0]
-    if name in state.get("lora_variant", ()) or state.get("use_dora", {}).get(name):
-        variant = state.get("lora_variant", {}).get(name)
-        kind = "DoRA" if variant is None else type(variant).__name__
-        return f"the adapter is a LoRA variant ({kind})"
-    scaling = state["scaling"][name]
-    if type(scaling) not in (float, int):
-        return f"scaling is a {type(scaling).__name__}, not a number"
-
-    base, lora_A, lora_B = children["base_layer"], As[name], Bs[name]
-    dropout = children["lora_dropout"]._modules[name]
-    if type(dropout) not in (nn.Identity, nn.Dropout) or getattr(dropout, "inplace", False):
-        return f"the dropout module is a {type(dropout).__name__}, not a plain nn.Dropout"
-    if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear:
-        odd = lora_A if type(lora_A) is not nn.Linear else lora_B
-        return f"lora_A or lora_B is a {type(odd).__name__}, not a plain nn.Linear"
-    if lora_A._parameters["bias"] is not None or lora_B._parameters["bias"] is not None:
-        return "lora_A or lora_B has a bias (lora_bias=True)"
+    As = children["lora_A"]._modules
+    chosen = layer.active_adapters if names is None else dict.fromkeys(names)
+    present = [name for name in chosen if name in As]
+    if not present and names is None:
+        return "no adapters are active on this layer"
+    adapters: list[Adapter] = []
+    roles: list[tuple[str, nn.Module]] = [("the base layer", children["base_layer"])]
+    for name in present:
+        adapter = _adapter(layer, name, roles)
+        if isinstance(adapter, str):
+            return adapter
+        adapters.append(adapter)
+    if len(present) > 1 and any(adapter.magnitude is not None for adapter in adapters):
+        return "DoRA is active together with other adapters"
+    base = children["base_layer"]
 
     four_bit = bnb.is_linear4bit(base)
     if type(base) is not nn.Linear and not four_bit:
         return f"the base layer is a {type(base).__name__}, not nn.Linear or Linear4bit"
-    for role, module in (
-        ("the base layer", base),
-        ("lora_A", lora_A),
-        ("lora_B", lora_B),
-        ("the dropout module", dropout),
-    ):
+    for role, module in roles:
         inner = module.__dict__
         if (
             inner["_forward_hooks"]
@@ -192,8 +118,7 @@ def layer_parts(layer: Any) -> Parts | str:
         return "global module hooks are registered, which fastlora would not call"
 
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
-    A, B = lora_A._parameters.get("weight"), lora_B._parameters.get("weight")
-    if weight is None or A is None or B is None:
+    if weight is None or any(a.lora_A is None or a.lora_B is None for a in adapters):
         return "a weight is no parameter of its layer (parametrised or pruned)"
     if four_bit and torch.compiler.is_compiling():
         return "torch.compile does not trace bitsandbytes' weights into fastlora"
@@ -201,7 +126,11 @@ def layer_parts(layer: Any) -> Parts | str:
     if four_bit and bnb.is_params4bit(weight):
         # Every look at an attribute of this subclass costs a call of its __torch_function__.
         weight = weight.as_subclass(Tensor)
-    for role, tensor in (("base weight", weight), ("bias", bias), ("lora_A", A), ("lora_B", B)):
+    tensors = [("base weight", weight), ("bias", bias)]
+    for adapter in adapters:
+        tensors += [("lora_A", adapter.lora_A), ("lora_B", adapter.lora_B)]
+        tensors += [("lora_B's bias", adapter.bias), ("magnitude", adapter.magnitude)]
+    for role, tensor in tensors:
         if tensor is None:
             continue
         if type(tensor) not in _PLAIN:
@@ -213,8 +142,10 @@ def layer_parts(layer: Any) -> Parts | str:
             return f"the {role} is on the meta device (offloaded or not loaded)"
     if weight.requires_grad:
         return "the base weight is being trained (requires_grad); fastlora needs it frozen"
-    if A.dtype != B.dtype:
-        return f"lora_A is in {_name(A.dtype)} and lora_B in {_name(B.dtype)}"
+    for adapter in adapters:
+        A, B = adapter.lora_A, adapter.lora_B
+        if A.dtype != B.dtype:
+            return f"lora_A is in {_name(A.dtype)} and lora_B in {_name(B.dtype)}"
 
     N, K = base.out_features, base.in_features
     if four_bit:
@@ -222,12 +153,51 @@ def layer_parts(layer: Any) -> Parts | str:
             return reason
     elif weight.shape != (N, K):
         return _shape_reason("base weight", weight, (N, K))
-    R = A.shape[0]
-    if A.shape != (R, K):
-        return _shape_reason("lora_A", A, (R, K))
-    if B.shape != (N, R):
-        return _shape_reason("lora_B", B, (N, R))
-    return Parts(base, weight, quant_state, bias, A, B, dropout, scaling)
+    for adapter in adapters:
+        R = adapter.lora_A.shape[0]
+        if adapter.lora_A.shape != (R, K):
+            return _shape_reason("lora_A", adapter.lora_A, (R, K))
+        if adapter.lora_B.shape != (N, R):
+            return _shape_reason("lora_B", adapter.lora_B, (N, R))
+    return Parts(base, weight, quant_state, bias, tuple(adapters))
+
+
+def _adapter(layer: Any, name: str, roles: list[tuple[str, nn.Module]]) -> Adapter | str:
+    """One adapter, its modules added to `roles`; or why PEFT's code has to run."""
+    state, children = layer.__dict__, layer._modules
+    lora_A, lora_B = children["lora_A"]._modules[name], children["lora_B"]._modules[name]
+    dropout = children["lora_dropout"]._modules[name]
+    magnitude: nn.Module | None = None
+    if name in state.get("lora_variant", ()) or state.get("use_dora", {}).get(name):
+        variant = state.get("lora_variant", {}).get(name)
+        kind = "DoRA" if variant is None else type(variant).__name__
+        if kind == "DoraLinearVariant":
+            magnitude = children["lora_magnitude_vector"]._modules[name]
+            if type(magnitude).__name__ != "DoraLinearLayer":
+                return f"the magnitude is a {type(magnitude).__name__}, not a DoraLinearLayer"
+            roles.append(("the magnitude", magnitude))
+        elif kind not in _PLAIN_VARIANTS:
+            return f"the adapter is a LoRA variant ({kind})"
+    scaling = state["scaling"][name]
+    if type(scaling) not in (float, int):
+        return f"scaling is a {type(scaling).__name__}, not a number"
+    if type(dropout) not in (nn.Identity, nn.Dropout) or getattr(dropout, "inplace", False):
+        return f"the dropout module is a {type(dropout).__name__}, not a plain nn.Dropout"
+    if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear:
+        odd = lora_A if type(lora_A) is not nn.Linear else lora_B
+        return f"lora_A or lora_B is a {type(odd).__name__}, not a plain nn.Linear"
+    if lora_A._parameters["bias"] is not None:
+        return "lora_A has a bias"
+    bias = lora_B._parameters["bias"]
+    if magnitude is not None:
+        if bias is not None:
+            return "DoRA with lora_bias: PEFT counts lora_B's bias into the norm"
+        if getattr(dropout, "p", 0.0) >= 1.0:
+            return "DoRA with lora_dropout=1 has no scale for what is kept"
+    roles += [("lora_A", lora_A), ("lora_B", lora_B), ("the dropout module", dropout)]
+    A, B = lora_A._parameters.get("weight"), lora_B._parameters.get("weight")
+    vector = None if magnitude is None else magnitude._parameters["weight"]
+    return Adapter(name, A, B, bias, dropout, scaling, vector)  # type: ignore[arg-type]
 
 
 def _forward_is_plain(module: nn.Module) -> bool:
@@ -295,9 +265,11 @@ def casts(
     """
     if x_dtype not in SUPPORTED_DTYPES:
         return f"x is in {_name(x_dtype)}; fastlora takes fp32, bf16 and fp16"
-    weight, bias, A = parts.weight, parts.bias, parts.lora_A
-    if A.dtype not in SUPPORTED_DTYPES:
-        return f"the adapter is in {_name(A.dtype)}; fastlora takes fp32, bf16 and fp16"
+    weight, bias = parts.weight, parts.bias
+    dtypes = {adapter.lora_A.dtype for adapter in parts.adapters} or {x_dtype}
+    for dtype in dtypes:
+        if dtype not in SUPPORTED_DTYPES:
+            return f"the adapter is in {_name(dtype)}; fastlora takes fp32, bf16 and fp16"
     compute = None
     if parts.quant_state is None:
         x_cast = autocast or x_dtype
@@ -324,9 +296,11 @@ def casts(
         if autocast is not None and x_dtype not in (autocast, torch.float32):
             return f"x is in {_name(x_dtype)} under autocast to {_name(autocast)}"
         narrow = autocast if autocast == x_dtype else None
-    adapter = narrow or (A.dtype if A.dtype == x_cast else torch.float32)
+    adapter = narrow or (x_cast if dtypes == {x_cast} else torch.float32)
 
-    tensors: list[Tensor | None] = [weight, bias, A, parts.lora_B]
+    tensors: list[Tensor | None] = [weight, bias]
+    for one in parts.adapters:
+        tensors += [one.lora_A, one.lora_B, one.bias, one.magnitude]
     if parts.quant_state is not None:
         tensors.append(parts.quant_state.absmax)
     for tensor in tensors:
@@ -361,7 +335,7 @@ def plan(layer: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, A
     if args:
         return "the call has further positional arguments"
     for key, value in kwargs.items():
-        if value is not None or key not in _PEFT_KWARGS:
+        if (value is not None or key not in _PEFT_KWARGS) and key != _MIXED:
             return f"the call passes {key}"
     if torch.compiler.is_exporting() or is_tracing():
         return "torch.export or torch.jit.trace is recording a graph"
@@ -371,15 +345,19 @@ def plan(layer: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, A
         return "the call is inside a torch.func transform (vmap, grad, jvp)"
     if forward_ad._current_level >= 0:
         return "forward-mode AD is active"
-    parts = layer_parts(layer)
+    rows = kwargs.get(_MIXED)
+    parts = layer_parts(layer, rows)
     if isinstance(parts, str):
         return parts
     if type(x) not in _PLAIN:
         return f"x is a {type(x).__name__}, a tensor subclass"
     if x.layout is not torch.strided or x.is_nested:
         return "x is not a plain strided tensor"
-    if x.dim() == 0 or x.shape[-1] != parts.lora_A.shape[1]:
-        return f"x has shape {tuple(x.shape)}, the layer takes [..., {parts.lora_A.shape[1]}]"
+    K = parts.base.in_features
+    if x.dim() == 0 or x.shape[-1] != K:
+        return f"x has shape {tuple(x.shape)}, the layer takes [..., {K}]"
+    if rows is not None and (reason := _mixed_reason(parts, x, rows)) is not None:
+        return reason
     device = x.device
     if device.type == "meta":
         return "x is on the meta device"
@@ -389,7 +367,18 @@ def plan(layer: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, A
     )
     if isinstance(dtypes, str):
         return Unserved(dtypes)
-    return Plan(parts, dtypes, autocast)
+    return Plan(parts, dtypes, autocast, rows)
+
+
+def _mixed_reason(parts: Parts, x: Tensor, rows: Sequence[str]) -> str | None:
+    """Why a batch with an adapter for each row has to run PEFT's code, or fail there."""
+    if x.dim() < 2 or len(x) != len(rows):
+        return f"adapter_names has {len(rows)} names for an x of shape {tuple(x.shape)}"
+    if any(adapter.magnitude is not None for adapter in parts.adapters):
+        return "the call passes adapter_names for a DoRA adapter, which PEFT refuses"
+    if any(adapter.drops for adapter in parts.adapters):
+        return "the call passes adapter_names with dropout in training"
+    return None
 
 
 def _name(dtype: torch.dtype) -> str:

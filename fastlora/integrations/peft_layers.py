@@ -25,6 +25,10 @@ class FastLoraLinear(Linear):
         """`y = x W^T + bias + scaling * drop(x) A^T B^T`, or PEFT's own code; see `fast_path`."""
         return forward_or_stock(self, super().forward, x, args, kwargs)
 
+    def _get_name(self) -> str:
+        # PEFT's name, so that a printed model looks as it did; `explain` tells them apart.
+        return type(self).__name__.removeprefix("FastLora")
+
 
 def swap_in(layer: nn.Module) -> None:
     """Makes `layer` a fast layer, where fastlora has a class for it, by changing its class."""

@@ -121,13 +121,21 @@ class ReplayDropout(nn.Module):
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0.0:
-            return x
-        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64)
-        rows = x.reshape(-1, x.shape[-1])
-        mask = dropout_mask(rows.shape[0], rows.shape[1], self.p, seed)
-        _, scale = dropout_threshold(self.p)
-        return (torch.where(mask, rows, 0) * scale).view(x.shape)
+        return replay_dropout(x, self.p, self.training)
+
+
+def replay_dropout(x: Tensor, p: float, training: bool = True, inplace: bool = False) -> Tensor:
+    """`torch.nn.functional.dropout` with fastlora's masks.
+
+    The scale, too, is that of the rounded p.
+    """
+    if not training or p == 0.0:
+        return x
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64)
+    rows = x.reshape(-1, x.shape[-1])
+    mask = dropout_mask(rows.shape[0], rows.shape[1], p, seed)
+    _, scale = dropout_threshold(p)
+    return (torch.where(mask, rows, 0) * scale).view(x.shape)
 
 
 def replaying(model: nn.Module) -> nn.Module:

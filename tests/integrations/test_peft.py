@@ -469,10 +469,10 @@ def test_explain_rows(backend: str) -> None:
     assert up.backend == backend and up.kernel.startswith("qlora_linear")
     assert (up.reason, up.last_call) == ("", None)
     model(torch.randn(2, 64))
-    model.base_model.model.down(torch.randn(2, 128), adapter_names=["default", "__base__"])
+    model.base_model.model.down(torch.randn(2, 128), alora_offsets=[None, None])
     up, down = fastlora.explain(model).rows
     assert up.last_call == ""
-    assert down.last_call == "the call passes adapter_names" and down.fast
+    assert down.last_call == "the call passes alora_offsets" and down.fast
 
 
 def test_explain_says_why_not() -> None:
@@ -795,3 +795,10 @@ def test_fsdp2(unit: str, order: str) -> None:
     assert not any("fastlora" in base.__module__ for kind in types(model) for base in kind.__mro__)
     fastlora.accelerate(model, verbose=False)
     assert types(model) == fast
+
+
+@pytest.mark.parametrize("make", [MLP, MLP4bit])
+def test_a_printed_model_looks_as_it_did(make: Callable[[], nn.Module]) -> None:
+    model = peft_model(make())
+    before = str(model)
+    assert str(fastlora.accelerate(model, verbose=False)) == before

@@ -159,7 +159,7 @@ def rank_and_alpha_patterns(model: nn.Module) -> Results:
     return train_step(model.train(), IDS)
 
 
-@feature("the adapter is a LoRA variant (DoraLinearVariant)", use_dora=True)
+@feature(use_dora=True)
 def dora(model: nn.Module) -> Results:
     return train_step(model.train(), IDS)
 
@@ -234,7 +234,7 @@ def disable_adapter_while_merged(model: nn.Module) -> Results:
     return {"off": off, "on": logits(model)}
 
 
-@feature("the call passes adapter_names")
+@feature()
 def mixed_batch(model: nn.Module) -> Results:
     add(model)
     model.eval()
@@ -251,14 +251,14 @@ def set_adapter(model: nn.Module) -> Results:
     return train_step(model.train(), IDS)
 
 
-@feature("2 adapters are active on this layer; fastlora takes one")
+@feature()
 def two_active_adapters(model: nn.Module) -> Results:
     add(model, r=5)
     model.base_model.set_adapter(["default", "other"])
     return train_step(model.train(), IDS)
 
 
-@feature("", "no adapters are active on this layer; fastlora takes one")
+@feature("", "no adapters are active on this layer")
 def adapter_on_some_layers(model: nn.Module) -> Results:
     add(model, target_modules=["q_proj", "up_proj"])
     model.set_adapter("other")

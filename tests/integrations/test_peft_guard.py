@@ -18,6 +18,7 @@ import torch
 from bitsandbytes.functional import _convert_weight_packed_for_cpu, has_avx512bf16
 from peft import LoraConfig
 from peft.helpers import disable_input_dtype_casting
+from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -35,6 +36,10 @@ class MyTensor(Tensor):
 
 
 class MyDropout(nn.Dropout):
+    pass
+
+
+class MyMagnitude(DoraLinearLayer):
     pass
 
 
@@ -112,11 +117,24 @@ def positional_arguments() -> Call:
     return call
 
 
-@case("the call passes adapter_names")
-def adapter_names() -> Call:
-    call = dense()
-    call.layer.eval()
+@case("the call passes adapter_names with dropout in training")
+def adapter_names_with_dropout() -> Call:
+    call = dense(lora_dropout=1e-9)
     call.kwargs = {"adapter_names": ["default", "__base__"]}
+    return call
+
+
+@case("adapter_names has 3 names for an x of shape (2, 5, 37)")
+def too_many_adapter_names() -> Call:
+    call = dense()
+    call.kwargs, call.stock_raises = {"adapter_names": ["default"] * 3}, ValueError
+    return call
+
+
+@case("the call passes adapter_names for a DoRA adapter, which PEFT refuses")
+def adapter_names_with_dora() -> Call:
+    call = dense(use_dora=True)
+    call.kwargs, call.stock_raises = {"adapter_names": ["default", "__base__"]}, ValueError
     return call
 
 
@@ -172,9 +190,9 @@ def fan_in_fan_out() -> Call:
     return call
 
 
-@case("2 adapters are active on this layer; fastlora takes one")
-def two_active_adapters() -> Call:
-    model = peft_model(MLP())
+@case("DoRA is active together with other adapters")
+def dora_and_another_adapter() -> Call:
+    model = peft_model(MLP(), use_dora=True)
     model.add_adapter("other", LoraConfig(r=2, target_modules=["up"]))
     fill_adapters(model)
     model.base_model.set_adapter(["default", "other"])
@@ -182,7 +200,7 @@ def two_active_adapters() -> Call:
     return Call(lora_layers(model)[0], torch.randn(2, 37))
 
 
-@case("no adapters are active on this layer; fastlora takes one")
+@case("no adapters are active on this layer")
 def no_active_adapter() -> Call:
     model = peft_model(MLP())
     model.add_adapter("other", LoraConfig(r=2, target_modules=["down"]))
@@ -191,9 +209,32 @@ def no_active_adapter() -> Call:
     return Call(lora_layers(model)[0], torch.randn(2, 37))
 
 
-@case("the adapter is a LoRA variant (DoraLinearVariant)")
-def dora() -> Call:
-    return dense(use_dora=True)
+@case("DoRA with lora_dropout=1 has no scale for what is kept")
+def dora_that_drops_all() -> Call:
+    call = dense(use_dora=True, lora_dropout=0.5)
+    call.layer.lora_dropout["default"].p = 1.0
+    return call
+
+
+@case("DoRA with lora_bias: PEFT counts lora_B's bias into the norm")
+def dora_with_lora_bias() -> Call:
+    call = dense(use_dora=True)
+    call.B.bias = nn.Parameter(torch.ones(53))
+    return call
+
+
+@case("the magnitude is a MyMagnitude, not a DoraLinearLayer")
+def other_magnitude() -> Call:
+    call = dense(use_dora=True)
+    call.layer.lora_magnitude_vector["default"].__class__ = MyMagnitude
+    return call
+
+
+@case("the magnitude has hooks, which fastlora would not call")
+def hook_on_the_magnitude() -> Call:
+    call = dense(use_dora=True)
+    call.layer.lora_magnitude_vector["default"].register_forward_hook(lambda m, i, o: o * 2)
+    return call
 
 
 @case("the adapter is a LoRA variant (ALoraLinearVariant)")
@@ -258,12 +299,7 @@ def parametrized_lora_A() -> Call:
     return call
 
 
-@case("lora_A or lora_B has a bias (lora_bias=True)")
-def lora_bias() -> Call:
-    return dense(lora_bias=True)
-
-
-@case("lora_A or lora_B has a bias (lora_bias=True)")
+@case("lora_A has a bias")
 def bias_on_lora_A() -> Call:
     call = dense()
     call.A.bias = nn.Parameter(torch.ones(3))
@@ -796,9 +832,9 @@ def test_export(strict: bool) -> None:
     [
         (four_bit, "native", "torch.compile does not trace bitsandbytes' weights into fastlora"),
         (dense, "reference", "torch.compile does not trace the reference"),
-        (dora, "native", "the adapter is a LoRA variant (DoraLinearVariant)"),
+        (alora, "native", "the adapter is a LoRA variant (ALoraLinearVariant)"),
     ],
-    ids=["4-bit", "reference", "DoRA"],
+    ids=["4-bit", "reference", "variant"],
 )
 def test_reasons_while_compiling(make: Case, name: str, reason: str) -> None:
     call = make()
@@ -870,8 +906,12 @@ def test_devices() -> None:
         reason = "x is on cuda:0 and the layer, or a part of it, on cpu"
         assert casts(parts, FP32, cuda, None) == reason
         reason = "x is on cpu and the layer, or a part of it, on meta"
-        for name in ("weight", "bias", "lora_A", "lora_B"):
-            elsewhere = parts._replace(**{name: getattr(parts, name).to("meta")})
+        adapter = parts.adapters[0]
+        moved = [parts._replace(**{n: getattr(parts, n).to("meta")}) for n in ("weight", "bias")]
+        for name in ("lora_A", "lora_B", "bias", "magnitude"):
+            other = adapter._replace(**{name: adapter.lora_A.to("meta")})
+            moved.append(parts._replace(adapters=(adapter, other)))
+        for elsewhere in moved:
             assert casts(elsewhere, FP32, cpu, None) == reason
     parts.quant_state.absmax = parts.quant_state.absmax.to("meta")
     assert casts(parts, FP32, cpu, None) == reason
@@ -955,12 +995,12 @@ def test_autocast_that_is_off_is_none() -> None:
 
 def test_no_fallback_on_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
     """An error inside the fast path reaches the caller; nothing hides it."""
-    from fastlora.integrations import peft_guard
+    from fastlora.integrations import peft_run
 
     def broken(*args: object, **kwargs: object) -> Tensor:
         raise RuntimeError("broken kernel")
 
-    monkeypatch.setattr(peft_guard, "lora_linear", broken)
+    monkeypatch.setattr(peft_run, "lora_linear", broken)
     call = dense()
     with pytest.raises(RuntimeError, match="broken kernel"):
         call.layer(call.x)

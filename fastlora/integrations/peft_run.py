@@ -1,0 +1,215 @@
+"""What one call of a fast layer computes, once `peft_guard` has found that it may.
+
+The casts stand outside the autograd Functions, so that autograd casts the gradients back and the
+backward does not depend on autocast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, pad
+
+from ..autograd import lora_linear
+from ..quant import as_quant_state
+from . import bitsandbytes as bnb
+from .peft_dora import apply_magnitude, weight_norms
+
+# The name by which PEFT's `adapter_names` asks for no adapter.
+NO_ADAPTER = "__base__"
+
+
+class Adapter(NamedTuple):
+    """One adapter of a layer; `bias` is lora_B's, `magnitude` that of DoRA, or None."""
+
+    name: str
+    lora_A: Tensor
+    lora_B: Tensor
+    bias: Tensor | None
+    dropout: nn.Module
+    scaling: float
+    magnitude: Tensor | None
+
+    @property
+    def drops(self) -> bool:
+        """True when the dropout would drop something in a call made now."""
+        return self.dropout.training and getattr(self.dropout, "p", 0.0) > 0.0
+
+
+class Parts(NamedTuple):
+    """What the fast path reads from a layer; `quant_state` is bitsandbytes', None when dense."""
+
+    base: nn.Module
+    weight: Tensor
+    quant_state: Any
+    bias: Tensor | None
+    adapters: tuple[Adapter, ...]
+
+    @property
+    def op(self) -> str:
+        """The forward op that serves the layer."""
+        return "lora_linear_fwd" if self.quant_state is None else "qlora_linear_fwd"
+
+
+class Casts(NamedTuple):
+    """The dtypes of one call: of x and of the adapters, and of a 4-bit base product."""
+
+    x: torch.dtype
+    adapter: torch.dtype
+    compute: torch.dtype | None
+
+
+class Plan(NamedTuple):
+    """One call on the fast path; `rows` names the adapter of each row of a mixed batch."""
+
+    parts: Parts
+    casts: Casts
+    autocast: bool
+    rows: Sequence[str] | None = None
+
+    def run(self, x: Tensor) -> Tensor:
+        """`y = x W^T + bias + sum of scaling * drop(x) A^T B^T`, in the dtypes of PEFT's code."""
+        if self.autocast:
+            with torch.autocast(x.device.type, enabled=False):
+                return self._run(x)
+        return self._run(x)
+
+    def _run(self, x: Tensor) -> Tensor:
+        if self.parts.quant_state is not None:
+            bnb.settle_compute_dtype(self.parts.base, x)
+        x = _cast(x, self.casts.x)
+        if self.rows is not None:
+            return self._mixed(x, self.rows)
+        adapters = self.parts.adapters
+        if adapters[0].magnitude is not None:
+            return self._dora(x, adapters[0])
+        # What drops nothing shares one launch; each dropout has a mask of its own.
+        together = [a for a in adapters if not a.drops] or [adapters[0]]
+        y = self._fused(x, together)
+        for adapter in adapters:
+            if adapter.drops and adapter is not together[0]:
+                y = (y + self._term(x, adapter)).to(y.dtype)
+        return y
+
+    def _fused(self, x: Tensor, adapters: Sequence[Adapter]) -> Tensor:
+        """The base product, the bias and adapters with one mask, in one launch.
+
+        Biases of lora_B join the base's in fp32: `bias + sum of scaling * bias_B`.
+        """
+        bias = self._base_bias()
+        for adapter in adapters:
+            if adapter.bias is not None:
+                own = adapter.scaling * adapter.bias.float()
+                bias = own if bias is None else bias.float() + own
+        return self._lora_linear(x, bias, self._stacked(adapters))
+
+    def _lora_linear(self, x: Tensor, bias: Tensor | None, adapter: Adapter) -> Tensor:
+        return lora_linear(
+            x,
+            self.parts.weight,
+            bias,
+            _cast(adapter.lora_A, self.casts.adapter),
+            _cast(adapter.lora_B, self.casts.adapter),
+            adapter.scaling,
+            quant_state=self.parts.quant_state,
+            compute_dtype=self.casts.compute,
+            dropout_p=getattr(adapter.dropout, "p", 0.0),
+            training=adapter.dropout.training,
+        )
+
+    def _base_bias(self) -> Tensor | None:
+        bias = self.parts.bias
+        # bitsandbytes, too, rounds it to compute_dtype, but writes the result into the bias.
+        return None if bias is None else _cast(bias, self.casts.compute or self.casts.x)
+
+    def _stacked(self, adapters: Sequence[Adapter]) -> Adapter:
+        """`sum of s_i B_i A_i = [s_1 B_1, s_2 B_2, ...] [A_1; A_2; ...]`: one adapter for all.
+
+        Where the scalings differ they go into B, in fp32 for want of a rounding in PEFT's code.
+        """
+        first = adapters[0]
+        if len(adapters) == 1:
+            return first
+        As = [_cast(a.lora_A, self.casts.adapter) for a in adapters]
+        Bs = [_cast(a.lora_B, self.casts.adapter) for a in adapters]
+        scaling = first.scaling
+        if any(a.scaling != scaling for a in adapters):
+            As = [A.float() for A in As]
+            Bs = [B.float() * a.scaling for a, B in zip(adapters, Bs, strict=True)]
+            scaling = 1.0
+        return first._replace(lora_A=torch.cat(As), lora_B=torch.cat(Bs, dim=1), scaling=scaling)
+
+    def _term(self, x: Tensor, adapter: Adapter) -> Tensor:
+        """`scaling * (drop(x) A^T B^T + bias_B)` in plain torch, as in PEFT's code."""
+        dtype = self.casts.adapter
+        bias = None if adapter.bias is None else _cast(adapter.bias, dtype)
+        dropped = adapter.dropout(_cast(x, dtype))
+        S = linear(dropped, _cast(adapter.lora_A, dtype))
+        return linear(S, _cast(adapter.lora_B, dtype), bias) * adapter.scaling
+
+    def _mixed(self, x: Tensor, rows: Sequence[str]) -> Tensor:
+        """`y[i] = x[i] W^T + bias + s_a (x[i] A_a^T B_a^T + bias_a)`, `a` the adapter of row i.
+
+        One base product for all rows, and two batched products with each row's own A and B, ranks
+        padded by zeros: their work does not grow with the number of adapters.
+        """
+        adapters, dtype = self.parts.adapters, self.casts.adapter
+        y = self._lora_linear(x, self._base_bias(), self._no_adapter(x))
+        if not adapters:
+            return y
+        place = {adapter.name: i for i, adapter in enumerate(adapters)}
+        # A row without an adapter takes the first one, times zero.
+        index = torch.tensor([place.get(name, 0) for name in rows], device=x.device)
+        scalings = [adapters[place[name]].scaling if name in place else 0.0 for name in rows]
+        scale = torch.tensor(scalings, dtype=dtype, device=x.device)[:, None, None]
+        R = max(adapter.lora_A.shape[0] for adapter in adapters)
+        As = [pad(_cast(a.lora_A, dtype), (0, 0, 0, R - a.lora_A.shape[0])) for a in adapters]
+        Bs = [pad(_cast(a.lora_B, dtype), (0, R - a.lora_B.shape[1])) for a in adapters]
+        x_rows = _cast(x, dtype).reshape(len(rows), x.shape[1:-1].numel(), x.shape[-1])
+        S = x_rows @ torch.stack(As)[index].mT
+        term = (S * scale) @ torch.stack(Bs)[index].mT
+        if any(adapter.bias is not None for adapter in adapters):
+            none = term.new_zeros(term.shape[-1])
+            biases = [none if a.bias is None else _cast(a.bias, dtype) for a in adapters]
+            term = term + torch.stack(biases)[index][:, None] * scale
+        return y + term.to(y.dtype).view(y.shape)
+
+    def _no_adapter(self, x: Tensor) -> Adapter:
+        """Zeros of rank 1: the kernels' base product alone."""
+        base: Any = self.parts.base
+        zeros = torch.zeros(1, base.in_features, dtype=self.casts.adapter, device=x.device)
+        column = torch.zeros(base.out_features, 1, dtype=self.casts.adapter, device=x.device)
+        return Adapter(NO_ADAPTER, zeros, column, None, nn.Identity(), 0.0, None)
+
+    def _dora(self, x: Tensor, adapter: Adapter) -> Tensor:
+        """`y = x W^T + bias + (f - 1) * x' W^T + f * scaling * x' A^T B^T`, as PEFT has it, where
+
+            x' = drop(x),   f = magnitude / norm of the rows of W + scaling * B A
+
+        Without dropout that is one product, `f * (x W^T + scaling * x A^T B^T) + bias`; with it
+        two, `f * (x' W^T + scaling * x' A^T B^T) + (x - x') W^T + bias`. The mask alone goes into
+        x', which a scale of 1 / (1 - p) would round.
+        """
+        parts = self.parts
+        state = None if parts.quant_state is None else as_quant_state(parts.quant_state)
+        A, B = _cast(adapter.lora_A, self.casts.adapter), _cast(adapter.lora_B, self.casts.adapter)
+        norms = weight_norms(parts.weight, parts.quant_state, state, A, B, adapter.scaling)
+        assert adapter.magnitude is not None
+        factor = adapter.magnitude.float() / norms
+        bias = self._base_bias()
+        if not adapter.drops:
+            return apply_magnitude(self._lora_linear(x, None, adapter), factor, bias)
+        scale = 1.0 / (1.0 - float(getattr(adapter.dropout, "p", 0.0)))
+        kept = adapter.dropout(torch.ones_like(x)) != 0
+        z = self._lora_linear(x * kept, None, adapter._replace(dropout=nn.Identity()))
+        rest = torch.where(kept, x * (1.0 - scale), x)
+        return apply_magnitude(
+            z, scale * factor, self._lora_linear(rest, bias, self._no_adapter(x))
+        )
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)

@@ -1,0 +1,70 @@
+"""DoRA's norms and its magnitude, alone; docs/peft.md's cases hold the layers to PEFT's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tolerance import assert_close_to_exact
+from torch import Tensor
+
+from fastlora import ops
+from fastlora.integrations.peft_dora import apply_magnitude, weight_norms
+from fastlora.quant import QuantState
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+N, K, R, SCALING = 41, 72, 3, 0.7
+
+
+class Owner:
+    """Stands for bitsandbytes' quant state, which keeps |W|^2."""
+
+
+def norms_of(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """PEFT's `get_weight_norm`."""
+    return torch.linalg.norm(W + SCALING * (B @ A), dim=1)
+
+
+@pytest.mark.parametrize("size", [0.1, 3.0], ids=["small", "large"])
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+@pytest.mark.parametrize("kind", ["dense", "nf4", "nf4 nested", "fp4"])
+def test_norms(kind: str, dtype: torch.dtype, size: float) -> None:
+    torch.manual_seed(0)
+    W = torch.randn(N, K).div(K**0.5).to(dtype)
+    A, B = torch.randn(R, K) * size, torch.randn(N, R) * size
+    state: QuantState | None = None
+    weight = W
+    if kind != "dense":
+        weight, state = ops.quantize_4bit(W, 64, kind.split()[0], kind.endswith("nested"))
+        W = ops.dequantize_4bit(weight, state, dtype)
+    norms = weight_norms(weight, Owner(), state, A, B, SCALING)
+    exact = norms_of(W.double(), A.double(), B.double())
+    assert_close_to_exact(norms, exact, norms_of(W.float(), A, B), what=kind)
+
+
+def test_kept_squares_follow_the_bytes() -> None:
+    A, B, owner = torch.zeros(R, K), torch.zeros(N, R), Owner()
+    packed, state = ops.quantize_4bit(torch.randn(N, K))
+    first = weight_norms(packed, owner, state, A, B, SCALING)
+    ((_, squares),) = vars(owner).values()
+    torch.testing.assert_close(weight_norms(packed, owner, state, A, B, SCALING), first)
+    ((_, again),) = vars(owner).values()
+    assert again is squares
+    packed.copy_(packed.flip(0))
+    W = ops.dequantize_4bit(packed, state, FP32)
+    second = weight_norms(packed, owner, state, A, B, SCALING)
+    torch.testing.assert_close(second, W.norm(dim=1))
+    assert not torch.allclose(first, second)
+
+
+@pytest.mark.parametrize("rest", ["bias", "matrix", "none"])
+def test_magnitude_gradients(rest: str) -> None:
+    torch.manual_seed(0)
+    shape = {"bias": (5,), "matrix": (2, 37, 5)}.get(rest)
+    z = torch.randn(2, 37, 5, dtype=torch.float64, requires_grad=True)
+    factor = torch.randn(5, dtype=torch.float64)
+    factor[2] = 0.0
+    factor.requires_grad_()
+    added = None if shape is None else torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(apply_magnitude, (z, factor, added))
+    out = apply_magnitude(z, factor, added)
+    torch.testing.assert_close(out, z * factor + (0 if added is None else added))
