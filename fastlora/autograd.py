@@ -129,10 +129,7 @@ def lora_linear(
             weight = weight.to(dtype)
     if not training:
         dropout_p = 0.0
-    if dropout_p == 0.0:
-        seed = None
-    elif seed is None:
-        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    seed = draw_seed(x, dropout_p, seed)
     # The backend is settled now: the backward may run outside of a `use_backend` block.
     backend = forced_backend(backend)
     tensors = (x.reshape(x.shape[:-1].numel(), x.shape[-1]), weight, bias, lora_A, lora_B, seed)
@@ -143,6 +140,15 @@ def lora_linear(
     else:
         y = _apply(*tensors, *options)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def draw_seed(x: Tensor, dropout_p: float, seed: Tensor | None = None) -> Tensor | None:
+    """The key of a dropout on x: `seed`, or one that torch draws; None without dropout."""
+    if dropout_p == 0.0:
+        return None
+    if seed is not None:
+        return seed
+    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
 
 
 def _apply(

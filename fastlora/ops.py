@@ -6,13 +6,17 @@ differentiable; `fastlora.lora_linear` is.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .backends import choose
 from .quant import BLOCKSIZES, QuantState, as_quant_state, packed_bytes
+from .reference import Projection
 
 _Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+_Trio = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def lora_linear_fwd(
@@ -139,6 +143,52 @@ def qlora_linear_bwd(
     return b.qlora_linear_bwd(
         dy, x, weight, state, lora_A, lora_B, S, scaling, dropout_p, seed, compute_dtype, needs
     )
+
+
+def shared_linear_fwd(
+    x: Tensor, projections: Sequence[Projection], *, backend: str | None = None
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Several LoRA linears of one x: all y_i, all S_i; see `reference.shared_linear_fwd`.
+
+    Raises:
+        ValueError: a shape or a seed does not fit; no projection, or dense and 4-bit ones mixed.
+        TypeError: a dtype does not fit, or differs from that of the first projection.
+        RuntimeError: the backend asked for can't run the op; the message says why.
+    """
+    projections = _check_projections(x, projections)
+    b = choose(_single("fwd", projections), x.device.type, backend, **_dtypes(x, projections))
+    return b.shared_linear_fwd(x, projections)
+
+
+def shared_linear_bwd(
+    dys: Sequence[Tensor | None],
+    x: Tensor,
+    projections: Sequence[Projection],
+    Ss: Sequence[Tensor],
+    need_dx: bool,
+    needs: Sequence[tuple[bool, bool, bool]],
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor | None, tuple[_Trio, ...]]:
+    """`dx` and each `(dA, dB, dbias)`; see `reference.shared_linear_bwd`.
+
+    Raises:
+        ValueError: a shape, a number of arguments or a seed does not fit.
+        TypeError: a dtype does not fit, or differs from that of the first projection.
+        RuntimeError: the backend asked for can't run the op; the message says why.
+    """
+    projections = _check_projections(x, projections)
+    for name, given in (("dys", dys), ("Ss", Ss), ("needs", needs)):
+        if len(given) != len(projections):
+            raise ValueError(
+                f"{name} must have {len(projections)} entries, one for each projection, "
+                f"got {len(given)}"
+            )
+    for dy, p, S in zip(dys, projections, Ss, strict=True):
+        if dy is not None:
+            _check_backward(dy, x, p.lora_B, S)
+    b = choose(_single("bwd", projections), x.device.type, backend, **_dtypes(x, projections))
+    return b.shared_linear_bwd(dys, x, projections, Ss, need_dx, needs)
 
 
 def quantize_4bit(
@@ -283,6 +333,41 @@ def _check_common(
         raise ValueError(
             f"seed must be an int64 tensor of one element when dropout_p > 0, got {got}"
         )
+
+
+def _check_projections(x: Tensor, projections: Sequence[Projection]) -> list[Projection]:
+    """The projections with flat bytes and fastlora's quant states, after checking all of them."""
+    if not projections:
+        raise ValueError("projections must name at least one linear, got none")
+    checked: list[Projection] = []
+    for p in projections:
+        if (p.quant_state is None) != (projections[0].quant_state is None):
+            raise ValueError("projections must be all dense or all 4-bit, got both")
+        if p.quant_state is None:
+            _check_weight(x, p.weight, p.lora_B)
+        else:
+            state = as_quant_state(p.quant_state)
+            weight = _check_packed(x, p.weight, state, p.lora_B)
+            p = p._replace(weight=weight, quant_state=state)
+        _check_common(x, p.bias, p.lora_A, p.lora_B, p.dropout_p, p.seed)
+        checked.append(p)
+        for name, dtype in _dtypes(x, [p]).items():
+            if dtype != (first := _dtypes(x, checked)[name]):
+                raise TypeError(f"{name} must be the same in all projections, {first}, got {dtype}")
+    return checked
+
+
+def _single(direction: str, projections: Sequence[Projection]) -> str:
+    """The single op of such projections; a backend that has it runs several of them, too."""
+    kind = "lora" if projections[0].quant_state is None else "qlora"
+    return f"{kind}_linear_{direction}"
+
+
+def _dtypes(x: Tensor, projections: Sequence[Projection]) -> dict[str, torch.dtype | None]:
+    """What `choose` asks of projections whose dtypes are those of the first."""
+    first = projections[0]
+    compute = None if first.quant_state is None else first.compute_dtype
+    return {"dtype": x.dtype, "adapter_dtype": first.lora_A.dtype, "compute_dtype": compute}
 
 
 def _check_backward(dy: Tensor, x: Tensor, lora_B: Tensor, S: Tensor) -> None:

@@ -6,7 +6,9 @@ inputs) and each result is rounded once, at the end.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -216,12 +218,31 @@ def _bwd(
     seed: Tensor | int | None,
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    dx, *grads = _wide_bwd(
+        dy, dy_base, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, needs
+    )
+    return None if dx is None else dx.to(x.dtype), grads[0], grads[1], grads[2]
+
+
+def _wide_bwd(
+    dy: Tensor,
+    dy_base: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    S: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | int | None,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """`_bwd` with dx not yet rounded."""
     acc = _acc(x)
     dS, dA, dB, dbias = skinny_bwd(dy, x, lora_A, lora_B, S, scaling, dropout_p, seed, needs[1:])
     dx = None
     if needs[0]:
-        lora = expand_dx(dS, lora_A, dropout_p, seed)
-        dx = (dy_base.to(acc) @ weight.to(acc) + lora).to(x.dtype)
+        dx = dy_base.to(acc) @ weight.to(acc) + expand_dx(dS, lora_A, dropout_p, seed)
     return dx, dA, dB, dbias
 
 
@@ -314,6 +335,153 @@ def qlora_linear_bwd(
     dtype = compute_dtype or x.dtype
     W = dequantize_4bit(weight, quant_state, dtype)
     return _bwd(dy, dy.to(dtype), x, W, lora_A, lora_B, S, scaling, dropout_p, seed, needs)
+
+
+# ---- several linears of one input ------------------------------------------------------------
+
+
+class Projection(NamedTuple):
+    """One of several LoRA linears that read the same x; fields as the arguments of the single ops.
+
+    `weight` is dense where `quant_state` is None, else packed 4-bit bytes.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    dropout_p: float = 0.0
+    seed: Tensor | None = None
+    quant_state: QuantState | None = None
+    compute_dtype: torch.dtype | None = None
+
+
+def shared_linear_fwd(
+    x: Tensor, projections: Sequence[Projection]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """`y_i = x W_i^T + bias_i + scaling_i * S_i B_i^T`, `S_i = drop_i(x) A_i^T`, for each i.
+
+    Args:
+        x: [M, K], fp32, bf16 or fp16 (fp64 for checks).
+        projections: all dense or all 4-bit, with the same dtypes; their own N, R and dropout.
+
+    Returns:
+        All y_i [M, N_i] in x's dtype, and all S_i [M, R_i] in fp32 (fp64 for fp64).
+    """
+    results = [_projection_fwd(x, p) for p in projections]
+    return tuple(y for y, _ in results), tuple(S for _, S in results)
+
+
+def _projection_fwd(x: Tensor, p: Projection) -> tuple[Tensor, Tensor]:
+    lora = (p.bias, p.lora_A, p.lora_B, p.scaling, p.dropout_p, p.seed)
+    if p.quant_state is None:
+        return lora_linear_fwd(x, p.weight, *lora)
+    return qlora_linear_fwd(x, p.weight, p.quant_state, *lora, p.compute_dtype)
+
+
+def shared_linear_bwd(
+    dys: Sequence[Tensor | None],
+    x: Tensor,
+    projections: Sequence[Projection],
+    Ss: Sequence[Tensor],
+    need_dx: bool,
+    needs: Sequence[tuple[bool, bool, bool]],
+) -> tuple[Tensor | None, tuple[tuple[Tensor | None, Tensor | None, Tensor | None], ...]]:
+    """Gradients of `shared_linear_fwd`: those of the single ops, and their sum for x,
+
+        dx = sum over i of dy_i W_i + drop_i'(dS_i A_i)
+
+    which is taken in fp32 and rounded once.
+
+    Args:
+        dys: dL/dy_i [M, N_i] in x's dtype; None where y_i has no gradient.
+        x, projections: as given to the forward.
+        Ss: as returned by the forward.
+        need_dx: whether to compute dx.
+        needs: which of (dA_i, dB_i, dbias_i) to compute.
+
+    Returns:
+        dx [M, K] in x's dtype, and for each i (dA_i, dB_i, dbias_i) as in `lora_linear_bwd`; None
+        for what was not asked for, and for all of an i without dy_i.
+    """
+    total: Tensor | None = None
+    grads: list[tuple[Tensor | None, Tensor | None, Tensor | None]] = []
+    for dy, p, S, need in zip(dys, projections, Ss, needs, strict=True):
+        if dy is None:
+            grads.append((None, None, None))
+            continue
+        W, dtype = p.weight, x.dtype
+        if p.quant_state is not None:
+            dtype = p.compute_dtype or x.dtype
+            W = dequantize_4bit(p.weight, p.quant_state, dtype)
+        lora = (p.lora_A, p.lora_B, S, p.scaling, p.dropout_p, p.seed)
+        dx, dA, dB, dbias = _wide_bwd(dy, dy.to(dtype), x, W, *lora, (need_dx, *need))
+        grads.append((dA, dB, dbias))
+        if dx is not None:
+            total = dx if total is None else total + dx
+    return None if total is None else total.to(x.dtype), tuple(grads)
+
+
+# ---- the gate of an MLP ----------------------------------------------------------------------
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+# Elements that are widened to fp32 at a time: they stay in a cache, and are never many.
+_BLOCK = 2**18
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """`x sigmoid(x)` for "silu"; `x Phi(x)` for "gelu", with Phi by tanh for "gelu_tanh"."""
+    if activation == "silu":
+        return torch.nn.functional.silu(x)
+    approximate = "tanh" if activation == "gelu_tanh" else "none"
+    return torch.nn.functional.gelu(x, approximate=approximate)
+
+
+def gated_fwd(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """`h = act(gate) * up`, taken in fp32 and rounded once.
+
+    Args:
+        gate, up: [M, I], fp32, bf16 or fp16 (fp64 for checks).
+        activation: one of `ACTIVATIONS`.
+
+    Returns:
+        h [M, I] in gate's dtype.
+
+    Source: GLU variants, arXiv:2002.05202.
+    """
+    acc, h = _acc(gate), torch.empty_like(gate)
+    for g, u, out in _blocks(gate, up, h):
+        out.copy_(activate(g.to(acc), activation) * u)
+    return h
+
+
+def gated_bwd(dh: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """Gradients of `gated_fwd`: `dgate = dh * up * act'(gate)`, `dup = dh * act(gate)`.
+
+    Args:
+        dh: [M, I] in gate's dtype.
+        gate, up, activation: as given to the forward.
+
+    Returns:
+        dgate and dup, [M, I] in gate's dtype.
+    """
+    acc, dgate, dup = _acc(gate), torch.empty_like(gate), torch.empty_like(up)
+    for d, g, u, dg, du in _blocks(dh, gate, up, dgate, dup):
+        wide, d_wide = g.to(acc), d.to(acc)
+        du.copy_(d_wide * activate(wide, activation))
+        da = d_wide * u
+        if activation == "silu":
+            dg.copy_(torch.ops.aten.silu_backward(da, wide))
+        else:
+            approximate = "tanh" if activation == "gelu_tanh" else "none"
+            dg.copy_(torch.ops.aten.gelu_backward(da, wide, approximate=approximate))
+    return dgate, dup
+
+
+def _blocks(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    rows = max(1, _BLOCK // max(1, matrices[0].shape[1]))
+    return zip(*(matrix.split(rows) for matrix in matrices), strict=True)
 
 
 # ---- 4-bit -----------------------------------------------------------------------------------

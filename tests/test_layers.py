@@ -21,7 +21,7 @@ LEVELS = (
     ("reference",),
     ("backends",),
     ("ops",),
-    ("autograd",),
+    ("autograd", "fused"),
     ("nn",),
     ("integrations",),
     ("cli",),

@@ -4,6 +4,8 @@ devices, those that `native_cuda` chooses among.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +13,8 @@ from torch import Tensor
 
 from .. import reference
 from ..quant import QuantState, code_table, quantize_bounds
-from . import cpu, native_cuda
+from ..reference import Projection
+from . import cpu, native_cuda, sequence
 from .native_cuda import state_args
 
 NAME = "native"
@@ -205,6 +208,27 @@ def qlora_linear_bwd(
         *needs,
     )
     return _asked(grads, needs)
+
+
+def shared_linear_fwd(
+    x: Tensor, projections: Sequence[Projection]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """`reference.shared_linear_fwd`."""
+    return sequence.shared_linear_fwd(sys.modules[__name__], x, projections)
+
+
+def shared_linear_bwd(
+    dys: Sequence[Tensor | None],
+    x: Tensor,
+    projections: Sequence[Projection],
+    Ss: Sequence[Tensor],
+    need_dx: bool,
+    needs: Sequence[tuple[bool, bool, bool]],
+) -> tuple[Tensor | None, tuple[tuple[Tensor | None, ...], ...]]:
+    """`reference.shared_linear_bwd`."""
+    return sequence.shared_linear_bwd(
+        sys.modules[__name__], dys, x, projections, Ss, need_dx, needs
+    )
 
 
 def quantize_4bit(

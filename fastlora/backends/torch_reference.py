@@ -11,6 +11,8 @@ from ..reference import (
     qlora_linear_bwd,
     qlora_linear_fwd,
     quantize_4bit,
+    shared_linear_bwd,
+    shared_linear_fwd,
 )
 
 __all__ = [
@@ -20,6 +22,8 @@ __all__ = [
     "qlora_linear_bwd",
     "qlora_linear_fwd",
     "quantize_4bit",
+    "shared_linear_bwd",
+    "shared_linear_fwd",
 ]
 
 NAME = "reference"

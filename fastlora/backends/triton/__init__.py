@@ -8,12 +8,16 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ... import reference
 from ...quant import QuantState
+from ...reference import Projection
+from .. import sequence
 from ..native import _asked, _empty
 from ..native_cuda import state_args
 from . import library as library  # registers torch.ops.fastlora_triton
@@ -166,6 +170,27 @@ def qlora_linear_bwd(
         dy, x, weight, *state_args(quant_state), compute_dtype or x.dtype, *lora, *needs
     )
     return _asked(grads, needs)
+
+
+def shared_linear_fwd(
+    x: Tensor, projections: Sequence[Projection]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """`reference.shared_linear_fwd`."""
+    return sequence.shared_linear_fwd(sys.modules[__name__], x, projections)
+
+
+def shared_linear_bwd(
+    dys: Sequence[Tensor | None],
+    x: Tensor,
+    projections: Sequence[Projection],
+    Ss: Sequence[Tensor],
+    need_dx: bool,
+    needs: Sequence[tuple[bool, bool, bool]],
+) -> tuple[Tensor | None, tuple[tuple[Tensor | None, ...], ...]]:
+    """`reference.shared_linear_bwd`."""
+    return sequence.shared_linear_bwd(
+        sys.modules[__name__], dys, x, projections, Ss, need_dx, needs
+    )
 
 
 def dequantize_4bit(

@@ -1,0 +1,277 @@
+"""Several LoRA linears as one autograd node: those that share an input, and a gated MLP.
+
+No math stands here; the formulas are those of `reference.shared_linear_fwd`, `gated_fwd` and their
+backwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import ops
+from .autograd import draw_seed
+from .backends import forced_backend
+from .reference import Projection, gated_bwd, gated_fwd
+
+_Gradients = tuple[Tensor | None, ...]
+_Needs = tuple[bool, bool, bool]  # dA, dB, dbias
+# What of a projection is differentiable or a dropout's seed, in the order of Function arguments.
+_ARGUMENTS = ("weight", "bias", "lora_A", "lora_B", "seed")
+_Statics = tuple[Projection, ...]
+
+
+def _flat(projections: Sequence[Projection]) -> list[Tensor | None]:
+    return [getattr(p, name) for p in projections for name in _ARGUMENTS]
+
+
+def _rebuilt(statics: _Statics, tensors: Sequence[Tensor | None]) -> list[Projection]:
+    """The projections around the tensors that autograd has handed on."""
+    rest = iter(tensors)
+    projections = []
+    for p in statics:
+        fields: dict[str, Any] = {name: next(rest) for name in _ARGUMENTS}
+        projections.append(p._replace(**fields))
+    return projections
+
+
+class _Saved:
+    """Tensors and projections for a backward: every tensor goes through `save_for_backward`.
+
+    So hooks on saved tensors (offloading, checkpointing) see all of them, and a change in place of
+    any is an error.
+    """
+
+    def __init__(
+        self,
+        ctx: Any,
+        tensors: Sequence[Tensor],
+        projections: Sequence[Projection],
+        backend: str | None,
+    ) -> None:
+        own: list[Tensor | None] = list(tensors)
+        self.count = len(own)
+        self.backend = backend
+        self.bias_dtypes = [None if p.bias is None else p.bias.dtype for p in projections]
+        self.statics: list[Projection] = []
+        self.stats: list[int] = []
+        for p in projections:
+            stats = [] if p.quant_state is None else p.quant_state.tensors()
+            own += [p.weight, p.lora_A, p.lora_B, p.seed, *stats]
+            self.stats.append(len(stats))
+            state = None if p.quant_state is None else p.quant_state.without_tensors()
+            self.statics.append(_hollow(p)._replace(quant_state=state))
+        ctx.save_for_backward(*own)
+
+    def restore(self, ctx: Any) -> tuple[list[Any], list[Projection]]:
+        saved = list(ctx.saved_tensors)
+        tensors, rest = saved[: self.count], saved[self.count :]
+        projections = []
+        for p, count in zip(self.statics, self.stats, strict=True):
+            weight, lora_A, lora_B, seed, *stats = rest[: 4 + count]
+            rest = rest[4 + count :]
+            state = p.quant_state.with_tensors(*stats) if p.quant_state is not None else None
+            projections.append(
+                p._replace(
+                    weight=weight, lora_A=lora_A, lora_B=lora_B, seed=seed, quant_state=state
+                )
+            )
+        return tensors, projections
+
+    def gradients(self, grads: Sequence[_Gradients]) -> list[Tensor | None]:
+        """`(dA, dB, dbias)` of each projection in the order of `_ARGUMENTS`."""
+        out: list[Tensor | None] = []
+        for (dA, dB, dbias), dtype in zip(grads, self.bias_dtypes, strict=True):
+            out += [None, None if dbias is None else dbias.to(dtype), dA, dB, None]
+        return out
+
+
+def _hollow(p: Projection) -> Projection:
+    """`p` without the tensors that go through autograd."""
+    fields: dict[str, Any] = dict.fromkeys(_ARGUMENTS)
+    return p._replace(**fields)
+
+
+def _needs(ctx: Any, first: int, projections: Sequence[Projection]) -> list[_Needs]:
+    """What each projection needs; its arguments begin at `first`."""
+    size = len(_ARGUMENTS)
+    needs: list[_Needs] = []
+    for i in range(len(projections)):
+        _, bias, A, B, _ = ctx.needs_input_grad[first + i * size : first + (i + 1) * size]
+        needs.append((A, B, bias))
+    return needs
+
+
+class SharedLinearFunction(torch.autograd.Function):
+    """`reference.shared_linear_fwd` with gradients for x and each bias, lora_A and lora_B.
+
+    Saves x once, each S [M, R], the adapters and the dropout seeds.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, statics: _Statics, backend: str | None, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        projections = _rebuilt(statics, tensors)
+        ys, Ss = ops.shared_linear_fwd(x, projections, backend=backend)
+        ctx.saved = _Saved(ctx, (x, *Ss), projections, backend)
+        ctx.set_materialize_grads(False)
+        return ys
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: Tensor | None) -> _Gradients:
+        (x, *Ss), projections = ctx.saved.restore(ctx)
+        dx, grads = ops.shared_linear_bwd(
+            dys,
+            x,
+            projections,
+            Ss,
+            ctx.needs_input_grad[0],
+            _needs(ctx, 3, projections),
+            backend=ctx.saved.backend,
+        )
+        return dx, None, None, *ctx.saved.gradients(grads)
+
+
+class GatedMLPFunction(torch.autograd.Function):
+    """`down(act(gate(x)) * up(x))` with gradients for x and each bias, lora_A and lora_B.
+
+    Saves x, the outputs of gate and up, each S [M, R], the adapters and the dropout seeds. The
+    other two [M, I] that autograd would keep, act(gate) and the product, are computed anew.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        activation: str,
+        statics: _Statics,
+        backend: str | None,
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        projections = _rebuilt(statics, tensors)
+        (gate, up), Ss = ops.shared_linear_fwd(x, projections[:2], backend=backend)
+        h = gated_fwd(gate, up, activation)
+        (y,), (S_down,) = ops.shared_linear_fwd(h, projections[2:], backend=backend)
+        ctx.saved = _Saved(ctx, (x, gate, up, *Ss, S_down), projections, backend)
+        ctx.activation = activation
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> _Gradients:
+        (x, gate, up, S_gate, S_up, S_down), projections = ctx.saved.restore(ctx)
+        needs, backend = _needs(ctx, 4, projections), ctx.saved.backend
+        need_dx = ctx.needs_input_grad[0]
+        first = need_dx or any(any(need) for need in needs[:2])
+        h = gated_fwd(gate, up, ctx.activation)
+        dh, down = ops.shared_linear_bwd(
+            [dy], h, projections[2:], [S_down], first, needs[2:], backend=backend
+        )
+        del h
+        dx = None
+        grads: Sequence[_Gradients] = ((None,) * 3,) * 2
+        if dh is not None:
+            dgate, dup = gated_bwd(dh, gate, up, ctx.activation)
+            del dh
+            dx, grads = ops.shared_linear_bwd(
+                [dgate, dup],
+                x,
+                projections[:2],
+                [S_gate, S_up],
+                need_dx,
+                needs[:2],
+                backend=backend,
+            )
+        return dx, None, None, None, *ctx.saved.gradients((*grads, *down))
+
+
+def shared_linear(
+    x: Tensor, projections: Sequence[Projection], *, backend: str | None = None
+) -> tuple[Tensor, ...]:
+    """`y_i = x W_i^T + bias_i + scaling_i * drop_i(x) A_i^T B_i^T` for each i, as one node.
+
+    x is saved once for all gradients, and dx is summed in fp32 and rounded once.
+
+    Args:
+        x: [..., K], fp32, bf16 or fp16.
+        projections: see `reference.Projection`; all dense or all 4-bit, with the same dtypes, with
+            frozen weights. A seed that dropout needs and lacks is drawn, in the order of the
+            projections.
+        backend: "native", "triton" or "reference"; the device's best when None.
+
+    Returns:
+        Each y_i [..., N_i] in x's dtype. Autocast is not looked at.
+
+    Raises:
+        ValueError, TypeError: a shape or dtype does not fit; a weight requires a gradient.
+        RuntimeError: the backend asked for can't run here; the message says why.
+    """
+    projections, rows, backend = _prepared(x, projections, backend)
+    if _wants_gradient(rows, projections):
+        statics = tuple(_hollow(p) for p in projections)
+        ys = SharedLinearFunction.apply(rows, statics, backend, *_flat(projections))
+    else:
+        ys, _ = ops.shared_linear_fwd(rows, projections, backend=backend)
+    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
+
+
+def gated_mlp(
+    x: Tensor,
+    gate: Projection,
+    up: Projection,
+    down: Projection,
+    activation: str,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """`down(act(gate(x)) * up(x))`, three LoRA linears and what is between them, as one node.
+
+    Args:
+        x: [..., K], fp32, bf16 or fp16.
+        gate, up: [I, K], down: [N, I]; as in `shared_linear`. Seeds are drawn in this order.
+        activation: one of `reference.ACTIVATIONS`.
+        backend: as in `shared_linear`.
+
+    Returns:
+        y [..., N] in x's dtype. Autocast is not looked at.
+
+    Raises:
+        As `shared_linear`.
+    """
+    projections, rows, backend = _prepared(x, (gate, up, down), backend)
+    if _wants_gradient(rows, projections):
+        statics = tuple(_hollow(p) for p in projections)
+        y = GatedMLPFunction.apply(rows, activation, statics, backend, *_flat(projections))
+    else:
+        (g, u), _ = ops.shared_linear_fwd(rows, projections[:2], backend=backend)
+        h = gated_fwd(g, u, activation)
+        del g, u
+        (y,), _ = ops.shared_linear_fwd(h, projections[2:], backend=backend)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _prepared(
+    x: Tensor, projections: Sequence[Projection], backend: str | None
+) -> tuple[list[Projection], Tensor, str | None]:
+    """The projections with their seeds, x as a matrix, and the backend of the backward, too."""
+    seeded = []
+    for p in projections:
+        if p.weight.requires_grad:
+            raise ValueError(
+                "weight must be frozen (requires_grad=False): fastlora never trains it"
+            )
+        seeded.append(p._replace(seed=draw_seed(x, p.dropout_p, p.seed)))
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return seeded, rows, forced_backend(backend)
+
+
+def _wants_gradient(x: Tensor, projections: Sequence[Projection]) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return any(t is not None and t.requires_grad for t in (x, *_flat(projections)))
