@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from . import ops
 from .autograd import draw_seed
 from .backends import forced_backend
+from .quant import as_quant_state
 from .reference import Projection, gated_bwd, gated_fwd
 
 _Gradients = tuple[Tensor | None, ...]
@@ -266,7 +267,8 @@ def _prepared(
             raise ValueError(
                 "weight must be frozen (requires_grad=False): fastlora never trains it"
             )
-        seeded.append(p._replace(seed=draw_seed(x, p.dropout_p, p.seed)))
+        state = None if p.quant_state is None else as_quant_state(p.quant_state)
+        seeded.append(p._replace(seed=draw_seed(x, p.dropout_p, p.seed), quant_state=state))
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     return seeded, rows, forced_backend(backend)
 

@@ -21,6 +21,7 @@ from torch import nn
 
 from . import bitsandbytes as bnb
 from .peft_explain import Explanation, Row, explain
+from .peft_fuse import Fuse, Fusion, check_fuse, join_layers, separate
 from .peft_guard import fast_path
 from .peft_layers import FastLoraLinear, swap_in, swap_out
 
@@ -31,6 +32,7 @@ __all__ = [
     "Explanation",
     "FastLoraLinear",
     "FastLoraLinear4bit",
+    "Fusion",
     "Row",
     "accelerate",
     "explain",
@@ -53,7 +55,13 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def accelerate(model: _Model, *, verbose: bool | None = None) -> _Model:
+def accelerate(
+    model: _Model,
+    *,
+    fuse: Fuse | None = None,
+    example: Any = None,
+    verbose: bool | None = None,
+) -> _Model:
     """Runs the LoRA layers of a PEFT model on fastlora; `restore` undoes it.
 
     Changes the class of each layer in place and nothing else: parameters, names, state dict, hooks
@@ -66,6 +74,13 @@ def accelerate(model: _Model, *, verbose: bool | None = None) -> _Model:
     Args:
         model: a `PeftModel`, its base model, or any module with PEFT's LoRA layers inside. Calling
             it again after adding adapters to new layers is fine.
+        fuse: "inputs" runs LoRA layers that are called in a row with the same x (q, k and v; gate
+            and up) as one autograd node: x is saved once, and its gradient is summed in fp32 and
+            rounded once. "mlp" does so, and runs gated MLPs, `down(act(gate(x)) * up(x))`, as one
+            node that keeps the outputs of gate and up alone. None, the default, joins nothing.
+        example: inputs of one call of the model, a tensor, a tuple or a mapping; small ones do.
+            With it, one call in eval mode without gradients shows who shares an input; without it,
+            the source of the modules' forwards does. Each later call checks what was found.
         verbose: True prints one line to stderr, False does not; None prints it on the first process
             of a run, unless FASTLORA_QUIET=1 is set.
 
@@ -74,10 +89,11 @@ def accelerate(model: _Model, *, verbose: bool | None = None) -> _Model:
 
     Raises:
         TypeError: model is no nn.Module.
-        ValueError: a 4-bit weight was repacked in eval mode and cannot be restored. The model is
-            left as it was.
+        ValueError: fuse is none of its names; a 4-bit weight was repacked in eval mode and cannot
+            be restored. The model is left as it was.
     """
     _check_module(model)
+    check_fuse(fuse)
     damaged = [(name, m) for name, m in bnb.linear4bit_modules(model) if bnb.is_repacked(m)]
     for name, module in damaged:
         if (reason := bnb.unpack_reason(module)) is not None:
@@ -89,6 +105,7 @@ def accelerate(model: _Model, *, verbose: bool | None = None) -> _Model:
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     for layer in layers:
         swap_in(layer)
+    join_layers(model, fuse, example)
     if not layers:
         warnings.warn(
             "fastlora.accelerate: the model has no LoRA layers; call it after get_peft_model",
@@ -106,6 +123,7 @@ def restore(model: _Model) -> _Model:
         TypeError: model is no nn.Module.
     """
     _check_module(model)
+    separate(model)
     for module in model.modules():
         swap_out(module)
     bnb.restore_cpu_repacking(model)

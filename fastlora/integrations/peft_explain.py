@@ -6,7 +6,7 @@ import io
 import re
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 from .. import __version__
 from ..backends import choose
 from . import bitsandbytes as bnb
+from .peft_fuse import Fusion, fusions
 from .peft_guard import LAST_REASON, casts, layer_parts
 from .peft_layers import bypass_reason, fast_class, is_fast
 from .peft_run import Parts
@@ -68,9 +69,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The rows of `explain`, printed as a table in which equal layers share a line."""
+    """The rows of `explain`, printed as a table in which equal layers share a line.
+
+    `fusions` has the layers that `accelerate(model, fuse=...)` runs as one node, or why not.
+    """
 
     rows: list[Row]
+    fusions: list[Fusion] = field(default_factory=list)
 
     def summary(self) -> str:
         """`fastlora 0.1.0: 9/10 LoRA layers accelerated (7 nf4, 2 bf16), 1 on PEFT's own code`."""
@@ -91,7 +96,7 @@ class Explanation:
         groups: Counter[tuple[str, ...]] = Counter()
         for row in self.rows:
             groups[
-                re.sub(r"(?<=\.)\d+(?=\.)", "*", row.name.removeprefix("base_model.model.")),
+                _starred(row.name),
                 row.base,
                 "" if row.shape is None else f"{row.shape[0]} x {row.shape[1]}",
                 "" if row.r is None else str(row.r),
@@ -117,7 +122,7 @@ class Explanation:
             table.add_column(column, overflow="fold")
         for cells in self.lines():
             table.add_row(*cells, style="yellow" if cells[7] == "PEFT" else None)
-        notes = [Text(line) for line in self._numbered_notes()]
+        notes = [Text(line) for line in (*self._numbered_notes(), *self.fusion_lines())]
         return Group(Text(self.summary(), style="bold"), table, *notes)
 
     def __str__(self) -> str:
@@ -137,7 +142,21 @@ class Explanation:
         widths = [max(len(line[i]) for line in table) for i in range(len(_COLUMNS))]
         text = ("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in table)
         lines = (self.summary(), *(line.rstrip() for line in text), *self._numbered_notes())
+        lines += tuple(self.fusion_lines())
         return "\n".join(lines)
+
+    def fusion_lines(self) -> list[str]:
+        """A line for each kind of fusion: `fused: x30 model.layers.*.mlp: gate + up: note`."""
+        groups: Counter[tuple[str, str, str, str]] = Counter()
+        for each in self.fusions:
+            what = "fused" if each.fused else "not fused"
+            layers = (" + " if each.fused else ", ").join(each.layers)
+            note = f": {each.note}" if each.note else ""
+            groups[what, _starred(each.name), layers, note] += 1
+        return [
+            f"{what}: x{n} {name}: {layers}{note}"
+            for (what, name, layers, note), n in groups.items()
+        ]
 
     def _numbered_notes(self) -> list[str]:
         return [f"({i}) {note}" for i, note in enumerate(self.notes(), start=1)]
@@ -161,9 +180,13 @@ def explain(model: nn.Module) -> Explanation:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    return Explanation(
-        [_row(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
-    )
+    rows = [_row(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
+    return Explanation(rows, fusions(model))
+
+
+def _starred(name: str) -> str:
+    """A module's name with stars for the numbers in it."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name.removeprefix("base_model.model."))
 
 
 def _row(name: str, layer: Any) -> Row:

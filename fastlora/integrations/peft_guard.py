@@ -29,6 +29,8 @@ from .peft_run import Adapter, Casts, Parts, Plan
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Why the latest call of a layer ran PEFT's own code; empty when it did not.
 LAST_REASON = "_fastlora_reason"
+# The group of layers that share an input with this one; see `peft_shared`.
+SHARED = "_fastlora_shared"
 # Arguments that PEFT's layers take out of the call themselves; as None they mean nothing.
 _MIXED = "adapter_names"
 _PEFT_KWARGS = (_MIXED, "alora_offsets")
@@ -394,13 +396,18 @@ def forward_or_stock(
 ) -> Tensor:
     """One forward of a fast layer: the plan if the fast path holds, else `stock`, PEFT's forward.
 
-    The reason of the latest call is kept in the layer's `__dict__`, for `explain`.
+    A compiled forward runs each layer alone. The reason of the latest call is kept in the layer's
+    `__dict__`, for `explain`.
     """
     found = plan(layer, x, args, kwargs)
+    shared = None
     if not torch.compiler.is_compiling():
+        shared = layer.__dict__.get(SHARED)
         reason = found if isinstance(found, str) else ""
         if isinstance(reason, Unserved) and layer.__dict__.get(LAST_REASON) != reason:
             # Python shows one and the same warning once, however many layers give it.
             warnings.warn(f"LoRA layers run on PEFT's own code: {reason}", stacklevel=1)
         layer.__dict__[LAST_REASON] = str(reason)
-    return stock(x, *args, **kwargs) if isinstance(found, str) else found.run(x)
+    if isinstance(found, str):
+        return stock(x, *args, **kwargs)
+    return found.run(x) if shared is None else shared.run(layer, found, x)

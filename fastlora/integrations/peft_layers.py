@@ -12,7 +12,7 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
 from .bitsandbytes import disable_cpu_repacking
-from .peft_guard import LAST_REASON, forward_or_stock
+from .peft_guard import LAST_REASON, SHARED, forward_or_stock
 
 # Set on a class made by `_rebased`: the class that it was made from.
 _MADE_FROM = "_fastlora_made_from"
@@ -43,6 +43,7 @@ def swap_out(layer: nn.Module) -> None:
     if (stock := _counterpart(type(layer), pairs)) is not None:
         _change_class(layer, stock)
         layer.__dict__.pop(LAST_REASON, None)
+        layer.__dict__.pop(SHARED, None)
 
 
 def fast_class(layer: nn.Module) -> type | None:

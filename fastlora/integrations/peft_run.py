@@ -7,6 +7,7 @@ backward does not depend on autocast.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
 from ..autograd import lora_linear
+from ..fused import shared_linear
 from ..quant import as_quant_state
+from ..reference import Projection
 from . import bitsandbytes as bnb
 from .peft_dora import apply_magnitude, weight_norms
 
@@ -80,22 +83,39 @@ class Plan(NamedTuple):
     def _run(self, x: Tensor) -> Tensor:
         if self.parts.quant_state is not None:
             bnb.settle_compute_dtype(self.parts.base, x)
-        x = _cast(x, self.casts.x)
+        x = cast(x, self.casts.x)
         if self.rows is not None:
             return self._mixed(x, self.rows)
         adapters = self.parts.adapters
         if adapters[0].magnitude is not None:
             return self._dora(x, adapters[0])
-        # What drops nothing shares one launch; each dropout has a mask of its own.
-        together = [a for a in adapters if not a.drops] or [adapters[0]]
-        y = self._fused(x, together)
+        together = self._together()
+        y = _lora_linear(x, self._fused(together))
         for adapter in adapters:
             if adapter.drops and adapter is not together[0]:
                 y = (y + self._term(x, adapter)).to(y.dtype)
         return y
 
-    def _fused(self, x: Tensor, adapters: Sequence[Adapter]) -> Tensor:
-        """The base product, the bias and adapters with one mask, in one launch.
+    @property
+    def one_launch(self) -> bool:
+        """True when `projection` is all of the call."""
+        if self.rows is not None or self.parts.adapters[0].magnitude is not None:
+            return False
+        return len(self._together()) == len(self.parts.adapters)
+
+    def projection(self, x: Tensor) -> Projection:
+        """The call on x as one launch, where `one_launch` says that it is one."""
+        if self.parts.quant_state is not None:
+            bnb.settle_compute_dtype(self.parts.base, x)
+        return self._fused(self._together())
+
+    def _together(self) -> list[Adapter]:
+        """What drops nothing shares one launch; each dropout has a mask of its own."""
+        adapters = self.parts.adapters
+        return [a for a in adapters if not a.drops] or [adapters[0]]
+
+    def _fused(self, adapters: Sequence[Adapter]) -> Projection:
+        """The base product, the bias and adapters with one mask.
 
         Biases of lora_B join the base's in fp32: `bias + sum of scaling * bias_B`.
         """
@@ -104,26 +124,24 @@ class Plan(NamedTuple):
             if adapter.bias is not None:
                 own = adapter.scaling * adapter.bias.float()
                 bias = own if bias is None else bias.float() + own
-        return self._lora_linear(x, bias, self._stacked(adapters))
+        return self._projection(bias, self._stacked(adapters))
 
-    def _lora_linear(self, x: Tensor, bias: Tensor | None, adapter: Adapter) -> Tensor:
-        return lora_linear(
-            x,
+    def _projection(self, bias: Tensor | None, adapter: Adapter) -> Projection:
+        return Projection(
             self.parts.weight,
             bias,
-            _cast(adapter.lora_A, self.casts.adapter),
-            _cast(adapter.lora_B, self.casts.adapter),
+            cast(adapter.lora_A, self.casts.adapter),
+            cast(adapter.lora_B, self.casts.adapter),
             adapter.scaling,
+            dropout_p=getattr(adapter.dropout, "p", 0.0) if adapter.dropout.training else 0.0,
             quant_state=self.parts.quant_state,
             compute_dtype=self.casts.compute,
-            dropout_p=getattr(adapter.dropout, "p", 0.0),
-            training=adapter.dropout.training,
         )
 
     def _base_bias(self) -> Tensor | None:
         bias = self.parts.bias
         # bitsandbytes, too, rounds it to compute_dtype, but writes the result into the bias.
-        return None if bias is None else _cast(bias, self.casts.compute or self.casts.x)
+        return None if bias is None else cast(bias, self.casts.compute or self.casts.x)
 
     def _stacked(self, adapters: Sequence[Adapter]) -> Adapter:
         """`sum of s_i B_i A_i = [s_1 B_1, s_2 B_2, ...] [A_1; A_2; ...]`: one adapter for all.
@@ -133,8 +151,8 @@ class Plan(NamedTuple):
         first = adapters[0]
         if len(adapters) == 1:
             return first
-        As = [_cast(a.lora_A, self.casts.adapter) for a in adapters]
-        Bs = [_cast(a.lora_B, self.casts.adapter) for a in adapters]
+        As = [cast(a.lora_A, self.casts.adapter) for a in adapters]
+        Bs = [cast(a.lora_B, self.casts.adapter) for a in adapters]
         scaling = first.scaling
         if any(a.scaling != scaling for a in adapters):
             As = [A.float() for A in As]
@@ -145,10 +163,10 @@ class Plan(NamedTuple):
     def _term(self, x: Tensor, adapter: Adapter) -> Tensor:
         """`scaling * (drop(x) A^T B^T + bias_B)` in plain torch, as in PEFT's code."""
         dtype = self.casts.adapter
-        bias = None if adapter.bias is None else _cast(adapter.bias, dtype)
-        dropped = adapter.dropout(_cast(x, dtype))
-        S = linear(dropped, _cast(adapter.lora_A, dtype))
-        return linear(S, _cast(adapter.lora_B, dtype), bias) * adapter.scaling
+        bias = None if adapter.bias is None else cast(adapter.bias, dtype)
+        dropped = adapter.dropout(cast(x, dtype))
+        S = linear(dropped, cast(adapter.lora_A, dtype))
+        return linear(S, cast(adapter.lora_B, dtype), bias) * adapter.scaling
 
     def _mixed(self, x: Tensor, rows: Sequence[str]) -> Tensor:
         """`y[i] = x[i] W^T + bias + s_a (x[i] A_a^T B_a^T + bias_a)`, `a` the adapter of row i.
@@ -157,7 +175,7 @@ class Plan(NamedTuple):
         padded by zeros: their work does not grow with the number of adapters.
         """
         adapters, dtype = self.parts.adapters, self.casts.adapter
-        y = self._lora_linear(x, self._base_bias(), self._no_adapter(x))
+        y = _lora_linear(x, self._projection(self._base_bias(), self._no_adapter(x)))
         if not adapters:
             return y
         place = {adapter.name: i for i, adapter in enumerate(adapters)}
@@ -166,14 +184,14 @@ class Plan(NamedTuple):
         scalings = [adapters[place[name]].scaling if name in place else 0.0 for name in rows]
         scale = torch.tensor(scalings, dtype=dtype, device=x.device)[:, None, None]
         R = max(adapter.lora_A.shape[0] for adapter in adapters)
-        As = [pad(_cast(a.lora_A, dtype), (0, 0, 0, R - a.lora_A.shape[0])) for a in adapters]
-        Bs = [pad(_cast(a.lora_B, dtype), (0, R - a.lora_B.shape[1])) for a in adapters]
-        x_rows = _cast(x, dtype).reshape(len(rows), x.shape[1:-1].numel(), x.shape[-1])
+        As = [pad(cast(a.lora_A, dtype), (0, 0, 0, R - a.lora_A.shape[0])) for a in adapters]
+        Bs = [pad(cast(a.lora_B, dtype), (0, R - a.lora_B.shape[1])) for a in adapters]
+        x_rows = cast(x, dtype).reshape(len(rows), x.shape[1:-1].numel(), x.shape[-1])
         S = x_rows @ torch.stack(As)[index].mT
         term = (S * scale) @ torch.stack(Bs)[index].mT
         if any(adapter.bias is not None for adapter in adapters):
             none = term.new_zeros(term.shape[-1])
-            biases = [none if a.bias is None else _cast(a.bias, dtype) for a in adapters]
+            biases = [none if a.bias is None else cast(a.bias, dtype) for a in adapters]
             term = term + torch.stack(biases)[index][:, None] * scale
         return y + term.to(y.dtype).view(y.shape)
 
@@ -195,21 +213,47 @@ class Plan(NamedTuple):
         """
         parts = self.parts
         state = None if parts.quant_state is None else as_quant_state(parts.quant_state)
-        A, B = _cast(adapter.lora_A, self.casts.adapter), _cast(adapter.lora_B, self.casts.adapter)
+        A, B = cast(adapter.lora_A, self.casts.adapter), cast(adapter.lora_B, self.casts.adapter)
         norms = weight_norms(parts.weight, parts.quant_state, state, A, B, adapter.scaling)
         assert adapter.magnitude is not None
         factor = adapter.magnitude.float() / norms
         bias = self._base_bias()
         if not adapter.drops:
-            return apply_magnitude(self._lora_linear(x, None, adapter), factor, bias)
+            return apply_magnitude(_lora_linear(x, self._projection(None, adapter)), factor, bias)
         scale = 1.0 / (1.0 - float(getattr(adapter.dropout, "p", 0.0)))
         kept = adapter.dropout(torch.ones_like(x)) != 0
-        z = self._lora_linear(x * kept, None, adapter._replace(dropout=nn.Identity()))
+        masked = self._projection(None, adapter._replace(dropout=nn.Identity()))
+        z = _lora_linear(x * kept, masked)
         rest = torch.where(kept, x * (1.0 - scale), x)
-        return apply_magnitude(
-            z, scale * factor, self._lora_linear(rest, bias, self._no_adapter(x))
-        )
+        base = _lora_linear(rest, self._projection(bias, self._no_adapter(x)))
+        return apply_magnitude(z, scale * factor, base)
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def run_together(plans: Sequence[Plan], x: Tensor) -> tuple[Tensor, ...]:
+    """`plan.run(x)` of several plans, all `one_launch` and with the same casts, as one node."""
+    with autocast_off(plans[0], x):
+        projections = [plan.projection(x) for plan in plans]
+        return shared_linear(cast(x, plans[0].casts.x), projections)
+
+
+def autocast_off(plan: Plan, x: Tensor) -> AbstractContextManager[Any]:
+    """Leaves the autocast region of a call, whose casts the plan has made."""
+    return torch.autocast(x.device.type, enabled=False) if plan.autocast else nullcontext()
+
+
+def _lora_linear(x: Tensor, p: Projection) -> Tensor:
+    return lora_linear(
+        x,
+        p.weight,
+        p.bias,
+        p.lora_A,
+        p.lora_B,
+        p.scaling,
+        quant_state=p.quant_state,
+        compute_dtype=p.compute_dtype,
+        dropout_p=p.dropout_p,
+    )
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)

@@ -1,0 +1,214 @@
+"""What the source of a module's forward tells: which children share an input, and what is an MLP.
+
+Reading finds candidates without a call. It can be wrong about the former, since code may rebind a
+name in ways that are not followed here; whoever uses the answer looks at the tensors themselves.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import functools
+import inspect
+import textwrap
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
+
+from torch import nn
+
+
+@functools.cache
+def _forward(kind: Any) -> ast.FunctionDef | None:
+    """The forward of a class as a syntax tree, None where there is no source."""
+    try:
+        source = inspect.getsource(inspect.unwrap(kind.forward))
+        tree = ast.parse(textwrap.dedent(source))
+    except (OSError, TypeError, SyntaxError):
+        return None
+    return next((node for node in tree.body if isinstance(node, ast.FunctionDef)), None)
+
+
+# ---- shared inputs ---------------------------------------------------------------------------
+
+
+def shared_inputs(module: nn.Module, names: Collection[str]) -> list[list[str]]:
+    """Children of `module`, out of `names`, that its forward calls with one variable, in order.
+
+    Args:
+        module: any module.
+        names: names of its children.
+
+    Returns:
+        Lists of two names or more.
+    """
+    kind: Any = type(module)
+    tree = _forward(kind)
+    if tree is None:
+        return []
+    reader = _Reader(names)
+    for statement in tree.body:
+        reader.visit(statement)
+    return [group for group in reader.groups.values() if len(group) > 1]
+
+
+class _Reader(ast.NodeVisitor):
+    """Walks a forward in the order in which it runs, branches one after the other."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        self.names = names
+        self.bound: dict[str, int] = {}  # how often a variable has been assigned to
+        self.groups: dict[tuple[str, int], list[str]] = {}
+        self.seen: set[str] = set()
+
+    def visit_Call(self, node: ast.Call) -> None:
+        self.generic_visit(node)
+        name = _child(node.func)
+        if name is None or name not in self.names or name in self.seen:
+            return
+        argument = node.args[0] if len(node.args) == 1 else None
+        if isinstance(argument, ast.Name):
+            self.seen.add(name)
+            key = (argument.id, self.bound.get(argument.id, 0))
+            self.groups.setdefault(key, []).append(name)
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        self.visit(node.value)
+        for target in node.targets:
+            self.visit(target)
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> None:
+        self.visit(node.value)
+        self.visit(node.target)
+
+    def visit_Name(self, node: ast.Name) -> None:
+        if not isinstance(node.ctx, ast.Load):
+            self.bound[node.id] = self.bound.get(node.id, 0) + 1
+
+
+def _child(node: ast.expr) -> str | None:
+    """`name` of an expression `self.name`."""
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+        return node.attr if node.value.id == "self" else None
+    return None
+
+
+# ---- gated MLPs ------------------------------------------------------------------------------
+
+
+class GatedSource(NamedTuple):
+    """`down(activation(gate(x)) * up(x))`: the children's names.
+
+    `activation` is a child's name, or what the forward's globals hold, with its keyword arguments.
+    `up_first` says that up is called before gate.
+    """
+
+    gate: str
+    up: str
+    down: str
+    activation: Any
+    keywords: dict[str, Any]
+    up_first: bool
+
+
+def gated_mlp(module: nn.Module) -> GatedSource | None:
+    """The gated MLP that the forward of `module` computes and nothing else; None for all others."""
+    kind: Any = type(module)
+    tree = _forward(kind)
+    if tree is None or tree.decorator_list or hasattr(kind.forward, "__wrapped__"):
+        return None
+    parameters = tree.args
+    if len(parameters.args) != 2 or parameters.vararg or parameters.kwonlyargs or parameters.kwarg:
+        return None
+    result = _returned(copy.deepcopy(tree.body))  # it writes into the nodes
+    if result is None or (down := _call(result)) is None or (name := _child(down.func)) is None:
+        return None
+    product = down.args[0]
+    if not (isinstance(product, ast.BinOp) and isinstance(product.op, ast.Mult)):
+        return None
+    x = parameters.args[1].arg
+    for left, right in ((product.left, product.right), (product.right, product.left)):
+        found = _gate(left, right, x)
+        if found is not None:
+            outer, gate, up = found
+            activation: Any = _child(outer.func)
+            if activation is None:
+                activation = _global(outer.func, kind.forward)
+            keywords = _constants(outer.keywords)
+            if activation is None or keywords is None:
+                return None
+            # Lines and columns are those of the source, whatever was put in where.
+            order = (up.lineno, up.col_offset) < (gate.lineno, gate.col_offset)
+            names = str(_child(gate.func)), str(_child(up.func)), name
+            return GatedSource(*names, activation, keywords, order)
+    return None
+
+
+def _gate(left: ast.expr, right: ast.expr, x: str) -> tuple[ast.Call, ast.Call, ast.Call] | None:
+    """The three calls of `act(self.gate(x))` and `self.up(x)`, where they are that."""
+    outer, up = _call(left, keywords=True), _call(right)
+    if outer is None or up is None or (gate := _call(outer.args[0])) is None:
+        return None
+    for call in (gate, up):
+        argument = call.args[0]
+        if _child(call.func) is None or not isinstance(argument, ast.Name) or argument.id != x:
+            return None
+    return outer, gate, up
+
+
+def _call(node: ast.expr, keywords: bool = False) -> ast.Call | None:
+    """`node` as a call with one positional argument."""
+    if isinstance(node, ast.Call) and len(node.args) == 1 and (keywords or not node.keywords):
+        return node
+    return None
+
+
+def _returned(body: list[ast.stmt]) -> ast.expr | None:
+    """What a body of plain assignments returns, with their values put in; None for any other."""
+    values: dict[str, ast.expr] = {}
+    for statement in body:
+        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+            continue
+        if isinstance(statement, ast.Return) and statement.value is not None:
+            result: ast.expr = _Put(values).visit(statement.value)
+            return result
+        if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
+            return None
+        target = statement.targets[0]
+        if not isinstance(target, ast.Name):
+            return None
+        values[target.id] = _Put(values).visit(statement.value)
+    return None
+
+
+class _Put(ast.NodeTransformer):
+    def __init__(self, values: dict[str, ast.expr]) -> None:
+        self.values = values
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return self.values.get(node.id, node)
+
+
+def _global(node: ast.expr, function: Any) -> Any:
+    """What a dotted name means in the globals of `function`, None where it means nothing."""
+    *names, first = _dotted(node)
+    found = getattr(function, "__globals__", {}).get(first)
+    for name in reversed(names):
+        found = getattr(found, name, None)
+    return found
+
+
+def _dotted(node: ast.expr) -> Iterator[str]:
+    """The names of `a.b.c`, the last first."""
+    while isinstance(node, ast.Attribute):
+        yield node.attr
+        node = node.value
+    yield node.id if isinstance(node, ast.Name) else ""
+
+
+def _constants(keywords: list[ast.keyword]) -> dict[str, Any] | None:
+    values = {}
+    for keyword in keywords:
+        if keyword.arg is None or not isinstance(keyword.value, ast.Constant):
+            return None
+        values[keyword.arg] = keyword.value.value
+    return values
