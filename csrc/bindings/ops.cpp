@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <atomic>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include "checks.h"
 #include "cpu/kernels.h"
@@ -69,99 +71,134 @@ Weight weight_of(const QuantTensors& quant, int64_t N, int64_t K, ScalarType com
   return weight;
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& x_any, const Weight& weight,
-                                   const OptionalTensor& bias_any, const Tensor& A_any,
-                                   const Tensor& B_any, double scaling, double dropout_p,
-                                   const OptionalTensor& seed) {
-  const int64_t M = x_any.size(0), R = A_any.size(0);
-  check_not_empty(weight);
-  check_matrix(x_any, "x", M, weight.K);
-  check_matrix(A_any, "lora_A", R, weight.K);
-  check_matrix(B_any, "lora_B", weight.N, R);
-  STD_TORCH_CHECK(A_any.scalar_type() == B_any.scalar_type(), "lora_B must have lora_A's dtype");
-  const Tensor x = with_contiguous_rows(x_any);
-  const Tensor A = torch::stable::contiguous(A_any), B = torch::stable::contiguous(B_any);
-  Tensor y = empty(x, {M, weight.N});
-  Tensor S = empty(x, {M, R}, ScalarType::Float);
+// One layer of a forward: what `params` points into, and what it writes.
+struct Forward {
+  // x has contiguous rows.
+  Forward(const Tensor& x, const Weight& weight, const OptionalTensor& bias_any,
+          const Tensor& A_any, const Tensor& B_any, double scaling, double dropout_p,
+          const OptionalTensor& seed) {
+    const int64_t M = x.size(0), R = A_any.size(0);
+    check_not_empty(weight);
+    check_matrix(x, "x", M, weight.K);
+    check_matrix(A_any, "lora_A", R, weight.K);
+    check_matrix(B_any, "lora_B", weight.N, R);
+    STD_TORCH_CHECK(A_any.scalar_type() == B_any.scalar_type(), "lora_B must have lora_A's dtype");
+    A = torch::stable::contiguous(A_any);
+    B = torch::stable::contiguous(B_any);
+    y = empty(x, {M, weight.N});
+    S = empty(x, {M, R}, ScalarType::Float);
 
-  LoraLinearFwd p{};
-  p.tiles = tile_sizes();
-  p.M = M;
-  p.R = R;
-  p.weight = weight;
-  p.x_dtype = dtype_of(x, "x");
-  p.adapter_dtype = dtype_of(A, "lora_A");
-  p.x = x.data_ptr();
-  p.ldx = row_stride(x);
-  OptionalTensor bias;
-  if (bias_any.has_value()) {
-    bias = torch::stable::contiguous(*bias_any);
-    check_vector(*bias, "bias", weight.N);
-    p.bias_dtype = dtype_of(*bias, "bias");
-    p.bias = bias->data_ptr();
+    params.tiles = tile_sizes();
+    params.M = M;
+    params.R = R;
+    params.weight = weight;
+    params.x_dtype = dtype_of(x, "x");
+    params.adapter_dtype = dtype_of(A, "lora_A");
+    params.x = x.data_ptr();
+    params.ldx = row_stride(x);
+    if (bias_any.has_value()) {
+      bias = torch::stable::contiguous(*bias_any);
+      check_vector(*bias, "bias", weight.N);
+      params.bias_dtype = dtype_of(*bias, "bias");
+      params.bias = bias->data_ptr();
+    }
+    params.lora_A = A.data_ptr();
+    params.lora_B = B.data_ptr();
+    params.scaling = static_cast<float>(scaling);
+    params.dropout = dropout_of(dropout_p, seed);
+    params.y = y.data_ptr();
+    params.S = static_cast<float*>(S.data_ptr());
   }
-  p.lora_A = A.data_ptr();
-  p.lora_B = B.data_ptr();
-  p.scaling = static_cast<float>(scaling);
-  p.dropout = dropout_of(dropout_p, seed);
-  p.y = y.data_ptr();
-  p.S = static_cast<float*>(S.data_ptr());
-  kernels().lora_linear_fwd(p, parallel_for());
-  return {y, S};
+  Tensor A, B, y, S;
+  OptionalTensor bias;
+  LoraLinearFwd params{};
+};
+
+std::tuple<Tensor, Tensor> forward(const Tensor& x_any, const Weight& weight,
+                                   const OptionalTensor& bias, const Tensor& A, const Tensor& B,
+                                   double scaling, double dropout_p, const OptionalTensor& seed) {
+  const Tensor x = with_contiguous_rows(x_any);
+  Forward layer(x, weight, bias, A, B, scaling, dropout_p, seed);
+  kernels().lora_linear_fwd(&layer.params, 1, parallel_for());
+  return {layer.y, layer.S};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy_any, const Tensor& x_any,
-                                                    const Weight& weight, const Tensor& A_any,
-                                                    const Tensor& B_any, const Tensor& S_any,
+// Which gradients a backward computes.
+struct Needs {
+  bool dx, dA, dB, dbias;
+};
+
+Tensor wanted(const Tensor& x, bool needed, std::initializer_list<int64_t> sizes,
+              std::optional<ScalarType> dtype) {
+  return needed ? empty(x, sizes, dtype) : empty(x, {0}, dtype);
+}
+
+// One layer of a backward: what `params` points into, and what it writes, but dx.
+struct Backward {
+  // x has contiguous rows; dx is null where it is not needed.
+  Backward(const Tensor& dy_any, const Tensor& x, const Weight& weight, const Tensor& A_any,
+           const Tensor& B_any, const Tensor& S_any, double scaling, double dropout_p,
+           const OptionalTensor& seed, const Needs& needs, void* dx) {
+    const int64_t M = x.size(0), R = A_any.size(0), N = weight.N, K = weight.K;
+    check_not_empty(weight);
+    check_matrix(x, "x", M, K);
+    check_matrix(dy_any, "dy", M, N);
+    check_matrix(A_any, "lora_A", R, K);
+    check_matrix(B_any, "lora_B", N, R);
+    check_matrix(S_any, "S", M, R);
+    check_dtype(S_any, "S", ScalarType::Float);
+    STD_TORCH_CHECK(dy_any.scalar_type() == x.scalar_type(), "dy must have x's dtype");
+    STD_TORCH_CHECK(A_any.scalar_type() == B_any.scalar_type(), "lora_B must have lora_A's dtype");
+    dy = with_contiguous_rows(dy_any);
+    A = torch::stable::contiguous(A_any);
+    B = torch::stable::contiguous(B_any);
+    S = torch::stable::contiguous(S_any);
+    dA = wanted(x, needs.dA, {R, K}, ScalarType::Float);
+    dB = wanted(x, needs.dB, {N, R}, ScalarType::Float);
+    dbias = wanted(x, needs.dbias, {N}, ScalarType::Float);
+
+    params.tiles = tile_sizes();
+    params.M = M;
+    params.R = R;
+    params.weight = weight;
+    params.x_dtype = dtype_of(x, "x");
+    params.adapter_dtype = dtype_of(A, "lora_A");
+    params.dy = dy.data_ptr();
+    params.lddy = row_stride(dy);
+    params.x = x.data_ptr();
+    params.ldx = row_stride(x);
+    params.lora_A = A.data_ptr();
+    params.lora_B = B.data_ptr();
+    params.S = static_cast<const float*>(S.data_ptr());
+    params.scaling = static_cast<float>(scaling);
+    params.dropout = dropout_of(dropout_p, seed);
+    params.dx = dx;
+    params.dA = needs.dA ? static_cast<float*>(dA.data_ptr()) : nullptr;
+    params.dB = needs.dB ? static_cast<float*>(dB.data_ptr()) : nullptr;
+    params.dbias = needs.dbias ? static_cast<float*>(dbias.data_ptr()) : nullptr;
+  }
+  // Gradients of the adapters come in the adapters' own dtype.
+  void finish() {
+    if (params.dA) dA = torch::stable::to(dA, A.scalar_type());
+    if (params.dB) dB = torch::stable::to(dB, B.scalar_type());
+  }
+  Tensor dy, A, B, S, dA, dB, dbias;
+  LoraLinearBwd params{};
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x_any,
+                                                    const Weight& weight, const Tensor& A,
+                                                    const Tensor& B, const Tensor& S,
                                                     double scaling, double dropout_p,
                                                     const OptionalTensor& seed, bool need_dx,
                                                     bool need_dA, bool need_dB, bool need_dbias) {
-  const int64_t M = x_any.size(0), R = A_any.size(0), N = weight.N, K = weight.K;
-  check_not_empty(weight);
-  check_matrix(x_any, "x", M, K);
-  check_matrix(dy_any, "dy", M, N);
-  check_matrix(A_any, "lora_A", R, K);
-  check_matrix(B_any, "lora_B", N, R);
-  check_matrix(S_any, "S", M, R);
-  check_dtype(S_any, "S", ScalarType::Float);
-  STD_TORCH_CHECK(dy_any.scalar_type() == x_any.scalar_type(), "dy must have x's dtype");
-  STD_TORCH_CHECK(A_any.scalar_type() == B_any.scalar_type(), "lora_B must have lora_A's dtype");
-  const Tensor x = with_contiguous_rows(x_any), dy = with_contiguous_rows(dy_any);
-  const Tensor A = torch::stable::contiguous(A_any), B = torch::stable::contiguous(B_any);
-  const Tensor S = torch::stable::contiguous(S_any);
-  const auto wanted = [&](bool needed, std::initializer_list<int64_t> sizes,
-                          std::optional<ScalarType> dtype) {
-    return needed ? empty(x, sizes, dtype) : empty(x, {0}, dtype);
-  };
-  Tensor dx = wanted(need_dx, {M, K}, std::nullopt);
-  Tensor dA = wanted(need_dA, {R, K}, ScalarType::Float);
-  Tensor dB = wanted(need_dB, {N, R}, ScalarType::Float);
-  Tensor dbias = wanted(need_dbias, {N}, ScalarType::Float);
-
-  LoraLinearBwd p{};
-  p.tiles = tile_sizes();
-  p.M = M;
-  p.R = R;
-  p.weight = weight;
-  p.x_dtype = dtype_of(x, "x");
-  p.adapter_dtype = dtype_of(A, "lora_A");
-  p.dy = dy.data_ptr();
-  p.lddy = row_stride(dy);
-  p.x = x.data_ptr();
-  p.ldx = row_stride(x);
-  p.lora_A = A.data_ptr();
-  p.lora_B = B.data_ptr();
-  p.S = static_cast<const float*>(S.data_ptr());
-  p.scaling = static_cast<float>(scaling);
-  p.dropout = dropout_of(dropout_p, seed);
-  p.dx = need_dx ? dx.data_ptr() : nullptr;
-  p.dA = need_dA ? static_cast<float*>(dA.data_ptr()) : nullptr;
-  p.dB = need_dB ? static_cast<float*>(dB.data_ptr()) : nullptr;
-  p.dbias = need_dbias ? static_cast<float*>(dbias.data_ptr()) : nullptr;
-  kernels().lora_linear_bwd(p, parallel_for());
-  if (need_dA) dA = torch::stable::to(dA, A.scalar_type());
-  if (need_dB) dB = torch::stable::to(dB, B.scalar_type());
-  return {dx, dA, dB, dbias};
+  const Tensor x = with_contiguous_rows(x_any);
+  const Tensor dx = wanted(x, need_dx, {x.size(0), weight.K}, std::nullopt);
+  Backward layer(dy, x, weight, A, B, S, scaling, dropout_p, seed,
+                 {need_dx, need_dA, need_dB, need_dbias}, need_dx ? dx.data_ptr() : nullptr);
+  kernels().lora_linear_bwd(&layer.params, 1, parallel_for());
+  layer.finish();
+  return {dx, layer.dA, layer.dB, layer.dbias};
 }
 
 // ---- the ops, in the order of their schemas ----------------------------------------------------
@@ -210,6 +247,114 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qlora_linear_bwd(
                   need_dB, need_dbias);
 }
 
+// Layers that read one x, as lists. `tensors` has those of `Field` for each layer, in this order; the
+// last five are null where the weight is dense.
+struct Layers {
+  enum Field {
+    weight,
+    lora_A,
+    lora_B,
+    bias,
+    seed,
+    absmax,
+    code,
+    nested_absmax,
+    nested_code,
+    nested_offset,
+    kFields
+  };
+  std::vector<OptionalTensor> tensors;
+  std::vector<int64_t> blocksizes;
+  ScalarType compute_dtype;
+  std::vector<double> scalings, dropouts;
+  std::vector<Tensor> dense;  // what a dense `Weight` points into
+
+  Layers(std::vector<OptionalTensor> all, std::vector<int64_t> sizes, ScalarType compute,
+         std::vector<double> scales, std::vector<double> rates)
+      : tensors(std::move(all)),
+        blocksizes(std::move(sizes)),
+        compute_dtype(compute),
+        scalings(std::move(scales)),
+        dropouts(std::move(rates)) {
+    STD_TORCH_CHECK(count() > 0 && tensors.size() == count() * kFields &&
+                        dropouts.size() == count() && blocksizes.size() == count(),
+                    "layers must have ", static_cast<int>(kFields), " tensors for each scaling");
+    dense.reserve(count());
+  }
+  size_t count() const { return scalings.size(); }
+  const OptionalTensor& get(size_t i, Field field) const { return tensors[i * kFields + field]; }
+  const Tensor& must(size_t i, Field field) const {
+    STD_TORCH_CHECK(get(i, field).has_value(), "layers must have a weight, lora_A and lora_B, and ",
+                    "4-bit ones absmax and code");
+    return *get(i, field);
+  }
+  Weight weight_at(size_t i, const Tensor& x) {
+    if (!get(i, absmax).has_value()) {
+      STD_TORCH_CHECK(!get(0, absmax).has_value(), "layers must be all dense or all 4-bit");
+      dense.push_back(dense_weight(must(i, weight), x));
+      return weight_of(dense.back());
+    }
+    STD_TORCH_CHECK(get(0, absmax).has_value(), "layers must be all dense or all 4-bit");
+    const QuantTensors quant{must(i, weight),       must(i, absmax),     must(i, code),
+                             get(i, nested_absmax), get(i, nested_code), get(i, nested_offset),
+                             blocksizes[i]};
+    return weight_of(quant, must(i, lora_B).size(0), x.size(1), compute_dtype);
+  }
+};
+
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> shared_linear_fwd(
+    Tensor x_any, std::vector<OptionalTensor> tensors, std::vector<int64_t> blocksizes,
+    ScalarType compute_dtype, std::vector<double> scalings, std::vector<double> dropouts) {
+  Layers layers(std::move(tensors), std::move(blocksizes), compute_dtype, std::move(scalings),
+                std::move(dropouts));
+  const Tensor x = with_contiguous_rows(x_any);
+  std::vector<Forward> each;
+  std::vector<LoraLinearFwd> params;
+  for (size_t i = 0; i < layers.count(); i++) {
+    each.emplace_back(x, layers.weight_at(i, x), layers.get(i, Layers::bias),
+                      layers.must(i, Layers::lora_A), layers.must(i, Layers::lora_B),
+                      layers.scalings[i], layers.dropouts[i], layers.get(i, Layers::seed));
+    params.push_back(each.back().params);
+  }
+  kernels().lora_linear_fwd(params.data(), static_cast<int64_t>(params.size()), parallel_for());
+  std::vector<Tensor> ys, Ss;
+  for (const Forward& layer : each) {
+    ys.push_back(layer.y);
+    Ss.push_back(layer.S);
+  }
+  return {ys, Ss};
+}
+
+std::tuple<Tensor, std::vector<Tensor>> shared_linear_bwd(
+    std::vector<Tensor> dys, Tensor x_any, std::vector<OptionalTensor> tensors,
+    std::vector<int64_t> blocksizes, ScalarType compute_dtype, std::vector<Tensor> Ss,
+    std::vector<double> scalings, std::vector<double> dropouts, bool need_dx,
+    std::vector<int64_t> needs) {
+  Layers layers(std::move(tensors), std::move(blocksizes), compute_dtype, std::move(scalings),
+                std::move(dropouts));
+  STD_TORCH_CHECK(dys.size() == layers.count() && Ss.size() == layers.count() &&
+                      needs.size() == 3 * layers.count(),
+                  "dys and Ss must have one entry, needs three, for each scaling");
+  const Tensor x = with_contiguous_rows(x_any);
+  const Tensor dx = wanted(x, need_dx, {x.size(0), x.size(1)}, std::nullopt);
+  std::vector<Backward> each;
+  std::vector<LoraLinearBwd> params;
+  for (size_t i = 0; i < layers.count(); i++) {
+    const Needs asked{need_dx, needs[3 * i] != 0, needs[3 * i + 1] != 0, needs[3 * i + 2] != 0};
+    each.emplace_back(dys[i], x, layers.weight_at(i, x), layers.must(i, Layers::lora_A),
+                      layers.must(i, Layers::lora_B), Ss[i], layers.scalings[i], layers.dropouts[i],
+                      layers.get(i, Layers::seed), asked, need_dx ? dx.data_ptr() : nullptr);
+    params.push_back(each.back().params);
+  }
+  kernels().lora_linear_bwd(params.data(), static_cast<int64_t>(params.size()), parallel_for());
+  std::vector<Tensor> grads;
+  for (Backward& layer : each) {
+    layer.finish();
+    for (const Tensor& grad : {layer.dA, layer.dB, layer.dbias}) grads.push_back(grad);
+  }
+  return {dx, grads};
+}
+
 std::tuple<Tensor, Tensor> quantize_4bit(Tensor weight, Tensor bounds, Tensor order,
                                          int64_t blocksize) {
   const Quantisation q(weight, bounds, order, blocksize);
@@ -231,6 +376,7 @@ Tensor dequantize_4bit_out(Tensor weight, Tensor absmax, Tensor code, OptionalTe
 
 #define FASTLORA_LORA "Tensor lora_A, Tensor lora_B, "
 #define FASTLORA_DROPOUT "float scaling, float dropout_p, Tensor? seed"
+#define FASTLORA_LAYERS "Tensor?[] layers, int[] blocksizes, ScalarType compute_dtype, "
 #define FASTLORA_NEEDS ", bool need_dx, bool need_dA, bool need_dB, bool need_dbias"
 
 STABLE_TORCH_LIBRARY(fastlora, m) {
@@ -245,6 +391,11 @@ STABLE_TORCH_LIBRARY(fastlora, m) {
   m.def("qlora_linear_bwd(Tensor dy, Tensor x, " FASTLORA_QUANT
         "ScalarType compute_dtype, " FASTLORA_LORA "Tensor S, " FASTLORA_DROPOUT FASTLORA_NEEDS
         ") -> (Tensor dx, Tensor dA, Tensor dB, Tensor dbias)");
+  m.def("shared_linear_fwd(Tensor x, " FASTLORA_LAYERS
+        "float[] scalings, float[] dropouts) -> (Tensor[] ys, Tensor[] Ss)");
+  m.def("shared_linear_bwd(Tensor[] dys, Tensor x, " FASTLORA_LAYERS
+        "Tensor[] Ss, float[] scalings, float[] dropouts, bool need_dx, int[] needs)"
+        " -> (Tensor dx, Tensor[] grads)");
   m.def(FASTLORA_QUANTIZE_4BIT);
   m.def(FASTLORA_DEQUANTIZE_4BIT_OUT);
 }
@@ -254,6 +405,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastlora, CPU, m) {
   m.impl("lora_linear_bwd", TORCH_BOX(&fastlora::lora_linear_bwd));
   m.impl("qlora_linear_fwd", TORCH_BOX(&fastlora::qlora_linear_fwd));
   m.impl("qlora_linear_bwd", TORCH_BOX(&fastlora::qlora_linear_bwd));
+  m.impl("shared_linear_fwd", TORCH_BOX(&fastlora::shared_linear_fwd));
+  m.impl("shared_linear_bwd", TORCH_BOX(&fastlora::shared_linear_bwd));
   m.impl("quantize_4bit", TORCH_BOX(&fastlora::quantize_4bit));
   m.impl("dequantize_4bit_out", TORCH_BOX(&fastlora::dequantize_4bit_out));
 }

@@ -118,16 +118,14 @@ void multiply(int mv, int64_t nr, const uint32_t* rows, int64_t row_stride, cons
   tiles::release();
 }
 
-void lora_linear_fwd(const LoraLinearFwd& p, const ParallelFor& parallel) {
-  LoraLinearFwd with_tiles = p;
-  with_tiles.pair_product = multiply;
-  avx512_bf16::kTable.lora_linear_fwd(with_tiles, parallel);
+void lora_linear_fwd(LoraLinearFwd* layers, int64_t count, const ParallelFor& parallel) {
+  for (int64_t i = 0; i < count; i++) layers[i].pair_product = multiply;
+  avx512_bf16::kTable.lora_linear_fwd(layers, count, parallel);
 }
 
-void lora_linear_bwd(const LoraLinearBwd& p, const ParallelFor& parallel) {
-  LoraLinearBwd with_tiles = p;
-  with_tiles.pair_product = multiply;
-  avx512_bf16::kTable.lora_linear_bwd(with_tiles, parallel);
+void lora_linear_bwd(LoraLinearBwd* layers, int64_t count, const ParallelFor& parallel) {
+  for (int64_t i = 0; i < count; i++) layers[i].pair_product = multiply;
+  avx512_bf16::kTable.lora_linear_bwd(layers, count, parallel);
 }
 
 void quantize_4bit(const Quantize4bit& p, const ParallelFor& parallel) {

@@ -7,8 +7,10 @@ namespace fastlora {
 
 struct Kernels {
   const char* isa;
-  void (*lora_linear_fwd)(const LoraLinearFwd&, const ParallelFor&);
-  void (*lora_linear_bwd)(const LoraLinearBwd&, const ParallelFor&);
+  // One layer, or `count` that read one x: with the same M, K, x, tiles and dtypes, all dense or all
+  // 4-bit. The layers of a backward have one dx, the sum of what each adds to it.
+  void (*lora_linear_fwd)(LoraLinearFwd* layers, int64_t count, const ParallelFor&);
+  void (*lora_linear_bwd)(LoraLinearBwd* layers, int64_t count, const ParallelFor&);
   void (*quantize_4bit)(const Quantize4bit&, const ParallelFor&);
   void (*dequantize_4bit)(const Dequantize4bit&, const ParallelFor&);
 };

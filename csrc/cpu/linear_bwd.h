@@ -1,43 +1,51 @@
-// Backward of a linear layer with LoRA, for any base.
+// Backward of linear layers with LoRA that read one x, for any base.
 //
 //   1. Blocks of tokens: dS = scaling * dy B / (1 - p); dy is repacked only where its rows can't be
 //      read as units in place.
 //   2. Strips of columns, all independent of each other, each summed over the tokens in order:
-//        of K: dA = dS^T (mask x) and dx = dy W + mask (dS A), W decoded as panels [n][k];
+//        of K: dA = dS^T (mask x), and dx = dy W + mask (dS A) summed over the layers on one fp32
+//              tile, W decoded as panels [n][k];
 //        of N: dB = scaling * dy^T S and dbias = sum of dy.
 #pragma once
 
+#include <new>
+
 #include "scratch.h"
 #include "tiles.h"
-#include "weights.h"
+#include "with_weight.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {
 
 template <class Compute, class X, class Source>
+class SharedBwd;
+
+// One of the layers.
+template <class Compute, class X, class Source>
 class LinearBwd {
+  friend class SharedBwd<Compute, X, Source>;
   using Unit = typename Compute::Unit;
   static constexpr int kPer = Compute::kPerUnit;
 
   const LoraLinearBwd& p_;
   const TileSizes& tiles_;
+  const Operand<Source> operand_;
   const Source& w_;
-  const ParallelFor& parallel_;
   const int64_t M_, N_, K_, R_, R_lanes_;
   const bool repack_;
   int64_t dy_ld_;  // in units
-  int64_t strip_, k_strips_, n_strips_, panel_units_, keep_words_;
+  int64_t strip_, n_strips_, panel_units_, keep_words_;
   Unit* dy_;
   float* dS_;       // [M][R_lanes], times 1 / (1 - p)
   float* A_;        // [R, K] in fp32
   float* B_lanes_;  // [N][R_lanes] in fp32, zero past R
 
  public:
-  LinearBwd(const LoraLinearBwd& p, const Source& w, const ParallelFor& parallel)
+  LinearBwd(const LoraLinearBwd& p, const float* absmax)
       : p_(p),
         tiles_(p.tiles),
-        w_(w),
-        parallel_(parallel),
+        operand_(p.weight, absmax),
+        w_(operand_.source),
         M_(p.M),
         N_(p.weight.N),
         K_(p.weight.K),
@@ -45,8 +53,7 @@ class LinearBwd {
         R_lanes_(round_up(R_, kLanes)),
         repack_(must_repack(p)) {}
 
-  void run(char* memory) {
-    Pieces pieces{memory};
+  void plan(Pieces& pieces) {
     if (repack_) {
       dy_ld_ = round_up(N_, kGroup) / kPer;
       dy_ = pieces.take<Unit>(M_ * dy_ld_);
@@ -62,10 +69,7 @@ class LinearBwd {
     strip_ = tiles_.bwd_strip_columns * (few ? 2 : 1);
     panel_units_ = tiles_.bwd_panel_units / (few ? 8 : 1);
     keep_words_ = strip_ / 32;
-    k_strips_ = p_.dx || p_.dA ? ceil_div(K_, strip_) : 0;
     n_strips_ = p_.dB || p_.dbias ? ceil_div(N_, tiles_.bwd_strip_columns) : 0;
-    each(ceil_div(M_, tiles_.bwd_token_block), &LinearBwd::shrink);
-    each(k_strips_ + n_strips_, &LinearBwd::strip);
   }
 
   static size_t shared_bytes(const LoraLinearBwd& p) {
@@ -95,10 +99,6 @@ class LinearBwd {
       const auto* source = static_cast<decltype(type)>(p_.lora_A);
       for (int64_t i = 0; i < R_ * K_; i++) A[i] = to_float(source[i]);
     });
-  }
-
-  void each(int64_t tiles, void (LinearBwd::*stage)(int64_t tile)) {
-    for_each_tile(parallel_, this, stage, tiles);
   }
 
   void shrink(int64_t tile) {
@@ -134,57 +134,7 @@ class LinearBwd {
     for (int64_t i = 0; i < rows * R_lanes_; i += kLanes) store(dS + i, mul(load(dS + i), factor));
   }
 
-  void strip(int64_t tile) {
-    if (tile < k_strips_) {
-      strip_of_K(tile * strip_);
-    } else {
-      strip_of_N((tile - k_strips_) * tiles_.bwd_strip_columns);
-    }
-  }
-
-  void strip_of_K(int64_t k) {
-    const int64_t keep_words = M_ * keep_words_;
-    const int64_t count = min(strip_, K_ - k), tokens = min(tiles_.bwd_tokens, M_);
-    const int64_t panel_rows =
-        max(max(tiles_.bwd_grad_tokens, tiles_.bwd_panel_units), 2 * R_lanes_);
-    Pieces local{static_cast<char*>(scratch(
-        Scratch::local,
-        Pieces::bytes<uint32_t>(keep_words) + Pieces::bytes<float>(panel_rows * strip_) +
-            Pieces::bytes<float>(max(tokens, R_) * strip_) + Pieces::bytes<float>(R_ * strip_)))};
-    uint32_t* bits = local.take<uint32_t>(keep_words);
-    float* panels = local.take<float>(panel_rows * strip_);
-    float* C = local.take<float>(max(tokens, R_) * strip_);
-    float* A_panels = local.take<float>(R_ * strip_);
-
-    KeepRows kept{nullptr, keep_words_};
-    if (p_.dropout.threshold != 0 && R_ > 0) {
-      keep_bits_of(0, M_, k, strip_, p_.dropout, bits);
-      kept.bits = bits;
-    }
-    if (p_.dA && R_ > 0) grad_A(k, count, kept, panels, C);
-    if (p_.dx == nullptr) return;
-    if (R_ > 0) {
-      weight_panels(F32{}, Dense<float>{A_, K_}, 0, R_, k, count,
-                    Panels<float>{A_panels, R_ * kPanel});
-    }
-    for (int64_t m = 0; m < M_; m += tiles_.bwd_tokens) {
-      const int64_t rows = min(tiles_.bwd_tokens, M_ - m);
-      if (R_ > 0) {
-        for (int64_t q = 0; q * kPanel < count; q++) {
-          multiply<F32>(kPanelVectors, rows, dS_ + m * R_lanes_, {R_lanes_, 1},
-                        A_panels + q * R_ * kPanel, kPanel, R_, C + q * kPanel, strip_, false);
-        }
-        if (kept.bits) drop(bits + m * keep_words_, rows, C);
-      }
-      base_product(m, rows, k, count, reinterpret_cast<Unit*>(panels), C);
-      X* dx = static_cast<X*>(p_.dx) + m * K_ + k;
-      for (int64_t i = 0; i < rows; i++) {
-        for (int64_t c = 0; c < count; c += kLanes) {
-          store(dx + i * K_ + c, load(C + i * strip_ + c), count - c);
-        }
-      }
-    }
-  }
+  bool drops() const { return p_.dropout.threshold != 0 && R_ > 0; }
 
   void drop(const uint32_t* bits, int64_t rows, float* C) const {
     for (int64_t i = 0; i < rows; i++) {
@@ -195,8 +145,25 @@ class LinearBwd {
     }
   }
 
+  // C[m][strip_] (+)= mask (dS A) for the columns of A_panels; T is as large as C.
+  void lora_product(int64_t m, int64_t rows, int64_t count, const float* A_panels,
+                    const uint32_t* bits, bool accumulate, float* C, float* T) const {
+    float* out = drops() && accumulate ? T : C;
+    for (int64_t q = 0; q * kPanel < count; q++) {
+      multiply<F32>(kPanelVectors, rows, dS_ + m * R_lanes_, {R_lanes_, 1},
+                    A_panels + q * R_ * kPanel, kPanel, R_, out + q * kPanel, strip_,
+                    accumulate && out == C);
+    }
+    if (drops()) drop(bits + m * keep_words_, rows, out);
+    if (out == C) return;
+    for (int64_t i = 0; i < rows * strip_; i += kLanes) {
+      store(C + i, add(load(C + i), load(T + i)));
+    }
+  }
+
   // C[m][strip_] (+)= dy W for columns [k, k + count).
-  void base_product(int64_t m, int64_t rows, int64_t k, int64_t count, Unit* panels, float* C) {
+  void base_product(int64_t m, int64_t rows, int64_t k, int64_t count, bool accumulate,
+                    Unit* panels, float* C) const {
     const int64_t step = panel_units_ * kPer;
     for (int64_t n = 0; n < N_; n += step) {
       const int64_t n_rows = min(step, N_ - n), units = ceil_div(n_rows, kPer);
@@ -206,27 +173,16 @@ class LinearBwd {
         const int mv = static_cast<int>(ceil_div(min(kPanel, count - c), kLanes));
         multiply_base<Compute>(p_.pair_product, mv, rows, dy_ + m * dy_ld_ + n / kPer, dy_ld_,
                                panels + c / kPanel * out.stride, kPanel, units, C + c, strip_,
-                               n > 0 || R_ > 0);
+                               n > 0 || accumulate);
       }
     }
   }
 
-  // dA[r][k] = sum over m of dS[m][r] (mask x)[m][k].
-  void grad_A(int64_t k, int64_t count, KeepRows kept, float* panel, float* C) {
-    const X* x = static_cast<const X*>(p_.x) + k;
-    for (int64_t c = 0; c < count; c += kPanel) {
-      const int64_t columns = min(kPanel, count - c);
-      for (int64_t m = 0; m < M_; m += tiles_.bwd_grad_tokens) {
-        const int64_t rows = min(tiles_.bwd_grad_tokens, M_ - m);
-        const KeepRows part{kept.bits ? kept.bits + m * keep_words_ : nullptr, keep_words_};
-        pack_columns(Block<X>{x + m * p_.ldx + c, p_.ldx, rows, columns}, part, c, panel);
-        multiply<F32>(kPanelVectors, R_, dS_ + m * R_lanes_, {1, R_lanes_}, panel, kPanel, rows, C,
-                      kPanel, m > 0);
-      }
-      for (int64_t r = 0; r < R_; r++) {
-        for (int64_t j = 0; j < columns; j += kLanes) {
-          store(p_.dA + r * K_ + k + c + j, load(C + r * kPanel + j), columns - j);
-        }
+  // Columns [k, k + columns) of dA from C [R][kPanel].
+  void store_dA(int64_t k, int64_t columns, const float* C) const {
+    for (int64_t r = 0; r < R_; r++) {
+      for (int64_t j = 0; j < columns; j += kLanes) {
+        store(p_.dA + r * K_ + k + j, load(C + r * kPanel + j), columns - j);
       }
     }
   }
@@ -291,6 +247,157 @@ class LinearBwd {
         for (int64_t i = 0; i < rows; i++) {
           store(p_.dB + (n + j + i) * R_ + r, block[i], R_ - r);
         }
+      }
+    }
+  }
+};
+
+// All of the layers.
+template <class Compute, class X, class Source>
+class SharedBwd {
+  using Layer = LinearBwd<Compute, X, Source>;
+  using Unit = typename Compute::Unit;
+
+  const LoraLinearBwd* const params_;
+  const int64_t count_;
+  const ParallelFor& parallel_;
+  Layer* layers_;
+  int64_t k_strips_, token_blocks_, R_;  // R_: all ranks together
+
+ public:
+  SharedBwd(const LoraLinearBwd* params, int64_t count, const ParallelFor& parallel)
+      : params_(params), count_(count), parallel_(parallel) {}
+
+  void run(char* memory) {
+    Pieces pieces{memory};
+    layers_ = pieces.take<Layer>(count_);
+    int64_t n_strips = 0;
+    bool any_of_K = false;
+    R_ = 0;
+    for (int64_t i = 0; i < count_; i++) {
+      const LoraLinearBwd& p = params_[i];
+      float* decoded = pieces.take<float>(absmax_count(p));
+      const float* absmax = p.dx ? plain_absmax(p.weight, parallel_, decoded) : nullptr;
+      Layer* layer = new (layers_ + i) Layer(p, absmax);
+      layer->plan(pieces);
+      n_strips += layer->n_strips_;
+      any_of_K |= p.dx || p.dA;
+      R_ += p.R;
+    }
+    k_strips_ = any_of_K ? ceil_div(layers_->K_, layers_->strip_) : 0;
+    token_blocks_ = ceil_div(layers_->M_, layers_->tiles_.bwd_token_block);
+    for_each_tile(parallel_, this, &SharedBwd::shrink, token_blocks_ * count_);
+    for_each_tile(parallel_, this, &SharedBwd::strip, k_strips_ + n_strips);
+  }
+
+  static size_t shared_bytes(const LoraLinearBwd* params, int64_t count) {
+    size_t bytes = Pieces::bytes<Layer>(count);
+    for (int64_t i = 0; i < count; i++) {
+      bytes += Pieces::bytes<float>(absmax_count(params[i])) + Layer::shared_bytes(params[i]);
+    }
+    return bytes;
+  }
+
+ private:
+  static int64_t absmax_count(const LoraLinearBwd& p) {
+    return p.dx && is_nested(p.weight) ? blocks_of(p.weight) : 0;
+  }
+
+  void shrink(int64_t tile) { layers_[tile / token_blocks_].shrink(tile % token_blocks_); }
+
+  void strip(int64_t tile) {
+    if (tile < k_strips_) return strip_of_K(tile * layers_->strip_);
+    tile -= k_strips_;
+    Layer* layer = layers_;
+    for (; tile >= layer->n_strips_; layer++) tile -= layer->n_strips_;
+    layer->strip_of_N(tile * layer->tiles_.bwd_strip_columns);
+  }
+
+  void strip_of_K(int64_t k) {
+    const Layer& first = *layers_;
+    const TileSizes& tiles = first.tiles_;
+    const int64_t M = first.M_, K = first.K_, strip = first.strip_;
+    const int64_t keep_words = M * first.keep_words_;
+    const int64_t count = min(strip, K - k), tokens = min(tiles.bwd_tokens, M);
+    const int64_t panel_rows = max(tiles.bwd_grad_tokens, tiles.bwd_panel_units);
+    const int64_t panel_size = panel_rows * strip, tile_size = max(tokens, R_) * strip;
+    const int buffers = count_ > 1 ? 2 : 1;  // one layer needs either kind of panel, and one tile
+    Pieces local{static_cast<char*>(scratch(
+        Scratch::local,
+        Pieces::bytes<uint32_t>(count_ * keep_words) + buffers * Pieces::bytes<float>(panel_size) +
+            buffers * Pieces::bytes<float>(tile_size) + Pieces::bytes<float>(R_ * strip)))};
+    uint32_t* bits = local.take<uint32_t>(count_ * keep_words);
+    float* panels = local.take<float>(panel_size);
+    float* dropped = count_ > 1 ? local.take<float>(panel_size) : panels;
+    float* C = local.take<float>(tile_size);
+    float* T = count_ > 1 ? local.take<float>(tile_size) : nullptr;
+    float* A_panels = local.take<float>(R_ * strip);
+
+    for (int64_t i = 0; i < count_; i++) {
+      if (!layers_[i].drops()) continue;
+      keep_bits_of(0, M, k, strip, layers_[i].p_.dropout, bits + i * keep_words);
+    }
+    grad_A(k, count, bits, panels, dropped, C);
+    if (first.p_.dx == nullptr) return;
+    float* A = A_panels;
+    for (int64_t i = 0; i < count_; A += layers_[i++].R_ * strip) {
+      const Layer& layer = layers_[i];
+      if (layer.R_ == 0) continue;
+      weight_panels(F32{}, Dense<float>{layer.A_, K}, 0, layer.R_, k, count,
+                    Panels<float>{A, layer.R_ * kPanel});
+    }
+    for (int64_t m = 0; m < M; m += tiles.bwd_tokens) {
+      const int64_t rows = min(tiles.bwd_tokens, M - m);
+      A = A_panels;
+      for (int64_t i = 0; i < count_; A += layers_[i++].R_ * strip) {
+        const Layer& layer = layers_[i];
+        if (layer.R_ > 0) {
+          layer.lora_product(m, rows, count, A, bits + i * keep_words, i > 0, C, T);
+        }
+        layer.base_product(m, rows, k, count, i > 0 || layer.R_ > 0,
+                           reinterpret_cast<Unit*>(panels), C);
+      }
+      X* dx = static_cast<X*>(first.p_.dx) + m * K + k;
+      for (int64_t i = 0; i < rows; i++) {
+        for (int64_t c = 0; c < count; c += kLanes) {
+          store(dx + i * K + c, load(C + i * strip + c), count - c);
+        }
+      }
+    }
+  }
+
+  // dA[r][k] = sum over m of dS[m][r] (mask x)[m][k], for each layer; those that drop nothing share
+  // the panels of x.
+  void grad_A(int64_t k, int64_t count, const uint32_t* bits, float* whole, float* dropped,
+              float* C) const {
+    const Layer& first = *layers_;
+    const int64_t M = first.M_, grad_tokens = first.tiles_.bwd_grad_tokens;
+    const int64_t words = first.keep_words_;
+    const X* x = static_cast<const X*>(first.p_.x) + k;
+    for (int64_t c = 0; c < count; c += kPanel) {
+      const int64_t columns = min(kPanel, count - c);
+      for (int64_t m = 0; m < M; m += grad_tokens) {
+        const int64_t rows = min(grad_tokens, M - m);
+        const Block<X> block{x + m * first.p_.ldx + c, first.p_.ldx, rows, columns};
+        bool packed = false;
+        float* sum = C;
+        for (int64_t i = 0; i < count_; sum += layers_[i++].R_ * kPanel) {
+          const Layer& layer = layers_[i];
+          if (layer.p_.dA == nullptr || layer.R_ == 0) continue;
+          if (layer.drops()) {
+            pack_columns(block, KeepRows{bits + (i * M + m) * words, words}, c, dropped);
+          } else if (!packed) {
+            pack_columns(block, KeepRows{nullptr, 0}, c, whole);
+            packed = true;
+          }
+          multiply<F32>(kPanelVectors, layer.R_, layer.dS_ + m * layer.R_lanes_,
+                        {1, layer.R_lanes_}, layer.drops() ? dropped : whole, kPanel, rows, sum,
+                        kPanel, m > 0);
+        }
+      }
+      float* sum = C;
+      for (int64_t i = 0; i < count_; sum += layers_[i++].R_ * kPanel) {
+        if (layers_[i].p_.dA) layers_[i].store_dA(k + c, columns, sum);
       }
     }
   }

@@ -1,12 +1,15 @@
-// Forward of a linear layer with LoRA, for any base: y = x W^T + bias + scaling * S B^T.
+// Forward of linear layers with LoRA that read one x, for any base: y = x W^T + bias + scaling * S B^T.
 //
 // Tokens lie in vector lanes, so that W is read in its own order and a strip of it serves all tokens:
 //
-//   1. x is packed into panels [k][tokens]; S = drop(x) A^T comes from the same block while it is hot.
+//   1. x is packed into panels [k][tokens], once for all layers; each S = drop(x) A^T comes from the
+//      same block while it is hot.
 //   2. Partial sums of S over k are added up in a fixed order.
 //   3. Chunks of W's rows: decode a strip, multiply it with every panel, add scaling * S B^T onto the
 //      fp32 tile, add the bias, turn the tile and round it once into y.
 #pragma once
+
+#include <new>
 
 #include "scratch.h"
 #include "tiles.h"
@@ -16,14 +19,19 @@ namespace fastlora {
 namespace FASTLORA_ISA {
 
 template <class Compute, class X, class Source>
+class SharedFwd;
+
+// One of the layers.
+template <class Compute, class X, class Source>
 class LinearFwd {
+  friend class SharedFwd<Compute, X, Source>;
   using Unit = typename Compute::Unit;
   static constexpr int kPer = Compute::kPerUnit;
 
   const LoraLinearFwd& p_;
   const TileSizes& tiles_;
+  const Operand<Source> operand_;
   const Source& w_;
-  const ParallelFor& parallel_;
   const int64_t N_, K_, R_;
   const int64_t units_;  // of one packed token
 
@@ -37,36 +45,19 @@ class LinearFwd {
   float* A_;        // [R, K] in fp32
 
  public:
-  LinearFwd(const LoraLinearFwd& p, const Source& w, const ParallelFor& parallel)
+  explicit LinearFwd(const LoraLinearFwd& p)
       : p_(p),
         tiles_(p.tiles),
-        w_(w),
-        parallel_(parallel),
+        operand_(p.weight, p.weight.quant.absmax),
+        w_(operand_.source),
         N_(p.weight.N),
         K_(p.weight.K),
         R_(p.R),
         units_(round_up(K_, 2 * kPanel) / kPer) {}
 
-  void run(char* memory, int64_t max_tokens) {
-    for (m0_ = 0; m0_ < p_.M; m0_ += max_tokens) {
-      tokens_ = min(max_tokens, p_.M - m0_);
-      plan(memory);
-      each(panels_ * splits_, &LinearFwd::pack_and_shrink);
-      if (R_ > 0) each(panels_, &LinearFwd::reduce);
-      each(ceil_div(N_, chunk_), &LinearFwd::product);
-    }
-  }
-
-  // Tokens worked on at a time, so that packed x stays within a shared cache.
-  static int64_t tokens_at_a_time(const LoraLinearFwd& p) {
-    const int64_t bytes = round_up(p.weight.K, 2 * kPanel) / kPer * 4;
-    return max(4 * kPanel, p.tiles.fwd_pack_bytes / bytes / kPanel * kPanel);
-  }
-
   static size_t shared_bytes(const LoraLinearFwd& p, int64_t tokens) {
     const int64_t lanes = round_up(tokens, kPanel);
-    return Pieces::bytes<Unit>(lanes * round_up(p.weight.K, 2 * kPanel) / kPer) +
-           Pieces::bytes<float>(max_splits(p) * p.R * lanes) + Pieces::bytes<float>(p.R * lanes) +
+    return Pieces::bytes<float>(max_splits(p) * p.R * lanes) + Pieces::bytes<float>(p.R * lanes) +
            Pieces::bytes<float>(p.R * p.weight.K);
   }
 
@@ -76,7 +67,11 @@ class LinearFwd {
   }
   static int64_t max_splits(const LoraLinearFwd& p) { return ceil_div(p.weight.K, split_of(p)); }
 
-  void plan(char* memory) {
+  // For tokens [m0, m0 + tokens), packed in x_panels.
+  void plan(Pieces& pieces, Unit* x_panels, int64_t m0, int64_t tokens) {
+    m0_ = m0;
+    tokens_ = tokens;
+    x_panels_ = x_panels;
     panels_ = ceil_div(tokens_, kPanel);
     token_lanes_ = panels_ * kPanel;
     split_ = round_up(split_of(p_), kDropoutBlock);
@@ -86,8 +81,6 @@ class LinearFwd {
     chunk_ = tiles_.fwd_strip_rows * (panels_ == 1 ? 2 : 1);
     const int64_t few_rows = tiles_.fwd_few_rows ? tiles_.fwd_few_rows : kTileRows[vectors(0)];
     strip_rows_ = panels_ == 1 ? few_rows : chunk_;
-    Pieces pieces{memory};
-    x_panels_ = pieces.take<Unit>(token_lanes_ * units_);
     partial_ = pieces.take<float>(max_splits(p_) * R_ * token_lanes_);
     S_lanes_ = pieces.take<float>(R_ * token_lanes_);
     float* A = pieces.take<float>(R_ * K_);
@@ -106,48 +99,12 @@ class LinearFwd {
   }
   const Unit* x_panel(int64_t panel) const { return x_panels_ + panel * kPanel * units_; }
 
-  void each(int64_t tiles, void (LinearFwd::*stage)(int64_t tile)) {
-    for_each_tile(parallel_, this, stage, tiles);
-  }
-
-  void pack_and_shrink(int64_t tile) {
-    const int64_t panel = tile / splits_, split = tile % splits_;
-    const int64_t m = m0_ + panel * kPanel, k_begin = split * split_;
-    const int64_t rows = min(kPanel, m0_ + tokens_ - m), k_end = min(K_, k_begin + split_);
+  // Adds columns [k, k + count) of split `split` to S, for the tokens of a panel in fp32.
+  void shrink(int64_t panel, int64_t split, int64_t k, int64_t count, const float* panel_data) {
     const int mv = vectors(panel);
-    const X* x = static_cast<const X*>(p_.x) + m * p_.ldx;
-    Unit* out = const_cast<Unit*>(x_panel(panel)) + k_begin / kPer * mv * kLanes;
-    const Block<X> block{x + k_begin, p_.ldx, rows, k_end - k_begin};
-    pack_tokens(Compute{}, block, round_up(block.count, 2 * kLanes), mv, out);
-    if (R_ == 0) return;
-
     float* S = partial_ + split * R_ * token_lanes_ + panel * kPanel;
-    const int64_t step = tiles_.fwd_shrink_columns, words = step / 32;
-    Pieces local{
-        static_cast<char*>(scratch(Scratch::local, Pieces::bytes<float>(step * kPanel) +
-                                                       Pieces::bytes<uint32_t>(kPanel * words)))};
-    float* x_kept = local.take<float>(step * kPanel);
-    uint32_t* bits = local.take<uint32_t>(kPanel * words);
-    for (int64_t k = k_begin; k < k_end; k += step) {
-      const int64_t count = min(step, k_end - k);
-      const float* panel_data = x_kept;
-      if constexpr (kPer == 1) {
-        if (p_.dropout.threshold == 0) {
-          panel_data = reinterpret_cast<const float*>(out) + (k - k_begin) * mv * kLanes;
-        }
-      }
-      if (panel_data == x_kept) {
-        KeepRows kept{nullptr, 0};
-        if (p_.dropout.threshold != 0) {
-          kept = {bits, ceil_div(count, kDropoutBlock) * kKeepWords};
-          keep_bits_of(m, rows, k, count, p_.dropout, bits);
-        }
-        const Block<X> part{x + k, p_.ldx, rows, count};
-        pack_tokens(F32{}, part, kept, round_up(count, kLanes), mv, x_kept);
-      }
-      multiply<F32>(mv, R_, A_ + k, {K_, 1}, panel_data, mv * kLanes, count, S, token_lanes_,
-                    k > k_begin);
-    }
+    multiply<F32>(mv, R_, A_ + k, {K_, 1}, panel_data, mv * kLanes, count, S, token_lanes_,
+                  k > split * split_);
   }
 
   // S = sum of the partial sums; kept once as it is, for the backward, and once scaled, in lanes.
@@ -272,6 +229,120 @@ class LinearFwd {
         }
       }
     }
+  }
+};
+
+// All of the layers.
+template <class Compute, class X, class Source>
+class SharedFwd {
+  using Layer = LinearFwd<Compute, X, Source>;
+  using Unit = typename Compute::Unit;
+  static constexpr int kPer = Compute::kPerUnit;
+
+  const LoraLinearFwd* const params_;
+  const int64_t count_;
+  const ParallelFor& parallel_;
+  Layer* layers_;
+
+ public:
+  SharedFwd(const LoraLinearFwd* params, int64_t count, const ParallelFor& parallel)
+      : params_(params), count_(count), parallel_(parallel) {}
+
+  void run(char* memory, int64_t max_tokens) {
+    Pieces pieces{memory};
+    layers_ = pieces.take<Layer>(count_);
+    for (int64_t i = 0; i < count_; i++) new (layers_ + i) Layer(params_[i]);
+    const int64_t M = params_->M;
+    for (int64_t m0 = 0; m0 < M; m0 += max_tokens) {
+      const int64_t tokens = min(max_tokens, M - m0);
+      Pieces rest = pieces;
+      Unit* x_panels = rest.take<Unit>(round_up(tokens, kPanel) * layers_->units_);
+      int64_t reduced = 0, chunks = 0;
+      for (int64_t i = 0; i < count_; i++) {
+        layers_[i].plan(rest, x_panels, m0, tokens);
+        reduced += reductions(layers_[i]);
+        chunks += ceil_div(layers_[i].N_, layers_[i].chunk_);
+      }
+      for_each_tile(parallel_, this, &SharedFwd::pack_and_shrink,
+                    layers_->panels_ * layers_->splits_);
+      for_each_tile(parallel_, this, &SharedFwd::reduce, reduced);
+      for_each_tile(parallel_, this, &SharedFwd::product, chunks);
+    }
+  }
+
+  // Tokens worked on at a time, so that packed x stays within a shared cache.
+  static int64_t tokens_at_a_time(const LoraLinearFwd& p) {
+    const int64_t bytes = round_up(p.weight.K, 2 * kPanel) / kPer * 4;
+    return max(4 * kPanel, p.tiles.fwd_pack_bytes / bytes / kPanel * kPanel);
+  }
+
+  static size_t shared_bytes(const LoraLinearFwd* params, int64_t count, int64_t tokens) {
+    const int64_t lanes = round_up(tokens, kPanel);
+    size_t bytes = Pieces::bytes<Layer>(count) +
+                   Pieces::bytes<Unit>(lanes * round_up(params->weight.K, 2 * kPanel) / kPer);
+    for (int64_t i = 0; i < count; i++) bytes += Layer::shared_bytes(params[i], tokens);
+    return bytes;
+  }
+
+ private:
+  static int64_t reductions(const Layer& layer) { return layer.R_ > 0 ? layer.panels_ : 0; }
+
+  void pack_and_shrink(int64_t tile) {
+    const Layer& first = *layers_;
+    const LoraLinearFwd& p = *params_;
+    const int64_t panel = tile / first.splits_, split = tile % first.splits_;
+    const int64_t m = first.m0_ + panel * kPanel, k_begin = split * first.split_;
+    const int64_t rows = min(kPanel, first.m0_ + first.tokens_ - m);
+    const int64_t k_end = min(first.K_, k_begin + first.split_);
+    const int mv = first.vectors(panel);
+    const X* x = static_cast<const X*>(p.x) + m * p.ldx;
+    Unit* out = first.x_panels_ + panel * kPanel * first.units_ + k_begin / kPer * mv * kLanes;
+    const Block<X> block{x + k_begin, p.ldx, rows, k_end - k_begin};
+    pack_tokens(Compute{}, block, round_up(block.count, 2 * kLanes), mv, out);
+
+    const int64_t step = p.tiles.fwd_shrink_columns, words = step / 32;
+    Pieces local{
+        static_cast<char*>(scratch(Scratch::local, 2 * Pieces::bytes<float>(step * kPanel) +
+                                                       Pieces::bytes<uint32_t>(kPanel * words)))};
+    float* x_whole = local.take<float>(step * kPanel);
+    float* x_kept = local.take<float>(step * kPanel);
+    uint32_t* bits = local.take<uint32_t>(kPanel * words);
+    for (int64_t k = k_begin; k < k_end; k += step) {
+      const int64_t count = min(step, k_end - k);
+      const Block<X> part{x + k, p.ldx, rows, count};
+      const float* whole = nullptr;  // x without dropout, for all layers that drop nothing
+      if constexpr (kPer == 1) {
+        whole = reinterpret_cast<const float*>(out) + (k - k_begin) * mv * kLanes;
+      }
+      for (int64_t i = 0; i < count_; i++) {
+        Layer& layer = layers_[i];
+        const Dropout& dropout = layer.p_.dropout;
+        if (layer.R_ == 0) continue;
+        if (dropout.threshold != 0) {
+          keep_bits_of(m, rows, k, count, dropout, bits);
+          const KeepRows kept{bits, ceil_div(count, kDropoutBlock) * kKeepWords};
+          pack_tokens(F32{}, part, kept, round_up(count, kLanes), mv, x_kept);
+        } else if (whole == nullptr) {
+          pack_tokens(F32{}, part, round_up(count, kLanes), mv, x_whole);
+          whole = x_whole;
+        }
+        layer.shrink(panel, split, k, count, dropout.threshold != 0 ? x_kept : whole);
+      }
+    }
+  }
+
+  void reduce(int64_t tile) {
+    Layer* layer = layers_;
+    for (; tile >= reductions(*layer); layer++) tile -= reductions(*layer);
+    layer->reduce(tile);
+  }
+
+  void product(int64_t tile) {
+    Layer* layer = layers_;
+    for (int64_t chunks; tile >= (chunks = ceil_div(layer->N_, layer->chunk_)); layer++) {
+      tile -= chunks;
+    }
+    layer->product(tile);
   }
 };
 

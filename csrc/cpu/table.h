@@ -6,8 +6,8 @@
 namespace fastlora {
 namespace FASTLORA_ISA {
 
-void lora_linear_fwd(const LoraLinearFwd& p, const ParallelFor& parallel);
-void lora_linear_bwd(const LoraLinearBwd& p, const ParallelFor& parallel);
+void lora_linear_fwd(LoraLinearFwd* layers, int64_t count, const ParallelFor& parallel);
+void lora_linear_bwd(LoraLinearBwd* layers, int64_t count, const ParallelFor& parallel);
 void quantize_4bit(const Quantize4bit& p, const ParallelFor& parallel);
 void dequantize_4bit(const Dequantize4bit& p, const ParallelFor& parallel);
 

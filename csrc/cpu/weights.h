@@ -16,6 +16,31 @@ struct Dense {
   int64_t K;
 };
 
+// A weight as the kernels read it, and the look-up tables of its absmax.
+//   absmax   of a 4-bit weight in fp32, or null: nested statistics are then decoded row by row
+template <class Source>
+struct Operand;
+template <class T>
+struct Operand<Dense<T>> {
+  Dense<T> source;
+  Operand(const Weight& weight, const float*)
+      : source{static_cast<const T*>(weight.dense), weight.K} {}
+};
+template <>
+struct Operand<FourBit> {
+  Statistics statistics;
+  FourBit source;
+  Operand(const Weight& weight, const float* absmax)
+      : statistics(statistics_of(weight.quant)), source{weight.quant.packed,
+                                                        weight.quant.code,
+                                                        absmax,
+                                                        weight.K,
+                                                        log2_of(weight.quant.blocksize),
+                                                        weight.compute_dtype,
+                                                        &statistics} {}
+  Operand(const Operand&) = delete;  // source points into it
+};
+
 // Where a panel of columns goes: `panels` of kPanel columns, [unit][kPanel] each.
 template <class Unit>
 struct Panels {

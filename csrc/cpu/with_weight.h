@@ -7,23 +7,19 @@
 namespace fastlora {
 namespace FASTLORA_ISA {
 
-// Calls f(compute, x, source): the kind of product, a null pointer of x's C++ type, and the weight.
+// Calls f(compute, x, source) with null pointers: the kind of product, x's C++ type, and what the
+// weight is read as, an `Operand`'s source.
 //
 // bf16 pairs serve a base product in bf16 where the CPU has the instruction, also for fp32 x (rounded
 // on the way, as bitsandbytes' compute_dtype asks). All else is fp32 FMA on widened operands.
-//   absmax   of a 4-bit weight in fp32, or null: nested statistics are then decoded row by row
 template <class F>
-static void with_weight(const Weight& weight, DType x_dtype, const float* absmax, const F& f) {
-  const Statistics statistics = statistics_of(weight.quant);
+static void with_weight(const Weight& weight, DType x_dtype, const F& f) {
   const auto with_source = [&](auto compute, auto* x, auto* dense_type) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(dense_type)>>;
     if (weight.dense) {
-      f(compute, x, Dense<T>{static_cast<const T*>(weight.dense), weight.K});
+      f(compute, x, static_cast<const Dense<T>*>(nullptr));
     } else {
-      const Quant4bit& q = weight.quant;
-      f(compute, x,
-        FourBit{q.packed, q.code, absmax, weight.K, log2_of(q.blocksize), weight.compute_dtype,
-                &statistics});
+      f(compute, x, static_cast<const FourBit*>(nullptr));
     }
   };
   with_type(x_dtype, [&](auto* x) {
@@ -40,18 +36,25 @@ static void with_weight(const Weight& weight, DType x_dtype, const float* absmax
   });
 }
 
+static inline bool is_nested(const Weight& weight) {
+  return weight.dense == nullptr && weight.quant.absmax == nullptr;
+}
+static inline int64_t blocks_of(const Weight& weight) {
+  return ceil_div(weight.N * weight.K, weight.quant.blocksize);
+}
+
 // All of absmax in fp32: the weight's own, or decoded from nested statistics into `memory`.
 static inline const float* plain_absmax(const Weight& weight, const ParallelFor& parallel,
                                         float* memory) {
   const Quant4bit& q = weight.quant;
-  if (weight.dense || q.absmax) return q.absmax;
+  if (!is_nested(weight)) return q.absmax;
   constexpr int64_t kStep = 4096;
   const Statistics statistics = statistics_of(q);
   struct Context {
     const Statistics* statistics;
     int64_t blocks;
     float* out;
-  } context{&statistics, ceil_div(weight.N * weight.K, q.blocksize), memory};
+  } context{&statistics, blocks_of(weight), memory};
   parallel.run(
       ceil_div(context.blocks, kStep), 1,
       [](const void* c, int64_t begin, int64_t end) {
@@ -61,12 +64,6 @@ static inline const float* plain_absmax(const Weight& weight, const ParallelFor&
       },
       &context);
   return memory;
-}
-
-static inline size_t absmax_bytes(const Weight& weight) {
-  const Quant4bit& q = weight.quant;
-  if (weight.dense || q.absmax) return 0;
-  return Pieces::bytes<float>(ceil_div(weight.N * weight.K, q.blocksize));
 }
 
 }  // namespace FASTLORA_ISA

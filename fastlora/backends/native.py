@@ -5,7 +5,7 @@ devices, those that `native_cuda` chooses among.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -214,7 +214,10 @@ def shared_linear_fwd(
     x: Tensor, projections: Sequence[Projection]
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """`reference.shared_linear_fwd`."""
-    return sequence.shared_linear_fwd(sys.modules[__name__], x, projections)
+    if x.is_cuda or any(_empty(x, p.lora_B) for p in projections):
+        return sequence.shared_linear_fwd(sys.modules[__name__], x, projections)
+    ys, Ss = ops.shared_linear_fwd(x, *_layers(x, projections), *_numbers(projections))
+    return tuple(ys), tuple(Ss)
 
 
 def shared_linear_bwd(
@@ -226,9 +229,44 @@ def shared_linear_bwd(
     needs: Sequence[tuple[bool, bool, bool]],
 ) -> tuple[Tensor | None, tuple[tuple[Tensor | None, ...], ...]]:
     """`reference.shared_linear_bwd`."""
-    return sequence.shared_linear_bwd(
-        sys.modules[__name__], dys, x, projections, Ss, need_dx, needs
+    if x.is_cuda or any(_empty(x, p.lora_B) for p in projections):
+        return sequence.shared_linear_bwd(
+            sys.modules[__name__], dys, x, projections, Ss, need_dx, needs
+        )
+    given = [i for i, dy in enumerate(dys) if dy is not None]
+    grads: list[tuple[Tensor | None, ...]] = [(None, None, None)] * len(dys)
+    if not given:
+        return None, tuple(grads)
+    some = [projections[i] for i in given]
+    dx, flat = ops.shared_linear_bwd(
+        [dys[i] for i in given],
+        x,
+        *_layers(x, some),
+        [Ss[i] for i in given],
+        *_numbers(some),
+        need_dx,
+        [int(need) for i in given for need in needs[i]],
     )
+    for place, i in enumerate(given):
+        grads[i] = _asked(tuple(flat[3 * place : 3 * place + 3]), needs[i])
+    return dx if need_dx else None, tuple(grads)
+
+
+def _layers(x: Tensor, projections: Sequence[Projection]) -> tuple[Any, ...]:
+    """Tensors and blocksizes of several layers, and their compute dtype, as the ops take them."""
+    tensors: list[Tensor | None] = []
+    blocksizes = []
+    for p in projections:
+        stats: tuple[Any, ...] = (None,) * 5 + (0,)
+        if p.quant_state is not None:
+            stats = state_args(p.quant_state)
+        tensors += [p.weight, p.lora_A, p.lora_B, p.bias, p.seed, *stats[:-1]]
+        blocksizes.append(stats[-1])
+    return tensors, blocksizes, projections[0].compute_dtype or x.dtype
+
+
+def _numbers(projections: Sequence[Projection]) -> tuple[list[float], list[float]]:
+    return [p.scaling for p in projections], [p.dropout_p for p in projections]
 
 
 def quantize_4bit(
@@ -278,6 +316,12 @@ def _fake_bwd(
     )
 
 
+def _adapters(layers: Sequence[Tensor], count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """lora_A and lora_B of each of `count` layers, out of what `_layers` makes."""
+    fields = len(layers) // count
+    return zip(layers[1::fields], layers[2::fields], strict=True)
+
+
 def _register_fakes() -> None:
     @torch.library.register_fake("fastlora::lora_linear_fwd")
     def _(x, weight, bias, lora_A, lora_B, *options):  # type: ignore[no-untyped-def]
@@ -298,6 +342,20 @@ def _register_fakes() -> None:
         dy, x, weight, absmax, code, n_absmax, n_code, n_offset, blocksize, dtype, A, B, *options
     ):
         return _fake_bwd(x, A, B, options[-4:])
+
+    @torch.library.register_fake("fastlora::shared_linear_fwd")
+    def _(x, layers, *options):  # type: ignore[no-untyped-def]
+        pairs = [_fake_fwd(x, A, B) for A, B in _adapters(layers, len(options[-1]))]
+        return [y for y, _ in pairs], [S for _, S in pairs]
+
+    @torch.library.register_fake("fastlora::shared_linear_bwd")
+    def _(dys, x, layers, blocksizes, dtype, Ss, scalings, dropouts, need_dx, needs):  # type: ignore[no-untyped-def]
+        grads, dx = [], None
+        for i, (A, B) in enumerate(_adapters(layers, len(dys))):
+            asked = (need_dx, *(bool(need) for need in needs[3 * i : 3 * i + 3]))
+            dx, *rest = _fake_bwd(x, A, B, asked)
+            grads += rest
+        return dx, grads
 
     @torch.library.register_fake("fastlora::quantize_4bit")
     def _(weight, bounds, order, blocksize):  # type: ignore[no-untyped-def]

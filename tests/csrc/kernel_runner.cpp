@@ -175,7 +175,7 @@ void lora_linear_fwd(Call& call) {
   p.dropout = read_dropout(call);
   p.y = call.output<void>(p.M * p.weight.N, size_of(p.x_dtype));
   p.S = call.output<float>(p.M * p.R, sizeof(float));
-  table->lora_linear_fwd(p, kBackwards);
+  table->lora_linear_fwd(&p, 1, kBackwards);
 }
 
 void lora_linear_bwd(Call& call) {
@@ -199,7 +199,7 @@ void lora_linear_bwd(Call& call) {
   p.dA = call.output<float>(p.R * p.weight.K, sizeof(float));
   p.dB = call.output<float>(p.weight.N * p.R, sizeof(float));
   p.dbias = call.output<float>(p.weight.N, sizeof(float));
-  table->lora_linear_bwd(p, kBackwards);
+  table->lora_linear_bwd(&p, 1, kBackwards);
 }
 
 void quantize_4bit(Call& call) {

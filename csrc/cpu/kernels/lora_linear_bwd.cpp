@@ -16,26 +16,18 @@ static void clear(const LoraLinearBwd& p) {
   fill(p.dbias, p.weight.N);
 }
 
-void lora_linear_bwd(const LoraLinearBwd& p, const ParallelFor& parallel) {
-  if (p.M == 0) return clear(p);
-  const size_t statistics = absmax_bytes(p.weight);
-  const auto run = [&](const float* absmax, char* memory, size_t* bytes) {
-    with_weight(p.weight, p.x_dtype, absmax, [&](auto compute, auto* x, const auto& source) {
-      using X = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
-      using Kernel = LinearBwd<decltype(compute), X, std::decay_t<decltype(source)>>;
-      if (bytes) {
-        *bytes = Kernel::shared_bytes(p);
-      } else {
-        Kernel(p, source, parallel).run(memory);
-      }
-    });
-  };
-  size_t bytes = 0;
-  run(nullptr, nullptr, &bytes);
-  char* memory = static_cast<char*>(scratch(Scratch::shared, statistics + bytes));
-  const float* absmax =
-      p.dx ? plain_absmax(p.weight, parallel, reinterpret_cast<float*>(memory)) : nullptr;
-  run(absmax, memory + statistics, nullptr);
+void lora_linear_bwd(LoraLinearBwd* layers, int64_t count, const ParallelFor& parallel) {
+  if (layers->M == 0) {
+    for (int64_t i = 0; i < count; i++) clear(layers[i]);
+    return;
+  }
+  with_weight(layers->weight, layers->x_dtype, [&](auto compute, auto* x, auto* source) {
+    using X = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
+    using Source = std::remove_const_t<std::remove_pointer_t<decltype(source)>>;
+    using Kernel = SharedBwd<decltype(compute), X, Source>;
+    const size_t bytes = Kernel::shared_bytes(layers, count);
+    Kernel(layers, count, parallel).run(static_cast<char*>(scratch(Scratch::shared, bytes)));
+  });
   trim_scratch(Scratch::shared);
 }
 

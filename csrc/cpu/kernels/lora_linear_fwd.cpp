@@ -7,30 +7,31 @@
 namespace fastlora {
 namespace FASTLORA_ISA {
 
-void lora_linear_fwd(const LoraLinearFwd& p, const ParallelFor& parallel) {
-  if (p.M == 0) return;
-  // Runs the kernel, or only asks how much memory it wants.
-  const auto run = [&](char* memory, size_t* bytes) {
-    with_weight(p.weight, p.x_dtype, p.weight.quant.absmax,
-                [&](auto compute, auto* x, const auto& source) {
-                  using X = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
-                  using Source = std::decay_t<decltype(source)>;
-                  using Few = LinearDecode<decltype(compute), X, Source>;
-                  using Many = LinearFwd<decltype(compute), X, Source>;
-                  const bool few = Few::serves(p, source);
-                  const int64_t tokens = min(p.M, Many::tokens_at_a_time(p));
-                  if (bytes) {
-                    *bytes = few ? Few::shared_bytes(p) : Many::shared_bytes(p, tokens);
-                  } else if (few) {
-                    Few(p, source, parallel).run(memory);
-                  } else {
-                    Many(p, source, parallel).run(memory, tokens);
-                  }
-                });
-  };
-  size_t bytes = 0;
-  run(nullptr, &bytes);
-  run(static_cast<char*>(scratch(Scratch::shared, bytes)), nullptr);
+void lora_linear_fwd(LoraLinearFwd* layers, int64_t count, const ParallelFor& parallel) {
+  if (layers->M == 0) return;
+  with_weight(layers->weight, layers->x_dtype, [&](auto compute, auto* x, auto* source) {
+    using X = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
+    using Source = std::remove_const_t<std::remove_pointer_t<decltype(source)>>;
+    using Few = LinearDecode<decltype(compute), X, Source>;
+    using Many = SharedFwd<decltype(compute), X, Source>;
+    const auto operand = [](const LoraLinearFwd& p) {
+      return Operand<Source>(p.weight, p.weight.quant.absmax);
+    };
+    bool few = true;
+    for (int64_t i = 0; i < count; i++) {
+      few = few && Few::serves(layers[i], operand(layers[i]).source);
+    }
+    for (int64_t i = 0; few && i < count; i++) {
+      const LoraLinearFwd& p = layers[i];
+      const Operand<Source> w = operand(p);
+      Few(p, w.source, parallel)
+          .run(static_cast<char*>(scratch(Scratch::shared, Few::shared_bytes(p))));
+    }
+    if (few) return;
+    const int64_t tokens = min(layers->M, Many::tokens_at_a_time(*layers));
+    const size_t bytes = Many::shared_bytes(layers, count, tokens);
+    Many(layers, count, parallel).run(static_cast<char*>(scratch(Scratch::shared, bytes)), tokens);
+  });
   trim_scratch(Scratch::shared);
 }
 

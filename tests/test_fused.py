@@ -1,0 +1,377 @@
+"""Several linears of one input, and gated MLPs: the ops and the nodes against the definition."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastlora import backends, fused, ops, reference
+from fastlora.backends import sequence
+from fastlora.fused import GatedMLPFunction, gated_mlp, shared_linear
+from fastlora.reference import ACTIVATIONS, Projection
+from tests.cases import DTYPES, Base, Case, exact_results, make_inputs, plain_results
+from tests.conftest import poisoned_memory
+from tests.tolerance import assert_close_to_exact
+
+NF4 = Base("nf4", 64, nested=True)
+FP64 = (torch.float64, torch.float64, None)
+# Rows of W, ranks and dropout rates of layers with one x; "no dropout" shares what can be shared.
+GROUPS = {
+    "no dropout": ((33, 8, 0.0), (17, 7, 0.0), (80, 16, 0.0)),
+    "each its dropout": ((48, 8, 0.1), (65, 8, 0.5), (31, 11, 1.0)),
+    "some drop": ((130, 16, 0.0), (40, 9, 0.3), (40, 16, 0.0)),
+    "one": ((50, 8, 0.1),),
+}
+# M and K: no token, decoding, one panel, several, K past a strip and a partial sum.
+SIZES = ((0, 64), (1, 65), (8, 131), (17, 96), (129, 192), (300, 1088))
+
+
+@pytest.fixture(params=["native", "reference"])
+def backend(request: pytest.FixtureRequest) -> str:
+    if reason := backends.BACKENDS[request.param].unsupported("lora_linear_fwd", "cpu"):
+        pytest.skip(reason)
+    return request.param
+
+
+class Group:
+    """Layers of one x as `Projection`s, with what the single op's cases say of each."""
+
+    def __init__(self, M: int, K: int, layers: Any, base: Base, dtypes: Any, strided: bool = False):
+        self.cases = [
+            Case("", M, N, K, R, dropout_p=p, bias=i != 1, strided=strided)
+            for i, (N, R, p) in enumerate(layers)
+        ]
+        self.inputs = [make_inputs(case, base, dtypes) for case in self.cases]
+        for i, inputs in enumerate(self.inputs):
+            inputs.x = self.inputs[0].x
+            inputs.seed = torch.tensor([100 + i])
+        self.x = self.inputs[0].x
+        self.dys = [inputs.dy for inputs in self.inputs]
+        self.projections = [
+            Projection(
+                inputs.weight,
+                inputs.bias,
+                inputs.lora_A,
+                inputs.lora_B,
+                inputs.scaling,
+                case.dropout_p,
+                inputs.seed,
+                inputs.quant_state,
+                inputs.compute_dtype,
+            )
+            for case, inputs in zip(self.cases, self.inputs, strict=True)
+        ]
+
+    def results(self, of: Any) -> dict[str, Tensor]:
+        """What `exact_results` or `plain_results` says of each layer, dx summed."""
+        each = [of(case, inputs) for case, inputs in zip(self.cases, self.inputs, strict=True)]
+        out = {
+            f"{name}{i}": t
+            for i, results in enumerate(each)
+            for name, t in results.items()
+            if t is not None and name != "dx"
+        }
+        out["dx"] = each[0].dx
+        for results in each[1:]:
+            out["dx"] = out["dx"] + results.dx
+        return out
+
+    def run(self, module: Any, **options: Any) -> dict[str, Tensor | None]:
+        ys, Ss = module.shared_linear_fwd(self.x, self.projections, **options)
+        needs = [(True, True, True)] * len(ys)
+        dx, grads = module.shared_linear_bwd(
+            self.dys, self.x, self.projections, Ss, True, needs, **options
+        )
+        out: dict[str, Tensor | None] = {"dx": dx}
+        for i, (y, (dA, dB, dbias)) in enumerate(zip(ys, grads, strict=True)):
+            out |= {f"y{i}": y, f"dA{i}": dA, f"dB{i}": dB, f"dbias{i}": dbias}
+        return out
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("base", [Base(), NF4], ids=str)
+@pytest.mark.parametrize("layers", GROUPS, ids=str)
+def test_against_definition(layers: str, base: Base, dtypes: str, backend: str) -> None:
+    if base.quant_type is None and DTYPES[dtypes][2] is not None:
+        pytest.skip("a dense weight has no compute dtype of its own")
+    # A third of the sizes for each dtype: every size meets every group and base.
+    for M, K in SIZES[list(DTYPES).index(dtypes) % 3 :: 3]:
+        group = Group(M, K, GROUPS[layers], base, DTYPES[dtypes], strided=M == 17)
+        exact, plain = group.results(exact_results), group.results(plain_results)
+        with poisoned_memory():
+            got = group.run(ops, backend=backend)
+        for name, want in exact.items():
+            base_result = plain.get(name, want.to(torch.float32))
+            assert_close_to_exact(got[name], want, base_result, what=f"{name}, M={M}, K={K}")
+
+
+@pytest.mark.parametrize("base", [Base(), NF4], ids=str)
+def test_single_ops_in_a_row(base: Base) -> None:
+    """What serves backends without an op of their own."""
+    group = Group(21, 100, GROUPS["some drop"], base, DTYPES["bf16, fp32 adapter"])
+    exact, plain = group.results(exact_results), group.results(plain_results)
+
+    class InARow:
+        @staticmethod
+        def shared_linear_fwd(*args: Any) -> Any:
+            return sequence.shared_linear_fwd(reference, *args)
+
+        @staticmethod
+        def shared_linear_bwd(*args: Any) -> Any:
+            return sequence.shared_linear_bwd(reference, *args)
+
+    got = group.run(InARow)
+    for name, want in exact.items():
+        assert_close_to_exact(got[name], want, plain.get(name, want.float()), what=name)
+
+
+@pytest.mark.parametrize("base", [Base(), NF4], ids=str)
+def test_computes_only_what_is_needed(base: Base, backend: str) -> None:
+    group = Group(21, 100, GROUPS["some drop"], base, DTYPES["bf16, fp32 adapter"])
+    everything = group.run(ops, backend=backend)
+    _, Ss = ops.shared_linear_fwd(group.x, group.projections, backend=backend)
+    for need_dx in (False, True):
+        needs = [(True, False, False), (False, True, False), (False, False, True)]
+        dys = [group.dys[0], None, group.dys[2]]
+        dx, grads = ops.shared_linear_bwd(
+            dys, group.x, group.projections, Ss, need_dx, needs, backend=backend
+        )
+        assert (dx is not None) == need_dx
+        got = [t for trio in grads for t in trio]
+        for i, need in enumerate((1, 0, 0, 0, 0, 0, 0, 0, 1)):
+            name = f"{('dA', 'dB', 'dbias')[i % 3]}{i // 3}"
+            if need:
+                assert torch.equal(got[i], everything[name]), name
+            else:
+                assert got[i] is None, name
+        if dx is not None:  # without dy_1 the sum has two terms
+            del group.cases[1], group.inputs[1]
+            exact, plain = group.results(exact_results), group.results(plain_results)
+            assert_close_to_exact(dx, exact["dx"], plain["dx"], what="dx")
+
+
+def test_same_call_same_bits() -> None:
+    group = Group(200, 700, GROUPS["some drop"], NF4, DTYPES["bf16, fp32 adapter"])
+    first = group.run(ops)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            again = group.run(ops)
+            assert all(torch.equal(t, again[name]) for name, t in first.items()), count
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_checks() -> None:
+    group = Group(5, 64, GROUPS["some drop"], Base(), DTYPES["bf16, fp32 adapter"])
+    packed = Group(5, 64, GROUPS["one"], NF4, DTYPES["bf16, fp32 adapter"])
+    x, (first, *rest) = group.x, group.projections
+    with pytest.raises(ValueError, match="at least one linear, got none"):
+        ops.shared_linear_fwd(x, [])
+    with pytest.raises(ValueError, match="all dense or all 4-bit, got both"):
+        ops.shared_linear_fwd(x, [first, *packed.projections])
+    with pytest.raises(ValueError, match="lora_A must be"):
+        ops.shared_linear_fwd(x, [first, rest[0]._replace(lora_A=rest[0].lora_A[:, 1:])])
+    narrow = rest[0]._replace(lora_A=rest[0].lora_A.bfloat16(), lora_B=rest[0].lora_B.bfloat16())
+    with pytest.raises(TypeError, match="adapter_dtype must be the same in all projections"):
+        ops.shared_linear_fwd(x, [first, narrow])
+    _, Ss = ops.shared_linear_fwd(x, group.projections)
+    with pytest.raises(ValueError, match="Ss must have 3 entries"):
+        ops.shared_linear_bwd(group.dys, x, group.projections, Ss[:2], True, [(True,) * 3] * 3)
+    with pytest.raises(ValueError, match="weight must be frozen"):
+        shared_linear(x, [first._replace(weight=first.weight.clone().requires_grad_())])
+
+
+# ---- the nodes ---------------------------------------------------------------------------------
+
+
+def trained(projection: Projection, bias: bool = True) -> tuple[Projection, list[Tensor]]:
+    """`projection` around fresh leaves, and these."""
+    own = {"lora_A": projection.lora_A, "lora_B": projection.lora_B}
+    if projection.bias is not None and bias:
+        own["bias"] = projection.bias
+    own = {name: t.detach().clone().requires_grad_() for name, t in own.items()}
+    return projection._replace(**own), list(own.values())
+
+
+@pytest.mark.parametrize("base", [Base(), NF4], ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_shared_linear_gradcheck(base: Base, dropout_p: float) -> None:
+    layers = ((5, 2, dropout_p), (4, 1, dropout_p))
+    group = Group(3, 7, layers, base, FP64)
+    x = group.x.clone().requires_grad_()
+    pairs = [trained(p) for p in group.projections]
+    leaves = [x, *(leaf for _, own in pairs for leaf in own)]
+
+    def nodes(*_: Tensor) -> tuple[Tensor, ...]:
+        return shared_linear(x, [p for p, _ in pairs], backend="reference")
+
+    assert torch.autograd.gradcheck(nodes, leaves)
+
+
+def mlp_of(base: Base, dtypes: Any, p: float, M: int = 9, K: int = 35, H: int = 70) -> Group:
+    """gate, up [H, K] and down [K, H]; down's x is made later."""
+    outer = Group(M, K, ((H, 3, p), (H, 4, p)), base, dtypes)
+    outer.projections += Group(M, H, ((K, 2, p),), base, dtypes).projections
+    return outer
+
+
+@pytest.mark.parametrize("base", [Base(), NF4], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gated_mlp_gradcheck(base: Base, activation: str) -> None:
+    group = mlp_of(base, FP64, 0.2, M=3, K=5, H=6)
+    x = group.x.clone().requires_grad_()
+    pairs = [trained(p) for p in group.projections]
+    leaves = [x, *(leaf for _, own in pairs for leaf in own)]
+
+    def mlp(*_: Tensor) -> Tensor:
+        return gated_mlp(x, *(p for p, _ in pairs), activation, backend="reference")
+
+    assert torch.autograd.gradcheck(mlp, leaves)
+
+
+def plain_mlp(x: Tensor, projections: list[Projection], activation: str) -> Tensor:
+    """PEFT's sequence of torch operations in the working dtypes."""
+
+    def linear(x: Tensor, p: Projection) -> Tensor:
+        dtype = p.compute_dtype or x.dtype
+        W = p.weight
+        if p.quant_state is not None:
+            wide = torch.float64 if x.dtype == torch.float64 else dtype
+            W = reference.dequantize_4bit(W, p.quant_state, wide)
+        bias = None if p.bias is None else p.bias.to(dtype)
+        y = F.linear(x.to(dtype), W.to(dtype), bias).to(x.dtype)
+        kept = x.to(p.lora_A.dtype)
+        if p.dropout_p > 0.0:
+            _, scale = reference.dropout_threshold(p.dropout_p)
+            kept = kept * (reference.dropout_mask(*x.shape, p.dropout_p, p.seed) * scale)
+        return (y + F.linear(F.linear(kept, p.lora_A), p.lora_B) * p.scaling).to(x.dtype)
+
+    gate, up, down = projections
+    h = reference.activate(linear(x, gate), activation) * linear(x, up)
+    return linear(h, down)
+
+
+@pytest.mark.parametrize("dtypes", ["fp32", "bf16, fp32 adapter", "bf16", "fp16, fp32 adapter"])
+@pytest.mark.parametrize("base", [Base(), NF4], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_gated_mlp(p: float, activation: str, base: Base, dtypes: str, backend: str) -> None:
+    group = mlp_of(base, DTYPES[dtypes], p, M=40)
+    dy = torch.randn_like(group.x)
+
+    def run(function: Any, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        x = group.x.to(dtype or group.x.dtype, copy=True).requires_grad_()
+        projections, named = [], {"dx": x}
+        for i, projection in enumerate(group.projections):
+            if dtype is not None:
+                fields = {n: getattr(projection, n) for n in ("bias", "lora_A", "lora_B")}
+                wide = {n: None if t is None else t.to(dtype) for n, t in fields.items()}
+                projection = projection._replace(compute_dtype=None, **wide)
+                if projection.quant_state is None:
+                    projection = projection._replace(weight=projection.weight.to(dtype))
+            projection, own = trained(projection)
+            projections.append(projection)
+            named |= {f"{i}.{j}": leaf for j, leaf in enumerate(own)}
+        y = function(x, projections)
+        y.backward(dy.to(y.dtype))
+        return {"y": y.detach()} | {name: leaf.grad for name, leaf in named.items()}
+
+    with poisoned_memory():
+        got = run(lambda x, ps: gated_mlp(x, *ps, activation, backend=backend))
+    exact = run(lambda x, ps: plain_mlp(x, ps, activation), torch.float64)
+    plain = run(lambda x, ps: plain_mlp(x, ps, activation))
+    for name, out in got.items():
+        assert out.dtype == plain[name].dtype, name
+        assert_close_to_exact(out, exact[name], plain[name], what=name)
+
+
+def saved_bytes(make: Any) -> int:
+    """Bytes of the distinct memory that the graph of `make()` keeps, parameters left out."""
+    seen: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        make()
+    return sum(seen.values())
+
+
+def test_what_is_saved() -> None:
+    """x once, S, and for an MLP the outputs of gate and up: nothing else that grows with M."""
+    M, K, H = 512, 64, 96
+    group = mlp_of(NF4, DTYPES["bf16, fp32 adapter"], 0.1, M=M, K=K, H=H)
+    pairs = [trained(p) for p in group.projections]
+    projections = [p for p, _ in pairs]
+    x = group.x.clone().requires_grad_()
+    fixed = sum(
+        t.untyped_storage().nbytes()
+        for p in projections
+        for t in (p.weight, p.lora_A, p.lora_B, p.seed, *p.quant_state.tensors())
+        if t is not None
+    )
+    S = M * 4 * sum(p.lora_A.shape[0] for p in projections)
+    both = saved_bytes(lambda: gated_mlp(x, *projections, "silu"))
+    assert both <= fixed + S + 2 * M * (K + 2 * H)
+    shared = saved_bytes(lambda: shared_linear(x, projections[:2]))
+    assert shared <= fixed + S + 2 * M * K
+
+
+def test_part_of_the_outputs() -> None:
+    """A y that the loss does not see costs nothing, and its adapter gets no gradient."""
+    group = Group(20, 40, GROUPS["some drop"], NF4, DTYPES["fp32"])
+    pairs = [trained(p) for p in group.projections]
+    x = group.x.clone().requires_grad_()
+    ys = shared_linear(x, [p for p, _ in pairs])
+    (ys[0] + ys[2][:, :1]).sum().backward()
+    assert all(leaf.grad is None for leaf in pairs[1][1])
+    assert all(leaf.grad.any() for leaf in (x, *pairs[0][1], *pairs[2][1]))
+
+
+def test_frozen_gate_and_up_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only down trains, and x needs nothing: no gradient of h is taken."""
+    group = mlp_of(NF4, DTYPES["fp32"], 0.0)
+    down, own = trained(group.projections[2])
+    calls: list[bool] = []
+    backward = ops.shared_linear_bwd
+
+    def spy(dys: Any, x: Any, projections: Any, Ss: Any, need_dx: bool, *rest: Any, **kw: Any):
+        calls.append(need_dx)
+        return backward(dys, x, projections, Ss, need_dx, *rest, **kw)
+
+    monkeypatch.setattr(fused.ops, "shared_linear_bwd", spy)
+    gated_mlp(group.x, *group.projections[:2], down, "silu").sum().backward()
+    assert calls == [False] and all(leaf.grad.any() for leaf in own)
+
+
+def test_no_gradient_no_node() -> None:
+    group = mlp_of(NF4, DTYPES["fp32"], 0.0)
+    pairs = [trained(p) for p in group.projections]
+    projections = [p for p, _ in pairs]
+    x = group.x.view(3, 3, 35)
+    want = gated_mlp(x, *projections, "gelu")
+    assert want.shape == (3, 3, 35) and isinstance(want.grad_fn, torch.autograd.graph.Node)
+    with torch.no_grad():
+        got = gated_mlp(x, *projections, "gelu")
+        ys = shared_linear(x, projections[:2])
+    assert torch.equal(got, want) and got.grad_fn is None
+    assert all(y.grad_fn is None and y.shape == (3, 3, 70) for y in ys)
+
+
+def test_twice_through_raises() -> None:
+    group = mlp_of(NF4, DTYPES["fp32"], 0.0)
+    pairs = [trained(p) for p in group.projections]
+    x = group.x.clone().requires_grad_()
+    y = gated_mlp(x, *(p for p, _ in pairs), "silu")
+    (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+    assert GatedMLPFunction.__name__ in type(y.grad_fn.next_functions[0][0]).__name__
