@@ -27,7 +27,7 @@ GROUPS = {
     "one": ((50, 8, 0.1),),
 }
 # M and K: no token, decoding, one panel, several, K past a strip and a partial sum.
-SIZES = ((0, 64), (1, 65), (8, 131), (17, 96), (129, 192), (300, 1088))
+SIZES = ((0, 64), (1, 65), (8, 131), (17, 96), (129, 192), (260, 576))
 
 
 @pytest.fixture(params=["native", "reference"])
@@ -73,7 +73,7 @@ class Group:
             f"{name}{i}": t
             for i, results in enumerate(each)
             for name, t in results.items()
-            if t is not None and name != "dx"
+            if t is not None and name != "dx" and (name != "dbias" or self.cases[i].bias)
         }
         out["dx"] = each[0].dx
         for results in each[1:]:
@@ -82,7 +82,7 @@ class Group:
 
     def run(self, module: Any, **options: Any) -> dict[str, Tensor | None]:
         ys, Ss = module.shared_linear_fwd(self.x, self.projections, **options)
-        needs = [(True, True, True)] * len(ys)
+        needs = [(True, True, p.bias is not None) for p in self.projections]
         dx, grads = module.shared_linear_bwd(
             self.dys, self.x, self.projections, Ss, True, needs, **options
         )
@@ -105,8 +105,7 @@ def test_against_definition(layers: str, base: Base, dtypes: str, backend: str) 
         with poisoned_memory():
             got = group.run(ops, backend=backend)
         for name, want in exact.items():
-            base_result = plain.get(name, want.to(torch.float32))
-            assert_close_to_exact(got[name], want, base_result, what=f"{name}, M={M}, K={K}")
+            assert_close_to_exact(got[name], want, plain[name], what=f"{name}, M={M}, K={K}")
 
 
 @pytest.mark.parametrize("base", [Base(), NF4], ids=str)
@@ -126,7 +125,7 @@ def test_single_ops_in_a_row(base: Base) -> None:
 
     got = group.run(InARow)
     for name, want in exact.items():
-        assert_close_to_exact(got[name], want, plain.get(name, want.float()), what=name)
+        assert_close_to_exact(got[name], want, plain[name], what=name)
 
 
 @pytest.mark.parametrize("base", [Base(), NF4], ids=str)
@@ -162,7 +161,8 @@ def test_same_call_same_bits() -> None:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             again = group.run(ops)
-            assert all(torch.equal(t, again[name]) for name, t in first.items()), count
+            for name, t in first.items():
+                assert t is None or torch.equal(t, again[name]), (name, count)
     finally:
         torch.set_num_threads(threads)
 
@@ -249,7 +249,8 @@ def plain_mlp(x: Tensor, projections: list[Projection], activation: str) -> Tens
         kept = x.to(p.lora_A.dtype)
         if p.dropout_p > 0.0:
             _, scale = reference.dropout_threshold(p.dropout_p)
-            kept = kept * (reference.dropout_mask(*x.shape, p.dropout_p, p.seed) * scale)
+            mask = reference.dropout_mask(*x.shape, p.dropout_p, p.seed)
+            kept = kept * (mask * scale).to(kept.dtype)
         return (y + F.linear(F.linear(kept, p.lora_A), p.lora_B) * p.scaling).to(x.dtype)
 
     gate, up, down = projections
@@ -259,9 +260,10 @@ def plain_mlp(x: Tensor, projections: list[Projection], activation: str) -> Tens
 
 @pytest.mark.parametrize("dtypes", ["fp32", "bf16, fp32 adapter", "bf16", "fp16, fp32 adapter"])
 @pytest.mark.parametrize("base", [Base(), NF4], ids=str)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("p", [0.0, 0.2])
-def test_gated_mlp(p: float, activation: str, base: Base, dtypes: str, backend: str) -> None:
+@pytest.mark.parametrize(
+    ("activation", "p"), [("silu", 0.0), ("silu", 0.2), ("gelu", 0.2), ("gelu_tanh", 0.0)]
+)
+def test_gated_mlp(activation: str, p: float, base: Base, dtypes: str, backend: str) -> None:
     group = mlp_of(base, DTYPES[dtypes], p, M=40)
     dy = torch.randn_like(group.x)
 
@@ -371,7 +373,7 @@ def test_twice_through_raises() -> None:
     pairs = [trained(p) for p in group.projections]
     x = group.x.clone().requires_grad_()
     y = gated_mlp(x, *(p for p, _ in pairs), "silu")
-    (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
     assert GatedMLPFunction.__name__ in type(y.grad_fn.next_functions[0][0]).__name__

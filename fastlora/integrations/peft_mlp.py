@@ -74,8 +74,6 @@ class GatedMLP:
         kwargs: dict[str, Any],
     ) -> Any:
         """One forward of `module`: the MLP as one node, or `stock`, its own forward."""
-        if torch.compiler.is_compiling():
-            return stock(*args, **kwargs)
         layers = [module._modules.get(name) for name in self.names]
         found = self._plans(module, layers, args, kwargs)
         self.last = found if isinstance(found, str) else ""
@@ -132,7 +130,8 @@ class _Gated:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         stock = super().forward  # type: ignore[misc]
-        mlp = self.__dict__.get(GATED)
+        # A compiled forward is the module's own: the compiler fuses what lies between the layers.
+        mlp = None if torch.compiler.is_compiling() else self.__dict__.get(GATED)
         return stock(*args, **kwargs) if mlp is None else mlp.run(self, stock, args, kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
