@@ -217,6 +217,8 @@ def _op_arguments() -> dict[str, tuple]:
     quant = (packed.weight.view(-1), *native.state_args(packed.quant_state))
     A, B, S = dense.lora_A, dense.lora_B, torch.randn(5, 2)
     needs = (True, True, False, True)
+    stats = native.state_args(packed.quant_state)[:-1]
+    two = [packed.weight.view(-1), A, B, dense.bias, dense.seed, *stats] * 2
     bounds = torch.linspace(-0.9, 0.9, 15)
     order = torch.arange(16, dtype=torch.uint8)
     return {
@@ -225,6 +227,11 @@ def _op_arguments() -> dict[str, tuple]:
         "qlora_linear_fwd": (dense.x, *quant, torch.float32, dense.bias, A, B, *options),
         "qlora_linear_bwd": (
             dense.dy, dense.x, *quant, torch.float32, A, B, S, *options, *needs,
+        ),
+        "shared_linear_fwd": (dense.x, two, [64, 64], torch.float32, [1.0, 2.0], [0.1, 0.0]),
+        "shared_linear_bwd": (
+            [dense.dy, dense.dy], dense.x, two, [64, 64], torch.float32, [S, S],
+            [1.0, 2.0], [0.1, 0.0], True, [1, 1, 0, 1, 0, 1],
         ),
         "quantize_4bit": (dense.weight, bounds, order, 64),
         "dequantize_4bit_out": (*quant, torch.empty(12, 64)),
