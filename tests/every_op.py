@@ -17,6 +17,8 @@ from torch.nn import functional as F
 
 from fastlora import lora_linear, ops, reference
 from fastlora.backends import native
+from fastlora.fused import shared_linear
+from fastlora.reference import Projection
 from fastlora.tolerance import exceeds
 
 SCALING, DROPOUT = 1.5, 0.1
@@ -27,10 +29,16 @@ DTYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torc
 
 
 def plain(
-    x: Tensor, weight: Tensor, bias: Tensor, lora_A: Tensor, lora_B: Tensor, kept: Tensor
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    kept: Tensor,
+    dropout_p: float = DROPOUT,
 ) -> Tensor:
     """PEFT's sequence: `x W^T + bias + scaling * (drop(x) A^T) B^T`, each product rounded."""
-    _, scale = reference.dropout_threshold(DROPOUT)
+    _, scale = reference.dropout_threshold(dropout_p)
     S = F.linear((x * kept * scale).to(lora_A.dtype), lora_A)
     return F.linear(x, weight, bias) + (F.linear(S, lora_B) * SCALING).to(x.dtype)
 
@@ -83,6 +91,59 @@ def check_layer(
         assert report.ok, f"{name}, {size}, {dtypes}, quantized={quantized}: {report}"
 
 
+def check_shared(
+    size: tuple[int, int, int, int],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    quantized: bool,
+    backend: str,
+) -> None:
+    """Forward and all gradients of three layers of one x, of which one drops nothing."""
+    M, N, K, R = size
+    x_dtype, adapter_dtype = dtypes
+    torch.manual_seed(M)
+    inputs = {"x": torch.randn(M, K).to(x_dtype)}
+    layers, dys = [], []
+    for i, (rows, dropout_p) in enumerate(((N, DROPOUT), (N + 13, 0.0), (N, DROPOUT))):
+        weight, state = (torch.randn(rows, K) / K**0.5).to(x_dtype), None
+        if quantized:
+            weight, state = reference.quantize_4bit(weight, 64, "nf4", compress_statistics=True)
+        seed = torch.tensor([M + i])
+        kept = reference.dropout_mask(M, K, dropout_p, seed)
+        layers.append((weight, state, dropout_p, seed, kept))
+        dys.append(torch.randn(M, rows).to(x_dtype))
+        inputs |= {
+            f"bias{i}": torch.randn(rows).to(x_dtype),
+            f"lora_A{i}": (torch.randn(R, K) / K**0.5).to(adapter_dtype),
+            f"lora_B{i}": (torch.randn(rows, R) / R**0.5).to(adapter_dtype),
+        }
+
+    def own(named: dict[str, Tensor], i: int) -> tuple[Tensor, Tensor, Tensor]:
+        return named[f"bias{i}"], named[f"lora_A{i}"], named[f"lora_B{i}"]
+
+    def usual(named: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        ys = []
+        for i, (weight, state, dropout_p, _, kept) in enumerate(layers):
+            dense = weight if state is None else reference.dequantize_4bit(weight, state, x_dtype)
+            ys.append(plain(named["x"], dense.to(dtype), *own(named, i), kept, dropout_p))
+        return results(torch.cat(ys, dim=1), torch.cat(dys, dim=1), named)
+
+    mine = leaves(inputs)
+    ys = shared_linear(
+        mine["x"],
+        [
+            Projection(weight, *own(mine, i), SCALING, dropout_p, seed, state)
+            for i, (weight, state, dropout_p, seed, _) in enumerate(layers)
+        ],
+        backend=backend,
+    )
+    out = results(torch.cat(ys, dim=1), torch.cat(dys, dim=1), mine)
+    exact = usual(leaves(inputs, torch.float64), torch.float64)
+    base = usual(leaves(inputs), x_dtype)
+    for name in out:
+        report = exceeds(out[name], exact[name], base[name])
+        assert report.ok, f"shared {name}, {size}, {dtypes}, quantized={quantized}: {report}"
+
+
 def check_4bit(backend: str) -> None:
     """Quantise and dequantise, bit by bit."""
     for quant_type in ("nf4", "fp4"):
@@ -102,6 +163,7 @@ def main() -> None:
         for dtypes in DTYPES:
             for quantized in (False, True):
                 check_layer(size, dtypes, quantized, backend)
+                check_shared(size, dtypes, quantized, backend)
     build = native.build_info()
     print(build["cpu_isa"] if build else "no native library")
 
