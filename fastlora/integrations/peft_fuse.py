@@ -92,7 +92,8 @@ def separate(model: nn.Module) -> None:
 
 
 def _fast_children(module: nn.Module) -> dict[str, nn.Module]:
-    return {name: child for name, child in module._modules.items() if child and is_fast(child)}
+    children = module._modules.items()
+    return {name: child for name, child in children if child is not None and is_fast(child)}
 
 
 def _read(model: nn.Module) -> list[list[nn.Module]]:
@@ -119,7 +120,8 @@ def _recorded(model: nn.Module, example: Any) -> list[list[nn.Module]]:
     hooks = [m.register_forward_pre_hook(note) for m in model.modules() if is_fast(m)]
     try:
         model.eval()
-        with torch.random.fork_rng():
+        devices = {p.device.index for p in model.parameters() if p.is_cuda}
+        with torch.random.fork_rng(sorted(devices)):
             if isinstance(example, Mapping):
                 model(**example)
             else:

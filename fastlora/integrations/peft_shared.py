@@ -114,6 +114,8 @@ class SharedInput:
     def _taken(self, held: _Held | None, place: int, found: Plan, x: Tensor) -> Tensor:
         """The result that waits for this call; computed alone where there is none."""
         if held is None or held.group is not self or held.x is not x or held.mode != _mode(x):
+            if held is not None:
+                held.group.untaken = len(held.results)
             return found.run(x)
         signature, y = held.results.pop(place, (None, None))
         if held.results:
