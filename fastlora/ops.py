@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .backends import choose
+from .backends.tuned import preferred
 from .quant import BLOCKSIZES, QuantState, as_quant_state, packed_bytes
 
 _Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -93,6 +94,7 @@ def qlora_linear_fwd(
         "qlora_linear_fwd",
         x.device.type,
         backend,
+        prefer=preferred("qlora_linear_fwd", x, compute_dtype or x.dtype, *lora_B.shape),
         dtype=x.dtype,
         adapter_dtype=lora_A.dtype,
         compute_dtype=compute_dtype,
@@ -132,6 +134,7 @@ def qlora_linear_bwd(
         "qlora_linear_bwd",
         x.device.type,
         backend,
+        prefer=preferred("qlora_linear_bwd", x, compute_dtype or x.dtype, *lora_B.shape),
         dtype=x.dtype,
         adapter_dtype=lora_A.dtype,
         compute_dtype=compute_dtype,

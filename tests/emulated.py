@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastlora import backends
+from fastlora import backends, reference
 from fastlora.backends import native, native_cuda
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,6 +88,8 @@ def as_backend() -> Iterator[str]:
         patch.setattr(native_cuda, "ops", ops)
         patch.setattr(native_cuda, "_reason", None)
         patch.setattr(native_cuda, "fused_tokens", lambda device: FUSED_TOKENS)
+        # Triton's interpreter would take most of the time, and has tests of its own.
+        patch.setattr(native_cuda, "skinny", lambda device: reference)
         patch.setattr(native, "ops", ops)
         patch.setitem(backends.BACKENDS, NAME, module)
         yield NAME

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastlora import ops, reference
-from fastlora.backends import native, native_cuda
+from fastlora.backends import native, native_cuda, triton
 from tests import emulated
 from tests.cases import BASES, CASES, DTYPES, Base, Case, exact_results, make_inputs, plain_results
 from tests.conftest import poisoned_memory
@@ -52,6 +52,22 @@ def backend() -> Iterator[str]:
     emulated.load()
     with emulated.as_backend() as name:
         yield name
+
+
+@pytest.mark.skipif(triton.unavailable_reason() is not None, reason="Triton is not installed")
+@pytest.mark.parametrize("case", EDGES[:4], ids=str)
+@pytest.mark.parametrize("decoded_first", [False, True])
+def test_with_the_skinny_products_of_triton(
+    case: Case, decoded_first: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if reason := triton.unsupported("lora_linear_fwd", "cpu"):
+        pytest.skip(reason)
+    calls = []
+    monkeypatch.setattr(native_cuda, "skinny", lambda device: calls.append(device) or triton)
+    if decoded_first:
+        monkeypatch.setattr(native_cuda, "fused_tokens", lambda device: 0)
+    test_against_definition(case, NESTED, "bf16, fp32 adapter", backend)
+    assert calls
 
 
 @pytest.mark.parametrize(

@@ -180,3 +180,25 @@ def dequantize_4bit(
     if out.numel():
         torch.ops.fastlora_triton.dequantize_4bit_out(packed, *state_args(quant_state), out)
     return out
+
+
+def shrink(x: Tensor, lora_A: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+    """`reference.shrink`."""
+    return torch.ops.fastlora_triton.shrink(x, lora_A, dropout_p, seed)
+
+
+def skinny_bwd(
+    dy: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    S: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """`reference.skinny_bwd`."""
+    args = (dy, x, lora_A, lora_B, S, scaling, dropout_p, seed)
+    dS, *grads = torch.ops.fastlora_triton.skinny_bwd(*args, *needs)
+    return dS, *_asked(tuple(grads), needs)

@@ -1,8 +1,12 @@
-"""What `fastlora tune` measures: an op's candidates, and the plain addmm sequence beside them."""
+"""What `fastlora tune` measures: an op's candidates, and the plain addmm sequence beside them.
+
+The candidates are tiles of the Triton kernels, the vendor's product between them, and the native
+backend's kernels for the same op where there are any.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +16,7 @@ from torch.nn.functional import dropout
 
 from ... import reference, tuning
 from ...tolerance import exceeds
+from .. import native, tuned
 from ..native_cuda import state_args
 from .kernels.base_product_4bit import fits
 from .kernels.dequantize_4bit import Packed, dequantize_4bit
@@ -25,6 +30,8 @@ _SCALING = 1.5
 _ROWS = 64
 
 Call = Callable[[], Any]
+# The candidate that is no tile: the op on the native backend.
+NATIVE: tuning.Choice = {"way": native.NAME}
 
 
 @dataclass(frozen=True)
@@ -79,9 +86,9 @@ class Trial:
         self.A = normal(R, K, by=K, dtype=problem.adapter_dtype)
         self.B = normal(N, R, by=R, dtype=problem.adapter_dtype)
         self.seed = torch.tensor([7], device=device)
-        self.packed = None
+        self.packed = self.quantised = None
         if problem.four_bit:
-            data, state = reference.quantize_4bit(
+            data, state = self.quantised = reference.quantize_4bit(
                 self.weight, problem.blocksize, problem.quant_type, True
             )
             self.packed = Packed(data.view(-1), *state_args(state))
@@ -90,7 +97,7 @@ class Trial:
         _, self.S = self._forward(self.gpu)
 
     def choices(self) -> list[tuning.Choice]:
-        """What may run the base product here: tiles that fit, and the vendor's product."""
+        """What may run the op here: the vendor's product, the native backend, tiles that fit."""
         problem = self.problem
         M, _, K, R = problem.sizes
         if not problem.four_bit:
@@ -99,10 +106,20 @@ class Trial:
             tiles = candidates("base_product_4bit", self.gpu.arch, problem.dtype, M, R)
         else:
             tiles = []
-        return [choice_of(None), *map(choice_of, tiles)]
+        others = [choice_of(None)]
+        if self.quantised is not None and self._native_runs():
+            others.append(NATIVE)
+        return [*others, *map(choice_of, tiles)]
+
+    def _native_runs(self) -> bool:
+        problem, device = self.problem, self.x.device.type
+        dtypes = {"dtype": problem.dtype, "adapter_dtype": problem.adapter_dtype}
+        return native.unsupported(problem.op, device, **dtypes) is None
 
     def call(self, choice: tuning.Choice) -> Call:
         """The whole op with this choice."""
+        if choice == NATIVE:
+            return self._native_forward if self.problem.is_forward else self._native_backward
         gpu = replace(self.gpu, trial=choice)
         return lambda: (self._forward if self.problem.is_forward else self._backward)(gpu)
 
@@ -153,6 +170,18 @@ class Trial:
             return lora_linear_bwd(gpu, self.dy, x, self.weight, *lora)
         return qlora_linear_bwd(gpu, self.dy, x, self.packed, base, *lora)
 
+    def _native_forward(self) -> tuple[Tensor, Tensor]:
+        assert self.quantised is not None
+        p, (data, state) = self.problem.dropout_p, self.quantised
+        lora = (None, self.A, self.B, _SCALING, p, self.seed)
+        return native.qlora_linear_fwd(self.x, data, state, *lora)
+
+    def _native_backward(self) -> tuple[Tensor | None, ...]:
+        assert self.quantised is not None
+        p, (data, state) = self.problem.dropout_p, self.quantised
+        lora = (self.A, self.B, self.S, _SCALING, p, self.seed)
+        return native.qlora_linear_bwd(self.dy, self.x, data, state, *lora)
+
     def _expected(self, rows: slice, dtype: torch.dtype | None) -> Tensor:
         """y or dx by the definition; in the working dtypes for None: then W's product is rounded
         before the LoRA term is added, as PEFT does."""
@@ -178,7 +207,19 @@ def _first(grads: tuple[Tensor | None, ...]) -> Tensor:
     return grads[0]
 
 
-def keep(trial: Trial, choice: tuning.Choice) -> None:
-    """Stores `choice` for the trial's problem and device."""
-    problem = trial.problem
-    tuning.store(trial.gpu.key, problem.op, shape_key(problem.dtype, problem.sizes), choice)
+def keep(trial: Trial, faster: Sequence[tuning.Choice]) -> None:
+    """Stores what won for the trial's problem and device.
+
+    Args:
+        faster: the choices that beat addmm, the fastest first; it names the backend, and the first
+            tile (or vendor's product) among them is Triton's, should Triton be asked for.
+    """
+    problem, key = trial.problem, trial.gpu.key
+    shape = shape_key(problem.dtype, problem.sizes)
+    for choice in faster:
+        if choice != NATIVE:
+            tuning.store(key, problem.op, shape, choice)
+            break
+    if problem.four_bit and faster:
+        backend = native.NAME if faster[0] == NATIVE else "triton"
+        tuning.store(key, tuned.key(problem.op), shape, {"backend": backend})

@@ -99,7 +99,7 @@ class Bench:
         }
 
     def _prepare(self, provider: Provider, setup: Setup, case: Case) -> Calls | Refused:
-        if (reason := provider.why_not(case)) is not None:
+        if (reason := provider.why_not(case, self.device)) is not None:
             return Refused(reason, wrong=False)
         if provider.once or provider.name not in self._built:
             copies = 1 if provider.once else len(setup.weights)
