@@ -261,6 +261,20 @@ def test_fused_tokens_of_unlisted_devices(monkeypatch: pytest.MonkeyPatch) -> No
         assert find(torch.device("cuda")) == want
 
 
+def test_the_choice_of_a_kernel_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+    def scaled(x: torch.Tensor) -> torch.Tensor:
+        most = _fused_tokens(x.device)
+        kernel = native_cuda.plan(x.shape[0], x.shape[1], 64, torch.bfloat16, most)
+        return x * len(kernel)
+
+    compiled = torch.compile(scaled, fullgraph=True, dynamic=True, backend="eager")
+    for M in (8, 300, 900):
+        x = torch.ones(M, 64)
+        assert torch.equal(compiled(x), scaled(x))
+
+
 _fused_tokens = native_cuda.fused_tokens
 
 

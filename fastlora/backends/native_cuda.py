@@ -60,6 +60,7 @@ def unsupported(op: str, *dtypes: torch.dtype | None) -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def fused_tokens(device: torch.device) -> int:
     """`FUSED_TOKENS` of a device; unknown ones are taken for the next older one that is listed."""
     capability = torch.cuda.get_device_capability(device)
