@@ -48,6 +48,11 @@ def load() -> None:
             _reason = f"the library {path} can't be loaded: {error}"
 
 
+def unavailable_reason() -> str | None:
+    """One sentence: why the library is missing and how to get it; None when it is there."""
+    return _reason
+
+
 def unsupported(op: str, *dtypes: torch.dtype | None) -> str | None:
     """One sentence that says why `op` can't run on a CUDA device, or None."""
     if _reason is not None:

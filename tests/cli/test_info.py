@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from fastlora.backends import native
+from fastlora.backends import native, native_cuda
 from fastlora.cli import main
 
 
@@ -41,6 +41,14 @@ def test_a_missing_library_is_explained(
     facts = report(capsys)["fastlora"]
     assert facts["native library"] == "not built; `make build` builds it."
     assert facts["backends on cpu"] == ["reference"]
+
+
+@pytest.mark.parametrize("reason", ["this torch is built without CUDA.", None])
+def test_the_library_for_cuda(
+    reason: str | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native_cuda, "_reason", reason)
+    assert report(capsys)["fastlora"]["library for cuda"] == (reason or "loaded")
 
 
 def test_settings_are_shown(
