@@ -36,7 +36,14 @@ def lora_linear_fwd(
     """
     _check_weight(x, weight, lora_B)
     _check_common(x, bias, lora_A, lora_B, dropout_p, seed)
-    b = choose("lora_linear_fwd", x.device.type, backend, dtype=x.dtype, adapter_dtype=lora_A.dtype)
+    b = choose(
+        "lora_linear_fwd",
+        x.device.type,
+        backend,
+        dtype=x.dtype,
+        adapter_dtype=lora_A.dtype,
+        index=x.device.index,
+    )
     return b.lora_linear_fwd(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
 
 
@@ -63,7 +70,14 @@ def lora_linear_bwd(
     _check_weight(x, weight, lora_B)
     _check_common(x, None, lora_A, lora_B, dropout_p, seed)
     _check_backward(dy, x, lora_B, S)
-    b = choose("lora_linear_bwd", x.device.type, backend, dtype=x.dtype, adapter_dtype=lora_A.dtype)
+    b = choose(
+        "lora_linear_bwd",
+        x.device.type,
+        backend,
+        dtype=x.dtype,
+        adapter_dtype=lora_A.dtype,
+        index=x.device.index,
+    )
     return b.lora_linear_bwd(dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, needs)
 
 
@@ -98,6 +112,7 @@ def qlora_linear_fwd(
         dtype=x.dtype,
         adapter_dtype=lora_A.dtype,
         compute_dtype=compute_dtype,
+        index=x.device.index,
     )
     return b.qlora_linear_fwd(
         x, weight, state, bias, lora_A, lora_B, scaling, dropout_p, seed, compute_dtype
@@ -138,6 +153,7 @@ def qlora_linear_bwd(
         dtype=x.dtype,
         adapter_dtype=lora_A.dtype,
         compute_dtype=compute_dtype,
+        index=x.device.index,
     )
     return b.qlora_linear_bwd(
         dy, x, weight, state, lora_A, lora_B, S, scaling, dropout_p, seed, compute_dtype, needs
@@ -161,7 +177,8 @@ def quantize_4bit(
         raise ValueError(f"blocksize must be one of {BLOCKSIZES}, got {blocksize}")
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"weight must be fp32, bf16 or fp16, got {weight.dtype}")
-    b = choose("quantize_4bit", weight.device.type, backend, dtype=weight.dtype)
+    place = weight.device
+    b = choose("quantize_4bit", place.type, backend, dtype=weight.dtype, index=place.index)
     return b.quantize_4bit(weight, blocksize, quant_type, compress_statistics)
 
 
@@ -193,7 +210,8 @@ def dequantize_4bit(
         )
     if out is not None and out.dtype != dtype:
         raise TypeError(f"out must have dtype {dtype}, got {out.dtype}")
-    b = choose("dequantize_4bit", packed.device.type, backend, dtype=dtype)
+    place = packed.device
+    b = choose("dequantize_4bit", place.type, backend, dtype=dtype, index=place.index)
     return b.dequantize_4bit(packed, state, dtype, out)
 
 

@@ -145,14 +145,15 @@ class LinearBwd {
   void strip_of_K(int64_t k) {
     const int64_t keep_words = M_ * keep_words_;
     const int64_t count = min(strip_, K_ - k), tokens = min(tiles_.bwd_tokens, M_);
-    const int64_t panel_rows =
-        max(max(tiles_.bwd_grad_tokens, tiles_.bwd_panel_units), 2 * R_lanes_);
+    // For grad_A's tokens, one panel wide, and for base_product's units.
+    const int64_t panel_floats =
+        max(tiles_.bwd_grad_tokens * kPanel, tiles_.bwd_panel_units * strip_);
     Pieces local{static_cast<char*>(scratch(
-        Scratch::local,
-        Pieces::bytes<uint32_t>(keep_words) + Pieces::bytes<float>(panel_rows * strip_) +
-            Pieces::bytes<float>(max(tokens, R_) * strip_) + Pieces::bytes<float>(R_ * strip_)))};
+        Scratch::local, Pieces::bytes<uint32_t>(keep_words) + Pieces::bytes<float>(panel_floats) +
+                            Pieces::bytes<float>(max(tokens, R_) * strip_) +
+                            Pieces::bytes<float>(R_ * strip_)))};
     uint32_t* bits = local.take<uint32_t>(keep_words);
-    float* panels = local.take<float>(panel_rows * strip_);
+    float* panels = local.take<float>(panel_floats);
     float* C = local.take<float>(max(tokens, R_) * strip_);
     float* A_panels = local.take<float>(R_ * strip_);
 

@@ -69,7 +69,8 @@ def choose(
         device: torch device type, "cpu" or "cuda".
         backend: a backend's name; it alone is asked.
         prefer: the one to ask before the others, if the order has it.
-        what: dtypes that `unsupported` looks at: `dtype`, `adapter_dtype`, `compute_dtype`.
+        what: what `unsupported` looks at: `dtype`, `adapter_dtype`, `compute_dtype`, and `index`
+            of a GPU.
 
     Raises:
         ValueError: unknown name. RuntimeError: the forced backend, or every backend, declines.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import reference
 from ..quant import QuantState
+from .gpu import unsupported_gpu
 
 OPS = ("qlora_linear_fwd", "qlora_linear_bwd", "quantize_4bit", "dequantize_4bit")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -53,10 +54,10 @@ def unavailable_reason() -> str | None:
     return _reason
 
 
-def unsupported(op: str, *dtypes: torch.dtype | None) -> str | None:
-    """One sentence that says why `op` can't run on a CUDA device, or None."""
-    if _reason is not None:
-        return _reason
+def unsupported(op: str, index: int | None, *dtypes: torch.dtype | None) -> str | None:
+    """One sentence that says why `op` can't run on CUDA device `index`, or None."""
+    if reason := _reason or unsupported_gpu(index):
+        return reason
     if op not in OPS:
         return f"{op} has no CUDA kernel in the native backend."
     for dtype in dtypes:
@@ -99,11 +100,12 @@ def state_args(state: QuantState) -> tuple[Any, ...]:
     return state.absmax, state.code, nested_absmax, nested_code, state.offset, state.blocksize
 
 
-def skinny(device: str) -> ModuleType:
+def skinny(device: torch.device) -> ModuleType:
     """Who makes the products that touch no W: the Triton backend, else the reference."""
     from . import triton
 
-    return reference if triton.unsupported("lora_linear_fwd", device) else triton
+    missing = triton.unsupported("lora_linear_fwd", device.type, index=device.index)
+    return reference if missing else triton
 
 
 def _decoded(weight: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
@@ -124,7 +126,7 @@ def qlora_linear_fwd(
     compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`reference.qlora_linear_fwd`."""
-    dtype, others = compute_dtype or x.dtype, skinny(x.device.type)
+    dtype, others = compute_dtype or x.dtype, skinny(x.device)
     kernel = plan(x.shape[0], x.shape[1], quant_state.blocksize, dtype, fused_tokens(x.device))
     if kernel == "dequantize" and others is not reference:
         lora = (bias, lora_A, lora_B, scaling, dropout_p, seed)
@@ -158,7 +160,7 @@ def qlora_linear_bwd(
     needs: tuple[bool, bool, bool, bool] = (True, True, True, False),
 ) -> tuple[Tensor | None, ...]:
     """`reference.qlora_linear_bwd`."""
-    dtype, others = compute_dtype or x.dtype, skinny(x.device.type)
+    dtype, others = compute_dtype or x.dtype, skinny(x.device)
     M, K = x.shape
     kernel = plan(M, K, quant_state.blocksize, dtype, fused_tokens(x.device))
     lora = (lora_A, lora_B, S, scaling, dropout_p, seed)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from fastlora.backends import native, native_cuda
+from fastlora.backends import cpu, native, native_cuda
 from fastlora.cli import main
 
 
@@ -49,6 +50,18 @@ def test_the_library_for_cuda(
 ) -> None:
     monkeypatch.setattr(native_cuda, "_reason", reason)
     assert report(capsys)["fastlora"]["library for cuda"] == (reason or "loaded")
+
+
+def test_tuned_sizes_are_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if native.build_info() is None:
+        pytest.skip(str(native.unavailable_reason()))
+    monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path))
+    facts = report(capsys)["fastlora"]
+    assert facts["tile sizes"] == "defaults"
+    cpu.keep(str(facts["instruction set chosen"]), {"decode_rows": 64})
+    assert report(capsys)["fastlora"]["tile sizes"] == "tuned"
 
 
 def test_settings_are_shown(
