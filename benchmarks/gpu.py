@@ -28,6 +28,7 @@ from rich.console import Console
 
 # Shares of the time of each stage; measuring has what is left.
 _VERIFY_SHARE, _TUNE_SHARE = 0.3, 0.3
+_BACKENDS = ("triton", "native")
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Plan:
     sample_seconds: float
 
 
-_COLUMNS = ("frozen", "frozen-dense", "peft", "peft-cast", "addmm", "fastlora-triton")
+_COLUMNS = ("frozen", "frozen-dense", "peft", "peft-cast", "addmm", "fastlora-triton", "fastlora")
 # LoRAFusion's shapes; one odd size and one of whole tiles are enough to verify every kernel.
 FULL = Plan(
     verify=((129, 259, 320, 24), (256, 256, 512, 16), (1, 96, 128, 64)),
@@ -64,7 +65,7 @@ FULL = Plan(
     few=(1, 16, 64, 4, 32),
     providers=_COLUMNS,
     compiled=("compile",),
-    candidates=6,
+    candidates=7,
     rounds=7,
     sample_seconds=0.02,
 )
@@ -75,7 +76,7 @@ DRY = Plan(
     few=(1,),
     providers=_COLUMNS,
     compiled=(),
-    candidates=2,
+    candidates=3,
     rounds=1,
     sample_seconds=1e-6,
 )
@@ -147,37 +148,33 @@ def environment(run: Run, until: float) -> dict[str, Any]:
 
 def verify(run: Run, until: float) -> dict[str, Any]:
     """Every op, base and dtype against the definition; a row for each cell of the table."""
-    from fastlora.cli.verify import check
+    from fastlora.cli.verify import check, unsupported
 
+    backends = [name for name in _BACKENDS if unsupported(name, run.device) is None]
     failures: list[str] = []
     done = 0
     for size in run.plan.verify:
         if run.elapsed() > until:
             break
-        results = check(
-            ["triton"],
+        found = check(
+            backends,
             run.device,
             sizes=(size,),
             stop=lambda: run.elapsed() > until,
             console=run.console,
-        )["triton"]
-        for (op, base), cells in results.items():
-            for column, cell in cells.items():
-                failures += cell.failures
-                run.write(
-                    "verify.csv",
-                    {
-                        "size": " ".join(map(str, size)),
-                        "op": op,
-                        "base": base,
-                        "dtypes": column,
-                        "cases": cell.cases,
-                        "worst_error_over_bound": f"{cell.worst:.3g}",
-                        "failures": len(cell.failures),
-                    },
-                )
+        )
+        for backend, results in found.items():
+            for (op, base), cells in results.items():
+                for column, cell in cells.items():
+                    failures += cell.failures
+                    row = {"size": " ".join(map(str, size)), "backend": backend, "op": op}
+                    row |= {"base": base, "dtypes": column, "cases": cell.cases}
+                    row |= {"worst_error_over_bound": f"{cell.worst:.3g}"}
+                    run.write("verify.csv", row | {"failures": len(cell.failures)})
         done += run.elapsed() <= until
-    return {"whole_sizes": done, "of": len(run.plan.verify), "failures": failures}
+    left_out = {name: unsupported(name, run.device) for name in _BACKENDS if name not in backends}
+    facts = {"backends": backends, "left_out": left_out}
+    return facts | {"whole_sizes": done, "of": len(run.plan.verify), "failures": failures}
 
 
 def tune(run: Run, until: float) -> dict[str, Any]:

@@ -7,11 +7,14 @@ differentiable; `fastlora.lora_linear` is.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .backends import choose
+from .backends.tuned import preferred
 from .quant import BLOCKSIZES, QuantState, as_quant_state, packed_bytes
 from .reference import Projection
 
@@ -39,7 +42,14 @@ def lora_linear_fwd(
     """
     _check_weight(x, weight, lora_B)
     _check_common(x, bias, lora_A, lora_B, dropout_p, seed)
-    b = choose("lora_linear_fwd", x.device.type, backend, dtype=x.dtype, adapter_dtype=lora_A.dtype)
+    b = choose(
+        "lora_linear_fwd",
+        x.device.type,
+        backend,
+        dtype=x.dtype,
+        adapter_dtype=lora_A.dtype,
+        index=x.device.index,
+    )
     return b.lora_linear_fwd(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
 
 
@@ -66,7 +76,14 @@ def lora_linear_bwd(
     _check_weight(x, weight, lora_B)
     _check_common(x, None, lora_A, lora_B, dropout_p, seed)
     _check_backward(dy, x, lora_B, S)
-    b = choose("lora_linear_bwd", x.device.type, backend, dtype=x.dtype, adapter_dtype=lora_A.dtype)
+    b = choose(
+        "lora_linear_bwd",
+        x.device.type,
+        backend,
+        dtype=x.dtype,
+        adapter_dtype=lora_A.dtype,
+        index=x.device.index,
+    )
     return b.lora_linear_bwd(dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, needs)
 
 
@@ -97,9 +114,11 @@ def qlora_linear_fwd(
         "qlora_linear_fwd",
         x.device.type,
         backend,
+        prefer=preferred("qlora_linear_fwd", x, compute_dtype or x.dtype, *lora_B.shape),
         dtype=x.dtype,
         adapter_dtype=lora_A.dtype,
         compute_dtype=compute_dtype,
+        index=x.device.index,
     )
     return b.qlora_linear_fwd(
         x, weight, state, bias, lora_A, lora_B, scaling, dropout_p, seed, compute_dtype
@@ -136,9 +155,11 @@ def qlora_linear_bwd(
         "qlora_linear_bwd",
         x.device.type,
         backend,
+        prefer=preferred("qlora_linear_bwd", x, compute_dtype or x.dtype, *lora_B.shape),
         dtype=x.dtype,
         adapter_dtype=lora_A.dtype,
         compute_dtype=compute_dtype,
+        index=x.device.index,
     )
     return b.qlora_linear_bwd(
         dy, x, weight, state, lora_A, lora_B, S, scaling, dropout_p, seed, compute_dtype, needs
@@ -156,7 +177,7 @@ def shared_linear_fwd(
         RuntimeError: the backend asked for can't run the op; the message says why.
     """
     projections = _check_projections(x, projections)
-    b = choose(_single("fwd", projections), x.device.type, backend, **_dtypes(x, projections))
+    b = _choose("fwd", x, projections, backend)
     return b.shared_linear_fwd(x, projections)
 
 
@@ -187,7 +208,7 @@ def shared_linear_bwd(
     for dy, p, S in zip(dys, projections, Ss, strict=True):
         if dy is not None:
             _check_backward(dy, x, p.lora_B, S)
-    b = choose(_single("bwd", projections), x.device.type, backend, **_dtypes(x, projections))
+    b = _choose("bwd", x, projections, backend)
     return b.shared_linear_bwd(dys, x, projections, Ss, need_dx, needs)
 
 
@@ -208,7 +229,8 @@ def quantize_4bit(
         raise ValueError(f"blocksize must be one of {BLOCKSIZES}, got {blocksize}")
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"weight must be fp32, bf16 or fp16, got {weight.dtype}")
-    b = choose("quantize_4bit", weight.device.type, backend, dtype=weight.dtype)
+    place = weight.device
+    b = choose("quantize_4bit", place.type, backend, dtype=weight.dtype, index=place.index)
     return b.quantize_4bit(weight, blocksize, quant_type, compress_statistics)
 
 
@@ -240,7 +262,8 @@ def dequantize_4bit(
         )
     if out is not None and out.dtype != dtype:
         raise TypeError(f"out must have dtype {dtype}, got {out.dtype}")
-    b = choose("dequantize_4bit", packed.device.type, backend, dtype=dtype)
+    place = packed.device
+    b = choose("dequantize_4bit", place.type, backend, dtype=dtype, index=place.index)
     return b.dequantize_4bit(packed, state, dtype, out)
 
 
@@ -351,23 +374,30 @@ def _check_projections(x: Tensor, projections: Sequence[Projection]) -> list[Pro
             p = p._replace(weight=weight, quant_state=state)
         _check_common(x, p.bias, p.lora_A, p.lora_B, p.dropout_p, p.seed)
         checked.append(p)
-        for name, dtype in _dtypes(x, [p]).items():
-            if dtype != (first := _dtypes(x, checked)[name]):
+        for name, dtype in _dtypes([p]).items():
+            if dtype != (first := _dtypes(checked)[name]):
                 raise TypeError(f"{name} must be the same in all projections, {first}, got {dtype}")
     return checked
 
 
-def _single(direction: str, projections: Sequence[Projection]) -> str:
-    """The single op of such projections; a backend that has it runs several of them, too."""
-    kind = "lora" if projections[0].quant_state is None else "qlora"
-    return f"{kind}_linear_{direction}"
+def _choose(
+    direction: str, x: Tensor, projections: Sequence[Projection], backend: str | None
+) -> ModuleType:
+    """The backend of the single op: one that has it runs several of them, too."""
+    first = projections[0]
+    what: dict[str, Any] = {"dtype": x.dtype, "index": x.device.index, **_dtypes(projections)}
+    if first.quant_state is None:
+        return choose(f"lora_linear_{direction}", x.device.type, backend, **what)
+    op, dtype = f"qlora_linear_{direction}", first.compute_dtype or x.dtype
+    prefer = preferred(op, x, dtype, *first.lora_B.shape)
+    return choose(op, x.device.type, backend, prefer=prefer, **what)
 
 
-def _dtypes(x: Tensor, projections: Sequence[Projection]) -> dict[str, torch.dtype | None]:
+def _dtypes(projections: Sequence[Projection]) -> dict[str, torch.dtype | None]:
     """What `choose` asks of projections whose dtypes are those of the first."""
     first = projections[0]
     compute = None if first.quant_state is None else first.compute_dtype
-    return {"dtype": x.dtype, "adapter_dtype": first.lora_A.dtype, "compute_dtype": compute}
+    return {"adapter_dtype": first.lora_A.dtype, "compute_dtype": compute}
 
 
 def _check_backward(dy: Tensor, x: Tensor, lora_B: Tensor, S: Tensor) -> None:

@@ -14,13 +14,11 @@ measures, and nothing is ever stored but by a call of `store`.
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -42,8 +40,8 @@ def size_class(size: int) -> int:
 
 def cache_file(device: str) -> Path:
     """Where the choices of `device` are kept."""
-    default = Path.home() / ".cache" / "fastlora"
-    folder = Path(os.environ.get("FASTLORA_CACHE") or default)
+    chosen = os.environ.get("FASTLORA_CACHE")
+    folder = Path(chosen) if chosen else Path.home() / ".cache" / "fastlora"
     name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")[:60]
     return folder / f"{name}-{hashlib.sha256(device.encode()).hexdigest()[:12]}.json"
 
@@ -67,17 +65,19 @@ def store(device: str, op: str, shape: str, choice: Choice) -> Path:
     Processes that store at the same time wait for each other, and a reader finds the old file or
     the new one, never a part.
     """
+    import fcntl  # POSIX; reading does without
+
     path = cache_file(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         choices = _read(path, device) | {f"{op} | {shape}": dict(choice)}
         content = {"device": device, "fastlora": __version__, "choices": choices}
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=path.stem, suffix=".tmp", delete=False
-        ) as file:
-            json.dump(content, file, indent=1, sort_keys=True)
-        os.replace(file.name, path)
+        text = json.dumps(content, indent=1, sort_keys=True)
+        # The lock keeps other writers out; open() gives the file the user's usual permissions.
+        part = path.with_suffix(".tmp")
+        part.write_text(text)
+        os.replace(part, path)
         _choices_of.cache_clear()
     return path
 
@@ -85,7 +85,10 @@ def store(device: str, op: str, shape: str, choice: Choice) -> Path:
 @functools.lru_cache(maxsize=64)
 def _choices_of(device: str, folder: str) -> _Choices:
     """Every op asks: the file is looked for once for each value of FASTLORA_CACHE."""
-    return _read(cache_file(device), device)
+    try:
+        return _read(cache_file(device), device)
+    except RuntimeError:  # there is no home directory
+        return {}
 
 
 def _read(path: Path, device: str) -> _Choices:
@@ -94,4 +97,9 @@ def _read(path: Path, device: str) -> _Choices:
     except (OSError, ValueError):
         return {}
     # The name has but a part of the device's hash.
-    return content["choices"] if content.get("device") == device else {}
+    if not isinstance(content, dict) or content.get("device") != device:
+        return {}
+    choices = content.get("choices")
+    if not isinstance(choices, dict):
+        return {}
+    return {name: choice for name, choice in choices.items() if isinstance(choice, dict)}

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import random
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 import torch
 
+# What the user tuned is none of the tests' business; the library reads it when it loads.
+os.environ["FASTLORA_CACHE"] = tempfile.mkdtemp(prefix="fastlora-cache-")
 # Triton reads it when it is first imported, by whichever test comes first.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

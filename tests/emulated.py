@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastlora import backends
+from fastlora import backends, reference
 from fastlora.backends import native, native_cuda
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,7 +77,7 @@ def as_backend() -> Iterator[str]:
     """Inside, `backend="cuda emulated"` runs the ops' CUDA side on CPU tensors."""
     module = SimpleNamespace(
         NAME=NAME,
-        unsupported=lambda op, device, *dtypes, **named: native_cuda.unsupported(op, *dtypes),
+        unsupported=lambda op, device, *dtypes, **named: native_cuda.unsupported(op, None, *dtypes),
         qlora_linear_fwd=native_cuda.qlora_linear_fwd,
         qlora_linear_bwd=native_cuda.qlora_linear_bwd,
         quantize_4bit=native.quantize_4bit,
@@ -87,7 +87,10 @@ def as_backend() -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native_cuda, "ops", ops)
         patch.setattr(native_cuda, "_reason", None)
+        patch.setattr(native_cuda, "unsupported_gpu", lambda index: None)
         patch.setattr(native_cuda, "fused_tokens", lambda device: FUSED_TOKENS)
+        # Triton's interpreter would take most of the time, and has tests of its own.
+        patch.setattr(native_cuda, "skinny", lambda device: reference)
         patch.setattr(native, "ops", ops)
         patch.setitem(backends.BACKENDS, NAME, module)
         yield NAME

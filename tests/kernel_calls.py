@@ -84,7 +84,7 @@ class Record:
         threshold, scale = reference.dropout_threshold(p)
         self.integers(threshold)
         self.real(scale)
-        self.integers(int(seed))
+        self.array(seed)
 
 
 @dataclass

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastlora import ops, reference
-from fastlora.backends import native, native_cuda
+from fastlora.backends import native, native_cuda, triton
 from tests import emulated
 from tests.cases import BASES, CASES, DTYPES, Base, Case, exact_results, make_inputs, plain_results
 from tests.conftest import poisoned_memory
@@ -52,6 +52,22 @@ def backend() -> Iterator[str]:
     emulated.load()
     with emulated.as_backend() as name:
         yield name
+
+
+@pytest.mark.skipif(triton.unavailable_reason() is not None, reason="Triton is not installed")
+@pytest.mark.parametrize("case", EDGES[:4], ids=str)
+@pytest.mark.parametrize("decoded_first", [False, True])
+def test_with_the_skinny_products_of_triton(
+    case: Case, decoded_first: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if reason := triton.unsupported("lora_linear_fwd", "cpu"):
+        pytest.skip(reason)
+    calls = []
+    monkeypatch.setattr(native_cuda, "skinny", lambda device: calls.append(device) or triton)
+    if decoded_first:
+        monkeypatch.setattr(native_cuda, "fused_tokens", lambda device: 0)
+    test_against_definition(case, NESTED, "bf16, fp32 adapter", backend)
+    assert calls
 
 
 @pytest.mark.parametrize(
@@ -243,6 +259,20 @@ def test_fused_tokens_of_unlisted_devices(monkeypatch: pytest.MonkeyPatch) -> No
     for capability, want in (((8, 0), 512), ((8, 7), 1024), ((12, 1), 1024), ((7, 5), 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
         assert find(torch.device("cuda")) == want
+
+
+def test_the_choice_of_a_kernel_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+    def scaled(x: torch.Tensor) -> torch.Tensor:
+        most = _fused_tokens(x.device)
+        kernel = native_cuda.plan(x.shape[0], x.shape[1], 64, torch.bfloat16, most)
+        return x * len(kernel)
+
+    compiled = torch.compile(scaled, fullgraph=True, dynamic=True, backend="eager")
+    for M in (8, 300, 900):
+        x = torch.ones(M, 64)
+        assert torch.equal(compiled(x), scaled(x))
 
 
 _fused_tokens = native_cuda.fused_tokens

@@ -6,6 +6,7 @@ races, bounds, and what the compiler makes of a kernel; `tests/test_triton_compi
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
@@ -251,6 +252,22 @@ def test_torch_compile_traces_the_layer(backend: str) -> None:
             grads = torch.autograd.grad(y.square().sum(), (x, A, B))
             results.append((y, *grads))
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(("M", "R"), [(7, 3), (0, 3), (7, 0)])
+def test_opcheck_of_the_skinny_products(M: int, R: int) -> None:
+    x, dy = torch.randn(M, 40), torch.randn(M, 24)
+    A, B, S, seed = torch.randn(R, 40), torch.randn(24, R), torch.randn(M, R), torch.tensor([3])
+    calls = {"shrink": (x, A, 0.2, seed), "skinny_bwd": (dy, x, A, B, S, 2.0, 0.2, seed)}
+    for op, arguments in calls.items():
+        needs = [()] if op == "shrink" else itertools.product((True, False), repeat=3)
+        for asked in needs:
+            result = torch.library.opcheck(
+                getattr(torch.ops.fastlora_triton, op).default,
+                (*arguments, *asked),
+                test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+            )
+            assert set(result.values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("op", test_backends._op_arguments())

@@ -13,6 +13,7 @@ import torch
 
 from benchmarks import roofline, static_report
 from benchmarks.static_report import Row
+from fastlora.backends import native
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -172,6 +173,10 @@ def test_gpu_suite_runs_end_to_end(tmp_path: Path) -> None:
     layers = (out / "layers.csv").read_text()
     for provider in ("frozen", "addmm", "fastlora-triton"):
         assert f",{provider}," in layers
+    if native.unavailable_reason() is None:
+        assert ",fastlora," in layers
+        assert ",native,qlora_linear_bwd,nf4" in (out / "verify.csv").read_text()
+        assert ",native backend," in (out / "tune.csv").read_text()
     assert "Triton's interpreter" in layers
     with pytest.raises(SystemExit):
         gpu.main(["--out", str(out), "--dry-run"])  # a folder with results in it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,41 @@ def test_a_broken_file_is_an_empty_one() -> None:
     assert tuning.lookup(DEVICE, "op", "M16") is None
     tuning.store(DEVICE, "op", "M16", {"BM": 32})
     assert tuning.lookup(DEVICE, "op", "M16") == {"BM": 32}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "3",
+        '{"device": DEVICE}',
+        '{"device": DEVICE, "choices": []}',
+        '{"device": DEVICE, "choices": {"op | M16": 7}}',
+    ],
+)
+def test_a_file_of_another_form_is_an_empty_one(content: str) -> None:
+    path = tuning.store(DEVICE, "op", "M16", {"BM": 64})
+    path.write_text(content.replace("DEVICE", json.dumps(DEVICE)))
+    tuning._choices_of.cache_clear()
+    assert tuning.lookup(DEVICE, "op", "M16") is None
+
+
+def test_there_need_be_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    tuning.store(DEVICE, "op", "M16", {"BM": 64})
+    assert tuning.lookup(DEVICE, "op", "M16") == {"BM": 64}
+    monkeypatch.delenv("FASTLORA_CACHE")
+    assert tuning.lookup(DEVICE, "op", "M16") is None
+
+
+def test_other_users_may_read_the_file() -> None:
+    mode = tuning.store(DEVICE, "op", "M16", {"BM": 64}).stat().st_mode & 0o777
+    umask = os.umask(0)
+    os.umask(umask)
+    assert mode == 0o666 & ~umask
 
 
 def _store(number: int) -> None:

@@ -33,8 +33,11 @@ void set_tile_sizes(const py::kwargs& given) {
     bool known = false;
     for (const auto& field : fastlora::kTileSizeFields) {
       if (name != field.name) continue;
-      if (!py::isinstance<py::int_>(value)) throw py::type_error(name + " must be an int");
-      sizes.*field.value = py::cast<int64_t>(value);
+      if (!py::isinstance<py::int_>(value) || py::isinstance<py::bool_>(value))
+        throw py::type_error(name + " must be an int");
+      const int64_t number = PyLong_AsLongLong(value.ptr());
+      if (number == -1 && PyErr_Occurred()) throw py::error_already_set();
+      sizes.*field.value = number;
       known = true;
     }
     if (!known) throw std::invalid_argument("no tile size has the name " + name);

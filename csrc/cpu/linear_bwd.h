@@ -319,8 +319,9 @@ class SharedBwd {
     const int64_t M = first.M_, K = first.K_, strip = first.strip_;
     const int64_t keep_words = M * first.keep_words_;
     const int64_t count = min(strip, K - k), tokens = min(tiles.bwd_tokens, M);
-    const int64_t panel_rows = max(tiles.bwd_grad_tokens, tiles.bwd_panel_units);
-    const int64_t panel_size = panel_rows * strip, tile_size = max(tokens, R_) * strip;
+    // For grad_A's tokens, one panel wide, and for base_product's units.
+    const int64_t panel_size = max(tiles.bwd_grad_tokens * kPanel, tiles.bwd_panel_units * strip);
+    const int64_t tile_size = max(tokens, R_) * strip;
     const int buffers = count_ > 1 ? 2 : 1;  // one layer needs either kind of panel, and one tile
     Pieces local{static_cast<char*>(scratch(
         Scratch::local,

@@ -13,10 +13,12 @@ constexpr int kRanks = 128;  // of S in shared memory at once
 constexpr uint32_t kSharedBytes = kTokens * kRanks * sizeof(float);
 
 __global__ void __launch_bounds__(kThreads) finish_kernel(const FinishParams p) {
-  const int64_t token_tiles = ceil_div(p.M, kTokens);
-  const int64_t token0 = int64_t{block_index()} % token_tiles * kTokens;
-  const int64_t output = block_index() / token_tiles * kThreads + thread_index();
-  const bool inside = output < p.outputs, writes_S = block_index() < token_tiles;
+  // A grid has less than 2^31 blocks: their number needs no 64-bit division, which spills.
+  const auto token_tiles = static_cast<uint32_t>(ceil_div(p.M, kTokens));
+  const auto block = static_cast<uint32_t>(block_index());
+  const int64_t token0 = int64_t{block % token_tiles} * kTokens;
+  const int64_t output = int64_t{block / token_tiles} * kThreads + thread_index();
+  const bool inside = output < p.outputs, writes_S = block < token_tiles;
   float lora[kTokens] = {};
 #pragma unroll 1
   for (int64_t rank0 = 0; rank0 < p.R; rank0 += kRanks) {

@@ -59,20 +59,26 @@ def forced_backend(backend: str | None = None) -> str | None:
     return None
 
 
-def choose(op: str, device: str, backend: str | None = None, **what: Any) -> ModuleType:
+def choose(
+    op: str, device: str, backend: str | None = None, *, prefer: str | None = None, **what: Any
+) -> ModuleType:
     """The first backend of the device's order that supports `op`.
 
     Args:
         op: the op's name.
         device: torch device type, "cpu" or "cuda".
         backend: a backend's name; it alone is asked.
-        what: dtypes that `unsupported` looks at: `dtype`, `adapter_dtype`, `compute_dtype`.
+        prefer: the one to ask before the others, if the order has it.
+        what: what `unsupported` looks at: `dtype`, `adapter_dtype`, `compute_dtype`, and `index`
+            of a GPU.
 
     Raises:
         ValueError: unknown name. RuntimeError: the forced backend, or every backend, declines.
     """
     name = forced_backend(backend)
     order = (name,) if name else DEVICE_ORDER.get(device, _DEFAULT_ORDER)
+    if prefer in order:
+        order = (prefer, *(candidate for candidate in order if candidate != prefer))
     reasons = []
     for candidate in order:
         reason = BACKENDS[candidate].unsupported(op, device, **what)

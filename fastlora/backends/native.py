@@ -53,12 +53,13 @@ def unsupported(
     dtype: torch.dtype | None = None,
     adapter_dtype: torch.dtype | None = None,
     compute_dtype: torch.dtype | None = None,
+    index: int | None = None,
 ) -> str | None:
     """One sentence that says why `op` can't run here, or None."""
     if _reason is not None:
         return _reason
     if device == "cuda":
-        return native_cuda.unsupported(op, dtype, adapter_dtype, compute_dtype)
+        return native_cuda.unsupported(op, index, dtype, adapter_dtype, compute_dtype)
     if device != "cpu":
         return f"{op} has no native kernel for device {device!r}."
     for name, given in (("x", dtype), ("lora_A", adapter_dtype), ("compute_dtype", compute_dtype)):

@@ -1,13 +1,14 @@
 """The native backend on CUDA devices: which kernel of csrc/cuda runs a 4-bit layer's op.
 
 `x W^T` and `dy W` come from one of three kernels, as `plan` says. The skinny products around them,
-which touch no W, are the reference's plain torch operations, but for `qlora_decode`, which makes S
-and adds the LoRA term itself.
+which touch no W, are Triton's, or plain torch's operations without Triton; but `qlora_decode` makes
+S and adds the LoRA term itself. Where W is decoded before its product, Triton runs the whole op.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from .. import reference
 from ..quant import QuantState
+from .gpu import unsupported_gpu
 
 OPS = ("qlora_linear_fwd", "qlora_linear_bwd", "quantize_4bit", "dequantize_4bit")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -47,10 +49,15 @@ def load() -> None:
             _reason = f"the library {path} can't be loaded: {error}"
 
 
-def unsupported(op: str, *dtypes: torch.dtype | None) -> str | None:
-    """One sentence that says why `op` can't run on a CUDA device, or None."""
-    if _reason is not None:
-        return _reason
+def unavailable_reason() -> str | None:
+    """One sentence: why the library is missing and how to get it; None when it is there."""
+    return _reason
+
+
+def unsupported(op: str, index: int | None, *dtypes: torch.dtype | None) -> str | None:
+    """One sentence that says why `op` can't run on CUDA device `index`, or None."""
+    if reason := _reason or unsupported_gpu(index):
+        return reason
     if op not in OPS:
         return f"{op} has no CUDA kernel in the native backend."
     for dtype in dtypes:
@@ -59,6 +66,7 @@ def unsupported(op: str, *dtypes: torch.dtype | None) -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def fused_tokens(device: torch.device) -> int:
     """`FUSED_TOKENS` of a device; unknown ones are taken for the next older one that is listed."""
     capability = torch.cuda.get_device_capability(device)
@@ -92,6 +100,14 @@ def state_args(state: QuantState) -> tuple[Any, ...]:
     return state.absmax, state.code, nested_absmax, nested_code, state.offset, state.blocksize
 
 
+def skinny(device: torch.device) -> ModuleType:
+    """Who makes the products that touch no W: the Triton backend, else the reference."""
+    from . import triton
+
+    missing = triton.unsupported("lora_linear_fwd", device.type, index=device.index)
+    return reference if missing else triton
+
+
 def _decoded(weight: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
     out = torch.empty(tuple(state.shape), dtype=dtype, device=weight.device)
     return ops.dequantize_4bit_out(weight, *state_args(state), out)
@@ -110,14 +126,17 @@ def qlora_linear_fwd(
     compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`reference.qlora_linear_fwd`."""
-    dtype = compute_dtype or x.dtype
+    dtype, others = compute_dtype or x.dtype, skinny(x.device)
     kernel = plan(x.shape[0], x.shape[1], quant_state.blocksize, dtype, fused_tokens(x.device))
+    if kernel == "dequantize" and others is not reference:
+        lora = (bias, lora_A, lora_B, scaling, dropout_p, seed)
+        return others.qlora_linear_fwd(x, weight, quant_state, *lora, compute_dtype)
     quant = (weight, *state_args(quant_state))
     lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
     # The decode kernel reads x once, for both products: in one dtype.
     if kernel == "decode" and x.dtype == dtype:
         return ops.qlora_decode(x, *quant, bias, lora_A, lora_B, scaling, dropout_p, seed)
-    S = reference.shrink(x, lora_A, dropout_p, seed)
+    S = others.shrink(x, lora_A, dropout_p, seed)
     if kernel != "dequantize":
         y = ops.qlora_gemm_fwd(x.to(dtype), *quant, bias, S, lora_B, scaling, x.dtype)
         return y, S
@@ -141,12 +160,16 @@ def qlora_linear_bwd(
     needs: tuple[bool, bool, bool, bool] = (True, True, True, False),
 ) -> tuple[Tensor | None, ...]:
     """`reference.qlora_linear_bwd`."""
-    dtype = compute_dtype or x.dtype
-    dS, *grads = reference.skinny_bwd(dy, x, lora_A, lora_B, S, scaling, dropout_p, seed, needs[1:])
+    dtype, others = compute_dtype or x.dtype, skinny(x.device)
+    M, K = x.shape
+    kernel = plan(M, K, quant_state.blocksize, dtype, fused_tokens(x.device))
+    lora = (lora_A, lora_B, S, scaling, dropout_p, seed)
+    if kernel == "dequantize" and others is not reference:
+        return others.qlora_linear_bwd(dy, x, weight, quant_state, *lora, compute_dtype, needs)
+    dS, *grads = others.skinny_bwd(dy, x, *lora, needs[1:])
     if not needs[0]:
         return None, *grads
-    M, K = x.shape
-    if plan(M, K, quant_state.blocksize, dtype, fused_tokens(x.device)) != "dequantize":
+    if kernel != "dequantize":
         quant = (weight, *state_args(quant_state))
         A = lora_A.contiguous()
         dx = ops.qlora_gemm_dx(dy.to(dtype), *quant, dS, A, dropout_p, seed, x.dtype)

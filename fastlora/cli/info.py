@@ -77,7 +77,7 @@ def _shown(value: Any) -> str:
 
 
 def _fastlora() -> dict[str, Any]:
-    from ..backends import BACKENDS, native
+    from ..backends import BACKENDS, cpu, native, native_cuda
 
     facts: dict[str, Any] = {"version": __version__}
     build = native.build_info()
@@ -86,6 +86,8 @@ def _fastlora() -> dict[str, Any]:
     else:
         facts["native library"] = "loaded"
         facts |= {_BUILD_FACTS.get(name, name): value for name, value in build.items()}
+        facts["tile sizes"] = "tuned" if cpu.tuned(build["cpu_isa"]) else "defaults"
+    facts["library for cuda"] = native_cuda.unavailable_reason() or "loaded"
     facts["backends on cpu"] = [
         name
         for name, backend in BACKENDS.items()

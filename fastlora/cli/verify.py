@@ -57,6 +57,11 @@ class Base:
     quant_type: str | None
     nested: bool = False
 
+    @property
+    def forward(self) -> str:
+        """The op of a layer's forward."""
+        return "lora_linear_fwd" if self.quant_type is None else "qlora_linear_fwd"
+
     def __str__(self) -> str:
         if self.quant_type is None:
             return "dense"
@@ -125,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
     for device in _devices():
         able = []
         for backend in (args.backend,) if args.backend else BACKENDS:
-            reason = BACKENDS[backend].unsupported("lora_linear_fwd", device)
+            reason = unsupported(backend, device)
             if backend == "triton" and device == "cpu" and not args.backend:
                 reason = reason or "Its interpreter takes many minutes; --backend triton runs it."
             if reason is None:
@@ -216,10 +221,30 @@ def check(
         ):
             if stop():
                 break
-            for backend, op, result, ratio in case.ratios(backends):
+            able = [b for b in backends if _takes(b, device, case.base)]
+            if not able:
+                continue
+            for backend, op, result, ratio in case.ratios(able):
                 row = found[backend].setdefault((op, str(case.base)), {})
                 row.setdefault(case.column, Cell()).add(ratio, f"{op} {case.base} {result}: {case}")
     return found
+
+
+def _takes(backend: str, device: str, base: Base) -> bool:
+    """False for a backend that leaves layers on such a weight to others, as CUDA's dense ones."""
+    from ..backends import BACKENDS
+
+    return BACKENDS[backend].unsupported(base.forward, device) is None
+
+
+def unsupported(backend: str, device: str) -> str | None:
+    """Why a backend runs no layer on a device, or None."""
+    from ..backends import BACKENDS
+
+    if any(_takes(backend, device, base) for base in BASES):
+        return None
+    reason: str | None = BACKENDS[backend].unsupported(BASES[-1].forward, device)
+    return reason
 
 
 @contextmanager
@@ -270,13 +295,12 @@ class _Case:
 
         exact = joined([draw.exact() for draw in draws])
         plain = joined([draw.plain() for draw in draws])
-        prefix = "" if self.base.quant_type is None else "q"
         for backend in backends:
             for name, out in joined([draw.run(backend) for draw in draws]).items():
                 report = exceeds(out, exact[name], plain[name])
-                op = "bwd" if name.startswith("d") else "fwd"
-                ratio = max(report.max_ratio, report.rms_ratio)
-                yield backend, f"{prefix}lora_linear_{op}", name, ratio
+                forward = self.base.forward
+                op = forward.replace("fwd", "bwd") if name.startswith("d") else forward
+                yield backend, op, name, max(report.max_ratio, report.rms_ratio)
 
 
 @dataclass(frozen=True)

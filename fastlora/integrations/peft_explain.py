@@ -226,6 +226,7 @@ def _kernel(parts: Parts) -> tuple[str, str] | str:
         dtype=dtypes.x,
         adapter_dtype=dtypes.adapter,
         compute_dtype=dtypes.compute,
+        index=device.index,
     )
     kernel = parts.op.removesuffix("_fwd")
     build = backend.build_info() if hasattr(backend, "build_info") else None

@@ -309,24 +309,25 @@ def casts(
         if tensor is not None and tensor.device != device:
             return f"x is on {device} and the layer, or a part of it, on {tensor.device}"
     reason = _backend_reason(
-        parts.op, device.type, dtype=x_cast, adapter_dtype=adapter, compute_dtype=compute
+        parts.op, device, dtype=x_cast, adapter_dtype=adapter, compute_dtype=compute
     )
     return Casts(x_cast, adapter, compute) if reason is None else reason
 
 
-def _backend_reason(op: str, device: str, **what: torch.dtype | None) -> str | None:
+def _backend_reason(op: str, device: torch.device, **what: torch.dtype | None) -> str | None:
     """Why no backend is worth taking. One that the user asked for runs, or says why it can't."""
     if forced_backend() is not None:
         return None
     reasons = []
-    for name in DEVICE_ORDER.get(device, ()):
+    for name in DEVICE_ORDER.get(device.type, ()):
         # The reference defines the ops; PEFT's own code is faster.
         if name == "reference":
             continue
-        if (reason := BACKENDS[name].unsupported(op, device, **what)) is None:
+        reason = BACKENDS[name].unsupported(op, device.type, index=device.index, **what)
+        if reason is None:
             return None
         reasons.append(f"{name}: {reason}")
-    return " ".join([f"no fast backend for {device}.", *reasons])
+    return " ".join([f"no fast backend for {device.type}.", *reasons])
 
 
 # ---- the call --------------------------------------------------------------------------------

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from fastlora.backends import native
+from fastlora.backends import cpu, native, native_cuda
 from fastlora.cli import main
 
 
@@ -41,6 +42,26 @@ def test_a_missing_library_is_explained(
     facts = report(capsys)["fastlora"]
     assert facts["native library"] == "not built; `make build` builds it."
     assert facts["backends on cpu"] == ["reference"]
+
+
+@pytest.mark.parametrize("reason", ["this torch is built without CUDA.", None])
+def test_the_library_for_cuda(
+    reason: str | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native_cuda, "_reason", reason)
+    assert report(capsys)["fastlora"]["library for cuda"] == (reason or "loaded")
+
+
+def test_tuned_sizes_are_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if native.build_info() is None:
+        pytest.skip(str(native.unavailable_reason()))
+    monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path))
+    facts = report(capsys)["fastlora"]
+    assert facts["tile sizes"] == "defaults"
+    cpu.keep(str(facts["instruction set chosen"]), {"decode_rows": 64})
+    assert report(capsys)["fastlora"]["tile sizes"] == "tuned"
 
 
 def test_settings_are_shown(

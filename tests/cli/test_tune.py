@@ -6,13 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastlora import tuning
-from fastlora.backends import triton
+from fastlora import backends, tuning
+from fastlora.backends import native, triton, tuned
 
 pytestmark = pytest.mark.skipif(
     triton.unsupported("lora_linear_fwd", "cpu") is not None,
     reason=str(triton.unsupported("lora_linear_fwd", "cpu")),
+)
+
+needs_native = pytest.mark.skipif(
+    native.unavailable_reason() is not None, reason=str(native.unavailable_reason())
 )
 
 
@@ -42,7 +47,7 @@ def test_the_fastest_is_kept_and_no_loser(
         for calls in timed.values():
             calls[0]()
         times = {name: 2.0 + index for index, name in enumerate(timed)}
-        times[list(timed)[2]] = 1.0
+        times[list(timed)[-2]] = 1.0  # the last tile
         times["addmm"] = 9.0 if slow == "addmm" else 0.5
         return {name: measure.Timing([value], 1) for name, value in times.items()}
 
@@ -54,6 +59,9 @@ def test_the_fastest_is_kept_and_no_loser(
     gpu = launcher(torch.empty(1))
     kept = gpu.choice(op, torch.bfloat16, (20, 48, 64, 4))
     assert not outcome.wrong and not outcome.left_out
+    assert ("native backend" in outcome.seconds) == (
+        op.startswith("q") and native.unavailable_reason() is None
+    )
     assert len(outcome.cells()) == 6
     if slow == "ours":
         assert outcome.kept is None and kept is None
@@ -63,9 +71,69 @@ def test_the_fastest_is_kept_and_no_loser(
     assert gpu.choice(op, torch.bfloat16, (30, 48, 64, 3)) == kept
     assert gpu.choice(op, torch.bfloat16, (33, 48, 64, 3)) is None
     sizes = (20, 48, 64, 4)
+    assert kept_backend(op) == ("triton" if op.startswith("q") else None)
     taken = gpu.dense_tile if op.startswith("lora") else Launcher.four_bit_tiles.__get__(gpu)
     found = taken(op, torch.bfloat16, sizes)
     assert some[1] in (found if isinstance(found, tuple) else (found,))
+
+
+def kept_backend(op: str) -> str | None:
+    """What the dispatcher asks on a GPU, in the words of the interpreter's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "fastlora.backends.triton.launch.cuda_launcher", lambda index: launcher_on_cpu()
+        )
+        with FakeTensorMode():
+            x = torch.empty(30, 64, dtype=torch.bfloat16, device="cuda")
+            eager = tuned.preferred(op, x, torch.bfloat16, 48, 3)
+            patch.setattr(torch.compiler, "is_compiling", lambda: True)
+            assert tuned.preferred(op, x, torch.bfloat16, 48, 3) == eager
+            other = torch.empty(33, 64, dtype=torch.bfloat16, device="cuda")
+            assert tuned.preferred(op, other, torch.bfloat16, 48, 3) is None
+    return eager
+
+
+def launcher_on_cpu():  # type: ignore[no-untyped-def]
+    from fastlora.backends.triton.launch import launcher
+
+    return launcher(torch.empty(1))
+
+
+@needs_native
+def test_the_native_backend_competes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it wins it is preferred, and the best tile is there for who asks for Triton."""
+    from fastlora.backends.triton import tuner
+    from fastlora.backends.triton.launch import tile_of
+    from fastlora.backends.triton.tiles import candidates
+    from fastlora.cli import tune
+    from fastlora.cli.bench import measure
+
+    given = {"native backend": 1.0, "addmm": 3.0}
+
+    def interleave(timed, budget, **how):  # type: ignore[no-untyped-def]
+        return {
+            name: measure.Timing([given.get(name, 2.0 + index / 10)], 1)
+            for index, name in enumerate(timed)
+        }
+
+    monkeypatch.setattr(measure, "interleave", interleave)
+    some = candidates("base_product_4bit", "interpreter", torch.bfloat16, 20, 4)[:1]
+    monkeypatch.setattr(tuner, "candidates", lambda *args: some)
+    op = "qlora_linear_fwd"
+    assert tune.tune(problem(op), "cpu", 1, 0.0).kept == "native backend"
+    assert kept_backend(op) == "native"
+    kept = launcher_on_cpu().choice(op, torch.bfloat16, (20, 48, 64, 4))
+    assert tile_of(kept) is None  # the vendor's product is timed first, so it is the faster one
+    given["native backend"] = 2.5
+    assert tune.tune(problem(op), "cpu", 1, 0.0).kept == "vendor's product"
+    assert kept_backend(op) == "triton"
+
+
+def test_a_preferred_backend_is_asked_first() -> None:
+    assert backends.choose("dequantize_4bit", "cpu", prefer="reference").NAME == "reference"
+    # Triton is not in the CPU's order, and who names a backend gets that one.
+    assert backends.choose("dequantize_4bit", "cpu", prefer="triton").NAME != "triton"
+    assert backends.choose("dequantize_4bit", "cpu", "triton", prefer="reference").NAME == "triton"
 
 
 def test_a_wrong_candidate_is_neither_timed_nor_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,12 +126,23 @@ def test_it_measures_with_the_sizes_that_it_compares(monkeypatch: pytest.MonkeyP
         _C.set_tile_sizes(**before)
 
 
+@pytest.mark.parametrize(
+    "option", ["--rounds 0", "--sample-ms 0", "--sample-ms x", "--dropout 2", "--tokens x"]
+)
+def test_bad_numbers_are_named(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["tune", *option.split()])
+    error = capsys.readouterr().err
+    assert option.split()[0] in error and option.split()[1] in error and "_" not in error
+
+
 def test_a_spoilt_file_is_left_alone(cache: Path) -> None:
-    path = cpu.keep(ISA, {"decode_rows": -1})
     before = _C.tile_sizes()
-    with pytest.warns(UserWarning, match="decode_rows must be"):
-        cpu.use_tuned(_C)
-    assert _C.tile_sizes() == before
+    for value, message in ((-1, "must be"), (10**23, "too big"), (True, "must be an int")):
+        path = cpu.keep(ISA, {"decode_rows": value})
+        with pytest.warns(UserWarning, match=message):
+            cpu.use_tuned(_C)
+        assert _C.tile_sizes() == before
     content = json.loads(path.read_text())
     content["choices"]["tile_sizes | all"] = {"no_such_size": 1}
     path.write_text(json.dumps(content))

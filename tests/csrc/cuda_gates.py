@@ -150,7 +150,7 @@ def faults(rows: list[dict[str, str]], release: str | None) -> list[str]:
     found = []
     for row in rows:
         for name, limit in LIMITS.items():
-            if int(row[name]) > limit and row["kernel"].startswith(tuple(WEIGHTS_A_TURN)):
+            if int(row[name]) > limit:
                 found.append(f"{row['kernel']} {row['arch']}: {name} {row[name]}, limit {limit}")
     for_release, gates = read_gates()
     if release != for_release:

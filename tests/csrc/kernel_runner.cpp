@@ -151,9 +151,7 @@ Dropout read_dropout(Call& call) {
   Dropout dropout{};
   dropout.threshold = static_cast<uint32_t>(call.integer());
   dropout.scale = call.real();
-  const uint64_t seed = static_cast<uint64_t>(call.integer());
-  dropout.key[0] = static_cast<uint32_t>(seed);
-  dropout.key[1] = static_cast<uint32_t>(seed >> 32);
+  dropout.key = call.array<uint32_t>();
   return dropout;
 }
 

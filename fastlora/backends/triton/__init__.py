@@ -5,7 +5,6 @@ Triton itself is imported when an op first runs.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 import sys
@@ -18,6 +17,7 @@ from ... import reference
 from ...quant import QuantState
 from ...reference import Projection
 from .. import sequence
+from ..gpu import unsupported_gpu
 from ..native import _asked, _empty
 from ..native_cuda import state_args
 from . import library as library  # registers torch.ops.fastlora_triton
@@ -25,7 +25,6 @@ from . import library as library  # registers torch.ops.fastlora_triton
 NAME = "triton"
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_FIRST = (8, 0)  # compute capability
 _reason = (
     "triton is not installed; `pip install fastlora[triton]` brings it."
     if importlib.util.find_spec("triton") is None
@@ -49,6 +48,7 @@ def unsupported(
     dtype: torch.dtype | None = None,
     adapter_dtype: torch.dtype | None = None,
     compute_dtype: torch.dtype | None = None,
+    index: int | None = None,
 ) -> str | None:
     """One sentence that says why `op` can't run here, or None."""
     if op == "quantize_4bit":
@@ -62,29 +62,11 @@ def unsupported(
             "Triton runs on the CPU only in its interpreter: "
             "set TRITON_INTERPRET=1 before Python starts."
         )
-    if device == "cuda" and (reason := _unsupported_gpu()):
+    if device == "cuda" and (reason := unsupported_gpu(index)):
         return reason
     for name, given in (("x", dtype), ("lora_A", adapter_dtype), ("compute_dtype", compute_dtype)):
         if given is not None and given not in _DTYPES:
             return f"{op} takes fp32, bf16 and fp16, got {name} in {given}."
-    return None
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _unsupported_gpu() -> str | None:
-    return _gpu_reason()
-
-
-@functools.cache
-def _gpu_reason() -> str | None:
-    """Asked before every op: a device's capability is looked up once."""
-    if not torch.cuda.is_available():
-        return "this torch sees no CUDA device."
-    if torch.version.hip is not None:
-        return None
-    capability = torch.cuda.get_device_capability()
-    if capability < _FIRST:
-        return f"the kernels need compute capability 8.0 or newer, this GPU has {capability}."
     return None
 
 
@@ -205,3 +187,25 @@ def dequantize_4bit(
     if out.numel():
         torch.ops.fastlora_triton.dequantize_4bit_out(packed, *state_args(quant_state), out)
     return out
+
+
+def shrink(x: Tensor, lora_A: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+    """`reference.shrink`."""
+    return torch.ops.fastlora_triton.shrink(x, lora_A, dropout_p, seed)
+
+
+def skinny_bwd(
+    dy: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    S: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """`reference.skinny_bwd`."""
+    args = (dy, x, lora_A, lora_B, S, scaling, dropout_p, seed)
+    dS, *grads = torch.ops.fastlora_triton.skinny_bwd(*args, *needs)
+    return dS, *_asked(tuple(grads), needs)

@@ -89,6 +89,9 @@ def compile_launch(launch: Launch, arch: str) -> Any:
         # Fresh tensors begin at a multiple of 16 bytes.
         if isinstance(value, Tensor) or (_is_int(value, specialised) and value % 16 == 0):
             attributes[(index,)] = [["tt.divisibility", 16]]
+        # AMD's tensors below 2 GiB are read by buffer instructions.
+        if isinstance(value, Tensor) and not arch.startswith("sm_"):
+            attributes[(index,)] += [["tt.pointer_range", 32]]
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
     options: dict[str, Any] = {"enable_fp_fusion": False}
     if launch.tile is not None:

@@ -141,7 +141,8 @@ class Launcher:
 
 
 @functools.cache
-def _cuda_launcher(index: int) -> Launcher:
+def cuda_launcher(index: int) -> Launcher:
+    """The launcher of a GPU."""
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip is not None:
         arch = "gfx942"
@@ -165,4 +166,4 @@ def launcher(x: Tensor) -> Launcher:
     if x.device.type == "cpu":
         return Launcher("interpreter", 2, key=_INTERPRETER)
     index = x.device.index
-    return _cuda_launcher(torch.cuda.current_device() if index is None else index)
+    return cuda_launcher(torch.cuda.current_device() if index is None else index)

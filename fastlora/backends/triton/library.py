@@ -1,6 +1,8 @@
 """The ops `torch.ops.fastlora_triton.*`: schemas, shapes without data, and the kernels behind them.
 
-They have the names and arguments of the native ops. Triton is imported when one of them first runs.
+They have the names and arguments of the native ops. `shrink` and `skinny_bwd` are the parts of a
+layer that touch no W, for products of W that come from elsewhere. Triton is imported when one of
+them first runs.
 """
 
 from __future__ import annotations
@@ -31,6 +33,9 @@ SCHEMAS = (
     f"qlora_linear_bwd(Tensor dy, Tensor x, {_QUANT}, ScalarType compute_dtype, {_LORA}, "
     f"Tensor S, {_DROPOUT}, {_NEEDS}) -> {_GRADS}",
     f"dequantize_4bit_out({_QUANT}, Tensor(a!) out) -> Tensor(a!)",
+    "shrink(Tensor x, Tensor lora_A, float dropout_p, Tensor? seed) -> Tensor",
+    f"skinny_bwd(Tensor dy, Tensor x, {_LORA}, Tensor S, {_DROPOUT}, bool need_dA, bool need_dB, "
+    "bool need_dbias) -> (Tensor dS, Tensor dA, Tensor dB, Tensor dbias)",
 )
 
 
@@ -87,6 +92,25 @@ def dequantize_4bit_out(weight: Tensor, *rest: Any) -> Tensor:
     return out
 
 
+def shrink(x: Tensor, *rest: Any) -> Tensor:
+    """`reference.shrink`."""
+    from . import launch, lora_linear
+
+    return lora_linear.tokens_times_A(launch.launcher(x), x, *rest)
+
+
+def skinny_bwd(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """`reference.skinny_bwd`."""
+    from . import launch, lora_linear
+
+    args: tuple[Any, ...] = (dy, x, *rest[:-3], (True, *rest[-3:]))
+    dS, *grads = lora_linear.skinny_bwd(launch.launcher(x), *args)
+    # An op may not return what it was given.
+    S = rest[2]
+    dS = S.new_zeros(S.shape) if dS is S else dS
+    return dS, *_filled((None, *grads), x)[1:]
+
+
 _LIBRARY = torch.library.Library("fastlora_triton", "DEF")
 for _schema in SCHEMAS:
     _LIBRARY.define(_schema)
@@ -97,6 +121,8 @@ for _key in ("CPU", "CUDA"):
         qlora_linear_fwd,
         qlora_linear_bwd,
         dequantize_4bit_out,
+        shrink,
+        skinny_bwd,
     ):
         _LIBRARY.impl(_kernel.__name__, _kernel, _key)
 
@@ -124,3 +150,14 @@ def _(dy, x, *rest):  # type: ignore[no-untyped-def]
 @torch.library.register_fake("fastlora_triton::dequantize_4bit_out")
 def _(weight, *rest):  # type: ignore[no-untyped-def]
     return rest[-1]
+
+
+@torch.library.register_fake("fastlora_triton::shrink")
+def _(x, lora_A, *options):  # type: ignore[no-untyped-def]
+    return x.new_empty((x.shape[0], lora_A.shape[0]), dtype=torch.float32)
+
+
+@torch.library.register_fake("fastlora_triton::skinny_bwd")
+def _(dy, x, lora_A, lora_B, S, scaling, dropout_p, seed, *needs):  # type: ignore[no-untyped-def]
+    grads = _fake_bwd(x, lora_A, lora_B, (False, *needs))[1:]
+    return x.new_empty((x.shape[0], lora_A.shape[0]), dtype=torch.float32), *grads

@@ -96,12 +96,9 @@ def forward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """y and S, whatever the base is stored in."""
-    lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
     bias = None if bias is None else bias.contiguous()
-    if len(lora_A):
-        S = shrink(gpu, x, lora_A[None], dropout_p, seed)[0]
-    else:
-        S = x.new_empty((len(x), 0), dtype=torch.float32)
+    S = tokens_times_A(gpu, x, lora_A, dropout_p, seed)
+    lora_B = lora_B.contiguous()
     y = x.new_empty((len(x), len(lora_B)))
     product(y, x, bias, S, lora_B.t(), scaling, Dropout())
     return y, S
@@ -121,22 +118,51 @@ def backward(
     needs: tuple[bool, bool, bool, bool],
 ) -> Grads:
     """(dx, dA, dB, dbias), whatever the base is stored in."""
+    asked = (needs[0] or needs[1], *needs[1:])
+    dS, dA, dB, dbias = skinny_bwd(gpu, dy, x, lora_A, lora_B, S, scaling, dropout_p, seed, asked)
+    dx = None
+    if needs[0]:
+        dx = x.new_empty(x.shape)
+        product(dx, dy, None, dS, lora_A.contiguous(), 1.0, Dropout.of(dropout_p, seed))
+    return dx, dA, dB, dbias
+
+
+def tokens_times_A(
+    gpu: Launcher, x: Tensor, lora_A: Tensor, dropout_p: float, seed: Tensor | None
+) -> Tensor:
+    """`reference.shrink`, of any rank."""
+    if len(lora_A) == 0:
+        return x.new_empty((len(x), 0), dtype=torch.float32)
+    return shrink(gpu, x, lora_A.contiguous()[None], dropout_p, seed)[0]
+
+
+def skinny_bwd(
+    gpu: Launcher,
+    dy: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    S: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """`reference.skinny_bwd`: one pass over dy, one over x.
+
+    Args:
+        needs: dS, dA (which needs dS), dB, dbias. Unasked, dS is S, for its shape.
+    """
     lora_A, lora_B, S = lora_A.contiguous(), lora_B.contiguous(), S.contiguous()
-    need_dx, need_dA, need_dB, need_dbias = needs
-    dx = dA = None
+    need_dS, need_dA, need_dB, need_dbias = needs
     if len(x) == 0 or len(lora_A) == 0:
         # No token, or no rank: every sum of the adapter is empty.
-        dS = S
         dA = torch.zeros_like(lora_A) if need_dA else None
         dB = torch.zeros_like(lora_B) if need_dB else None
-        dbias = dy.sum(0, dtype=torch.float32) if need_dbias else None
-    else:
-        wanted = (need_dx or need_dA, need_dB, need_dbias)
-        computed, dB, dbias = grad_b(gpu, dy, lora_B, S, scaling, wanted)
-        dS = S if computed is None else computed
-        if need_dA:
-            dA = grad_a(gpu, x, dS, dropout_p, seed, lora_A.dtype)
-    if need_dx:
-        dx = x.new_empty(x.shape)
-        product(dx, dy, None, dS, lora_A, 1.0, Dropout.of(dropout_p, seed))
-    return dx, dA, dB, dbias
+        return S, dA, dB, dy.sum(0, dtype=torch.float32) if need_dbias else None
+    dS, dB, dbias = grad_b(gpu, dy, lora_B, S, scaling, (need_dS, need_dB, need_dbias))
+    dA = None
+    if need_dA:
+        assert dS is not None
+        dA = grad_a(gpu, x, dS, dropout_p, seed, lora_A.dtype)
+    return S if dS is None else dS, dA, dB, dbias

@@ -1,8 +1,12 @@
-"""What `fastlora tune` measures: an op's candidates, and the plain addmm sequence beside them."""
+"""What `fastlora tune` measures: an op's candidates, and the plain addmm sequence beside them.
+
+The candidates are tiles of the Triton kernels, the vendor's product between them, and the native
+backend's kernels for the same op where there are any.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +16,7 @@ from torch.nn.functional import dropout
 
 from ... import reference, tuning
 from ...tolerance import exceeds
+from .. import native, tuned
 from ..native_cuda import state_args
 from .kernels.base_product_4bit import fits
 from .kernels.dequantize_4bit import Packed, dequantize_4bit
@@ -21,10 +26,13 @@ from .qlora_linear import qlora_linear_bwd, qlora_linear_fwd
 from .tiles import candidates
 
 _SCALING = 1.5
-# y and dx are compared on so many tokens: each row of them depends on its own token alone.
-_ROWS = 64
+# y and dx are compared on so many tokens, the first, the last and some between: each row of them
+# depends on its own token alone, and each tile of tokens may be at fault.
+_ROWS = 192
 
 Call = Callable[[], Any]
+# The candidate that is no tile: the op on the native backend.
+NATIVE: tuning.Choice = {"way": native.NAME}
 
 
 @dataclass(frozen=True)
@@ -79,18 +87,21 @@ class Trial:
         self.A = normal(R, K, by=K, dtype=problem.adapter_dtype)
         self.B = normal(N, R, by=R, dtype=problem.adapter_dtype)
         self.seed = torch.tensor([7], device=device)
-        self.packed = None
+        self.packed = self.quantised = None
         if problem.four_bit:
-            data, state = reference.quantize_4bit(
+            data, state = self.quantised = reference.quantize_4bit(
                 self.weight, problem.blocksize, problem.quant_type, True
             )
             self.packed = Packed(data.view(-1), *state_args(state))
             self.weight = reference.dequantize_4bit(data, state, problem.dtype)
         self.gpu = launcher(self.x)
+        spread = torch.linspace(0, M - 1, min(M, _ROWS), dtype=torch.float64)
+        self.rows = spread.round().long().to(device)
+        self._right: tuple[Tensor, Tensor] | None = None
         _, self.S = self._forward(self.gpu)
 
     def choices(self) -> list[tuning.Choice]:
-        """What may run the base product here: tiles that fit, and the vendor's product."""
+        """What may run the op here: the vendor's product, the native backend, tiles that fit."""
         problem = self.problem
         M, _, K, R = problem.sizes
         if not problem.four_bit:
@@ -99,20 +110,31 @@ class Trial:
             tiles = candidates("base_product_4bit", self.gpu.arch, problem.dtype, M, R)
         else:
             tiles = []
-        return [choice_of(None), *map(choice_of, tiles)]
+        others = [choice_of(None)]
+        if self.quantised is not None and self._native_runs():
+            others.append(NATIVE)
+        return [*others, *map(choice_of, tiles)]
+
+    def _native_runs(self) -> bool:
+        problem, device = self.problem, self.x.device
+        dtypes = (problem.dtype, problem.adapter_dtype, problem.dtype)
+        return native.unsupported(problem.op, device.type, *dtypes, device.index) is None
 
     def call(self, choice: tuning.Choice) -> Call:
         """The whole op with this choice."""
+        if choice == NATIVE:
+            return self._native_forward if self.problem.is_forward else self._native_backward
         gpu = replace(self.gpu, trial=choice)
         return lambda: (self._forward if self.problem.is_forward else self._backward)(gpu)
 
     def fault(self, choice: tuning.Choice) -> str | None:
         """What is wrong with the op's result under this choice, or None; the error policy."""
-        problem, rows = self.problem, slice(0, _ROWS)
-        out = self.call(choice)()[0][rows]
-        exact, plain = self._expected(rows, torch.float64), self._expected(rows, None)
-        report = exceeds(out, exact, plain)
-        return None if report.ok else f"{'y' if problem.is_forward else 'dx'} is wrong: {report}"
+        if self._right is None:
+            self._right = self._expected(torch.float64), self._expected(None)
+        out = self.call(choice)()[0][self.rows]
+        report = exceeds(out, *self._right)
+        name = "y" if self.problem.is_forward else "dx"
+        return None if report.ok else f"{name} is wrong: {report}"
 
     def plain(self) -> Call:
         """The addmm sequence: adapters in x's dtype, torch's dropout, a decoded 4-bit weight."""
@@ -153,32 +175,49 @@ class Trial:
             return lora_linear_bwd(gpu, self.dy, x, self.weight, *lora)
         return qlora_linear_bwd(gpu, self.dy, x, self.packed, base, *lora)
 
-    def _expected(self, rows: slice, dtype: torch.dtype | None) -> Tensor:
-        """y or dx by the definition; in the working dtypes for None: then W's product is rounded
-        before the LoRA term is added, as PEFT does."""
-        p, wide = self.problem.dropout_p, [self.x[rows], self.weight, self.A, self.B, self.S[rows]]
-        dy = self.dy[rows]
+    def _native_forward(self) -> tuple[Tensor, Tensor]:
+        assert self.quantised is not None
+        p, (data, state) = self.problem.dropout_p, self.quantised
+        lora = (None, self.A, self.B, _SCALING, p, self.seed)
+        return native.qlora_linear_fwd(self.x, data, state, *lora)
+
+    def _native_backward(self) -> tuple[Tensor | None, ...]:
+        assert self.quantised is not None
+        p, (data, state) = self.problem.dropout_p, self.quantised
+        lora = (self.A, self.B, self.S, _SCALING, p, self.seed)
+        return native.qlora_linear_bwd(self.dy, self.x, data, state, *lora)
+
+    def _expected(self, dtype: torch.dtype | None) -> Tensor:
+        """y or dx of `rows` by the definition; in the working dtypes for None: then W's product is
+        rounded before the LoRA term is added, as PEFT does."""
+        p, M, K = self.problem.dropout_p, *self.x.shape
+        kept = reference.dropout_mask(M, K, p, self.seed, self.x.device)[self.rows]
+        mask = kept * reference.dropout_threshold(p)[1]
+        x, dy, S = self.x[self.rows], self.dy[self.rows], self.S[self.rows]
+        W, A, B = self.weight, self.A, self.B
         if dtype is not None:
-            wide, dy = [t.to(dtype) for t in wide], dy.to(dtype)
-        x, W, A, B, S = wide
+            x, dy, S, W, A, B, mask = (t.to(dtype) for t in (x, dy, S, W, A, B, mask))
         if self.problem.is_forward:
-            if dtype is not None:
-                return reference.lora_linear_fwd(x, W, None, A, B, _SCALING, p, self.seed)[0]
-            term = reference.lora_linear_fwd(x, W * 0, None, A, B, _SCALING, p, self.seed)[0]
-            return x @ W.t() + term
-        needs = (True, False, False, False)
-        options = (S, _SCALING, p, self.seed, needs)
-        if dtype is not None:
-            return _first(reference.lora_linear_bwd(dy, x, W, A, B, *options))
-        return dy @ W + _first(reference.lora_linear_bwd(dy, x, W * 0, A, B, *options))
+            term = _SCALING * (reference.shrink(x * mask, A, 0.0, None) @ B.to(S.dtype).t())
+            return (x @ W.t()) + term.to(x.dtype)
+        dS = reference.skinny_bwd(dy, x, A, B, S, _SCALING, 0.0, None, (False,) * 3)[0]
+        term = reference.expand_dx(dS, A, 0.0, None) * mask
+        return (dy @ W) + term.to(x.dtype)
 
 
-def _first(grads: tuple[Tensor | None, ...]) -> Tensor:
-    assert grads[0] is not None
-    return grads[0]
+def keep(trial: Trial, faster: Sequence[tuning.Choice]) -> None:
+    """Stores what won for the trial's problem and device.
 
-
-def keep(trial: Trial, choice: tuning.Choice) -> None:
-    """Stores `choice` for the trial's problem and device."""
-    problem = trial.problem
-    tuning.store(trial.gpu.key, problem.op, shape_key(problem.dtype, problem.sizes), choice)
+    Args:
+        faster: the choices that beat addmm, the fastest first; it names the backend, and the first
+            tile (or vendor's product) among them is Triton's, should Triton be asked for.
+    """
+    problem, key = trial.problem, trial.gpu.key
+    shape = shape_key(problem.dtype, problem.sizes)
+    for choice in faster:
+        if choice != NATIVE:
+            tuning.store(key, problem.op, shape, choice)
+            break
+    if problem.four_bit and faster:
+        backend = native.NAME if faster[0] == NATIVE else "triton"
+        tuning.store(key, tuned.key(problem.op), shape, {"backend": backend})

@@ -101,7 +101,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--rounds", type=_count, metavar="N", help="(9)")
     how.add_argument(
-        "--sample-ms", type=float, default=20.0, metavar="MS", help="length of a sample (20)"
+        "--sample-ms", type=_time, default=20.0, metavar="MS", help="length of a sample (20)"
     )
     how.add_argument("--threads", type=_count, metavar="N", help="of torch")
     how.add_argument("--quick", action="store_true", help="a first look, in less than a minute")
@@ -236,9 +236,33 @@ def _allocators(args: argparse.Namespace) -> list[str]:
 
 
 def _count(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
+    return value
+
+
+def _time(text: str) -> float:
+    value = _number(text)
+    if not value > 0.0:
+        raise argparse.ArgumentTypeError(f"must be more than 0, got {text}")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+
+
+def _share(text: str) -> float:
+    value = _number(text)
+    if not 0.0 <= value < 1.0:
+        raise argparse.ArgumentTypeError(f"must be from 0 to below 1, got {text}")
     return value
 
 
@@ -247,11 +271,7 @@ def _counts(text: str) -> list[int]:
 
 
 def _shares(text: str) -> list[float]:
-    values = [float(word) for word in text.split(",")]
-    for value in values:
-        if not 0.0 <= value < 1.0:
-            raise argparse.ArgumentTypeError(f"must be from 0 to below 1, got {value:g}")
-    return values
+    return [_share(word) for word in text.split(",")]
 
 
 def _pairs(text: str) -> list[tuple[int, int]]:

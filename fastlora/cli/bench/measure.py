@@ -89,6 +89,9 @@ class Bench:
         """By provider: what to time, one call for each copy of the weight. Checked."""
         if self._setup is None or self._setup.layer != case.layer:
             self._built.clear()
+            if self._setup is not None:
+                # Calls that someone keeps hold the setup, but check nothing more.
+                self._setup.__dict__.pop("exact_weight", None)
             self._setup = None
             gc.collect()
             self._setup = Setup(case.layer, device=self.device)
@@ -99,7 +102,7 @@ class Bench:
         }
 
     def _prepare(self, provider: Provider, setup: Setup, case: Case) -> Calls | Refused:
-        if (reason := provider.why_not(case)) is not None:
+        if (reason := provider.why_not(case, self.device)) is not None:
             return Refused(reason, wrong=False)
         if provider.once or provider.name not in self._built:
             copies = 1 if provider.once else len(setup.weights)

@@ -34,7 +34,7 @@ class Provider:
         needs: packages that it imports, bitsandbytes for a 4-bit weight alone.
         once: it is built for every case anew, and takes one copy of the weight.
         modes: what it is measured in.
-        unsupported: one sentence that says why it can't run a case, or None.
+        unsupported: one sentence that says why it can't run a case on a device, or None.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Provider:
     needs: tuple[str, ...] = ()
     once: bool = False
     modes: tuple[str, ...] = LINEAR_MODES
-    unsupported: Callable[[Case], str | None] = lambda case: None
+    unsupported: Callable[[Case, str], str | None] = lambda case, device: None
 
     def adapter_dtype(self, layer: Layer) -> str | None:
         """Dtype of A and B as a name in DTYPES; None without an adapter."""
@@ -53,8 +53,8 @@ class Provider:
             self.adapter
         ]
 
-    def why_not(self, case: Case) -> str | None:
-        """One sentence that says why it can't run `case`, or None."""
+    def why_not(self, case: Case, device: str) -> str | None:
+        """One sentence that says why it can't run `case` on "cpu" or "cuda", or None."""
         missing = [
             name
             for name in self.needs
@@ -63,7 +63,7 @@ class Provider:
         ]
         if missing:
             return f"{' and '.join(missing)} not installed."
-        return self.unsupported(case)
+        return self.unsupported(case, device)
 
 
 # ---- fastlora --------------------------------------------------------------------------------
@@ -152,48 +152,48 @@ def _packed(setup: Setup, index: int) -> tuple[Tensor, QuantState]:
 # ---- who can run what ------------------------------------------------------------------------
 
 
-def _only_4bit(case: Case) -> str | None:
+def _only_4bit(case: Case, device: str) -> str | None:
     return "the weight is dense." if case.layer.quant == "none" else None
 
 
-def _packed_for_cpu(case: Case) -> str | None:
-    if reason := _only_4bit(case):
+def _packed_for_cpu(case: Case, device: str) -> str | None:
+    if reason := _only_4bit(case, device):
         return reason
     if case.layer.dtype != "bf16" or case.layer.N % 32:
         return "bitsandbytes repacks for bf16 and out_features divisible by 32."
+    if device != "cpu":
+        return "bitsandbytes repacks on CPUs alone."
     from bitsandbytes.functional import has_avx512bf16
 
     return None if has_avx512bf16() else "bitsandbytes repacks on CPUs with AVX512-BF16 alone."
 
 
-def _native(case: Case) -> str | None:
+def _native(case: Case, device: str) -> str | None:
     layer = case.layer
     return BACKENDS["native"].unsupported(
-        "lora_linear_fwd",
-        "cpu",
+        "lora_linear_fwd" if layer.quant == "none" else "qlora_linear_fwd",
+        device,
         dtype=getattr(torch, DTYPES[layer.dtype]),
         adapter_dtype=getattr(torch, DTYPES[layer.adapter_dtype]),
     )
 
 
-def _triton(case: Case) -> str | None:
-    # On a GPU, else in the interpreter where that was asked for.
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def _triton(case: Case, device: str) -> str | None:
     return BACKENDS["triton"].unsupported(
         "lora_linear_fwd", device, dtype=getattr(torch, DTYPES[case.layer.dtype])
     )
 
 
-def _native_4bit(case: Case) -> str | None:
-    return _only_4bit(case) or _native(case)
+def _native_4bit(case: Case, device: str) -> str | None:
+    return _only_4bit(case, device) or _native(case, device)
 
 
-def _not_fp32(case: Case) -> str | None:
+def _not_fp32(case: Case, device: str) -> str | None:
     return "adapters are fp32 already." if case.layer.dtype == "fp32" else None
 
 
-def _native_cast(case: Case) -> str | None:
-    return _not_fp32(case) or _native(case)
+def _native_cast(case: Case, device: str) -> str | None:
+    return _not_fp32(case, device) or _native(case, device)
 
 
 _PEERS = ("peft", "bitsandbytes")

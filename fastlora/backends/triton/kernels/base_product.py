@@ -71,6 +71,9 @@ def base_product_kernel(
     )
     right_at = right + inner.to(tl.int64)[:, None] * stride_rc
     right_at += columns.to(tl.int64)[None, :] * stride_rn
+    # A step may be more than 2^31 elements.
+    block = tl.full([], BK, tl.int64)
+    left_step, right_step = block * stride_lc, block * stride_rc
     for start in range(0, C, BK):
         if WHOLE:
             a = tl.load(left_at)
@@ -80,8 +83,8 @@ def base_product_kernel(
             a = tl.load(left_at, mask=inner_ok[None, :], other=0.0)
             b = tl.load(right_at, mask=inner_ok[:, None] & column_ok[None, :], other=0.0)
         acc = dot(rounded(a, b.dtype), b, acc)
-        left_at += BK * stride_lc
-        right_at += BK * stride_rc
+        left_at += left_step
+        right_at += right_step
     if BIAS:
         acc += tl.load(bias + columns, mask=column_ok, other=0.0).to(tl.float32)[None, :]
     tl.store(

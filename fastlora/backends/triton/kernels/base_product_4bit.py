@@ -143,6 +143,8 @@ def base_product_4bit_kernel(
         + tl.where(row_ok, rows, 0)[:, None] * stride_lm
         + inner.to(tl.int64)[None, :] * stride_lc
     )
+    # A step may be more than 2^31 elements.
+    left_step = tl.full([], BK, tl.int64) * stride_lc
     for start in range(0, depth, BK):
         if WHOLE:
             a = tl.load(left_at)
@@ -163,7 +165,7 @@ def base_product_4bit_kernel(
                 NESTED_BLOCKSIZE, DTYPE, PERMUTE, WHOLE,
             )  # fmt: skip
         acc = dot_either(rounded(a, DTYPE), b, acc, SWAP)
-        left_at += BK * stride_lc
+        left_at += left_step
     if BIAS:
         added = tl.load(bias + columns, mask=column_ok, other=0.0).to(tl.float32)
         if SWAP:

@@ -54,6 +54,7 @@ def keep_tile(seed, rows, block, threshold, WIDTH: tl.constexpr):
         threshold: int32, of `reference.dropout_threshold`.
         WIDTH: columns, a multiple of 128.
     """
+    tl.static_assert(WIDTH % 128 == 0, "the mask comes in blocks of 128 columns")
     BM: tl.constexpr = rows.shape[0]
     BLOCKS: tl.constexpr = WIDTH // _BLOCK
     zero = tl.zeros([BM, BLOCKS, 16], tl.uint32)
