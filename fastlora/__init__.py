@@ -28,6 +28,8 @@ _EXPORTS = {
     "register": ".integrations.peft",
     "patch_peft": ".integrations.peft",
     "unpatch_peft": ".integrations.peft",
+    "merge_adapter": ".integrations.peft_merge",
+    "unmerge_adapter": ".integrations.peft_merge",
 }
 
 __all__ = ["__version__", *_EXPORTS]
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
         restore,
         unpatch_peft,
     )
+    from .integrations.peft_merge import merge_adapter, unmerge_adapter
     from .nn import LoraLinear, QLoraLinear
     from .ops import dequantize_4bit, quantize_4bit
     from .quant import QuantState
