@@ -8,7 +8,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from .. import ops
+from ..quant import QuantState
 
 Source = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
 
@@ -71,11 +75,19 @@ class OriginalWeights:
             )
 
     def __getitem__(self, layer: str) -> Tensor:
-        """The weight of `layer`; from a file, a fresh tensor on the CPU."""
+        """The weight of `layer`; from a file, a fresh tensor on the CPU, decoded if in 4 bits."""
         key = self.key(layer)
-        if key in self._files:
-            return self._open(key, lambda file, key: file.get_tensor(key))
-        return self._tensors[key].detach()
+        if key not in self._files:
+            return self._tensors[key].detach()
+        parts = [name for name in self._files if name.startswith(f"{key}.")]
+        weight = self._read(key)
+        if not parts:
+            return weight
+        state = QuantState.from_dict({n.removeprefix(f"{key}."): self._read(n) for n in parts})
+        return ops.dequantize_4bit(weight, state, torch.float32)
+
+    def _read(self, key: str) -> Tensor:
+        return self._open(key, lambda file, key: file.get_tensor(key))
 
     def _open(self, key: str, read: Callable[[Any, str], Any]) -> Any:
         from safetensors import safe_open
