@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..quant import QuantState, as_quant_state, packed_bytes
 
 _LINEAR_NAMES = ("Linear4bit", "LinearNF4", "LinearFP4")
@@ -143,6 +144,34 @@ def dense_linear(linear: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.L
         trains = own is not None and own.requires_grad
         dense.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=trains)
     return dense.train(linear.training)
+
+
+def make_dense(model: nn.Module, dtype: torch.dtype | None = None) -> int:
+    """Puts a decoded `nn.Linear` into the place of every 4-bit layer, one at a time.
+
+    Args:
+        model: left without the marks of a quantised Transformers model, so that it saves as any
+            other.
+        dtype: of the weights; None takes the one from before quantisation.
+
+    Returns:
+        How many layers it replaced.
+    """
+    layers = list(linear4bit_modules(model))
+    for name, linear in layers:
+        weight, state, _, bias = parts(linear, torch.float32)
+        decoded = ops.dequantize_4bit(weight, state, dtype or state.dtype)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, dense_linear(linear, decoded, bias))
+    for name in ("hf_quantizer", "quantization_method"):
+        model.__dict__.pop(name, None)
+    for name in ("is_loaded_in_4bit", "is_quantized"):
+        if name in model.__dict__:
+            setattr(model, name, False)
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return len(layers)
 
 
 # ---- repacking for CPU inference --------------------------------------------------------------

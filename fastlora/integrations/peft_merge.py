@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -57,8 +57,8 @@ def merge_adapter(
         dtype: of the layers that become dense; None takes the one from before quantisation.
         base: the weights from before quantisation (a model, a state dict, or a folder of
             safetensors files). 4-bit layers then become `round(W_16 + dW)`.
-        moments: layer name -> `[K, K]`, `x^T x` over typical inputs; see `input_moments`. Layers
-            that it names are quantised with error feedback, see `quantize_with_feedback`.
+        moments: layer name -> `[K, K]`, `x^T x` over typical inputs; `InputMoments` collects them.
+            4-bit layers that it names are quantised by `quantize_with_feedback`.
         compare: measure in the report what PEFT's own merge would make. It costs a copy of one
             layer and about as much time again.
         progress: called with the number of layers done, and of all.
@@ -74,6 +74,8 @@ def merge_adapter(
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if into not in INTO:
         raise ValueError(f"into must be one of {INTO}, got {into!r}")
+    if into == "dense" and moments is not None:
+        raise ValueError("moments must be None with into='dense', which rounds nothing to 4 bits")
     plan = _plan(model, adapter_names)
     originals = None if base is None else OriginalWeights(base)
     for merge in plan:
@@ -85,7 +87,7 @@ def merge_adapter(
     for done, merge in enumerate(plan):
         with onload_layer(merge.layer):
             original = originals[merge.name] if originals and merge.is_4bit else None
-            given = moments.get(merge.key) if moments else None
+            given = moments[merge.key] if moments is not None and merge.key in moments else None
             rows.append(_merge(merge, into, dtype, original, given, compare))
         if progress is not None:
             progress(done + 1, len(plan))
@@ -115,42 +117,6 @@ def unmerge_adapter(model: nn.Module) -> int:
             result = _in_fp32(layer, "unmerge")
             _store(layer, result, "4bit", None, None)
     return len(merged)
-
-
-@torch.no_grad()
-def input_moments(
-    model: nn.Module, batches: Iterable[Mapping[str, Any]], layers: Sequence[str] | None = None
-) -> dict[str, Tensor]:
-    """`H = x^T x` over the inputs x of 4-bit LoRA layers: `[K, K]` fp32 by layer name.
-
-    Args:
-        model: a model with PEFT's layers inside. It is called as it is: put it in eval mode.
-        batches: keyword arguments of its calls.
-        layers: names as in `MergeReport`; all 4-bit LoRA layers when None.
-    """
-    moments: dict[str, Tensor] = {}
-
-    def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0].detach().reshape(-1, args[0].shape[-1]).float()
-            moments[name] = x.mT @ x if name not in moments else moments[name].addmm_(x.mT, x)
-
-        return hook
-
-    hooks = [
-        module.register_forward_pre_hook(note(name))
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer)
-        and bnb.is_linear4bit(module.get_base_layer())
-        and (layers is None or name in layers)
-    ]
-    try:
-        for batch in batches:
-            model(**batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return moments
 
 
 # ---- what is to be done, and whether it can be ---------------------------------------------------
@@ -190,10 +156,10 @@ class _Merge:
         if originals is not None:
             originals.check(self.name, state.shape)
         K = state.shape[-1]
-        if moments and self.key in moments and tuple(moments[self.key].shape) != (K, K):
-            raise ValueError(
-                f"moments: {self.key} must be [{K}, {K}], got {tuple(moments[self.key].shape)}"
-            )
+        # InputMoments makes them of the layer's own inputs, and not before they are asked for.
+        given = moments.get(self.key) if isinstance(moments, dict) else None
+        if given is not None and tuple(given.shape) != (K, K):
+            raise ValueError(f"moments: {self.key} must be [{K}, {K}], got {tuple(given.shape)}")
 
 
 def _parts(linear: nn.Module, what: str) -> tuple[Tensor, QuantState, torch.dtype, Tensor | None]:
