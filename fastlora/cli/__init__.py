@@ -1,4 +1,4 @@
-"""The command line: `fastlora info | verify | bench | tune | spectrum | finetune | merge | demo`."""
+"""The command line: `fastlora info | verify | bench | tune | finetune | merge | ...`."""
 
 from __future__ import annotations
 

@@ -88,7 +88,10 @@ def merge_adapter(
         with onload_layer(merge.layer):
             original = originals[merge.name] if originals and merge.is_4bit else None
             given = moments[merge.key] if moments is not None and merge.key in moments else None
-            rows.append(_merge(merge, into, dtype, original, given, compare))
+            try:
+                rows.append(_merge(merge, into, dtype, original, given, compare))
+            except ValueError as error:
+                raise ValueError(f"model: layer {merge.key}: {error}") from error
         if progress is not None:
             progress(done + 1, len(plan))
     return MergeReport(rows)
@@ -242,8 +245,6 @@ def _merge(
         return MergeRow(merge.key, type(layer.get_base_layer()).__name__)
     peft = _merged_by_peft(layer, merge.adapters) if compare else None
     result = _in_fp32(layer, "merge", original, adapter_names=merge.adapters)
-    if not result.after.isfinite().all():
-        raise ValueError(f"model: layer {merge.key}: the merged weight is not finite")
     _store(layer, result, into, dtype, moments)
     return measured(
         merge.key,
@@ -313,13 +314,15 @@ def _in_fp32(layer: Any, method: str, original: Tensor | None = None, **argument
         stand_in["bias"] = _wide(base._parameters["bias"])
     merged = list(layer.merged_adapters)
     four_bit = bnb.is_linear4bit(base)
-    target: Any = nn.Linear(0, 0, bias=False, device="meta") if four_bit else base
+    target: Any = nn.Linear(1, 1, bias=False, device="meta") if four_bit else base
     with _exchanged(layer, target, stand_in):
         try:
             if four_bit:
                 # PEFT's 4-bit layer quantises between adapters, and adds lora_bias unscaled.
                 layer.__class__, layer.base_layer = Linear, target
             getattr(layer, method)(**arguments)
+            if not target._parameters[name].isfinite().all():
+                raise ValueError(f"the weight is not finite after {method}")
             bias = target._parameters.get("bias")
             after = target._parameters[name].detach()
             return _Result(before, after, None if bias is None else bias.detach())
