@@ -28,6 +28,9 @@ _EXPORTS = {
     "register": ".integrations.peft",
     "patch_peft": ".integrations.peft",
     "unpatch_peft": ".integrations.peft",
+    "merge_adapter": ".integrations.peft_merge",
+    "unmerge_adapter": ".integrations.peft_merge",
+    "spectrum": ".integrations.spectrum",
 }
 
 __all__ = ["__version__", *_EXPORTS]
@@ -43,6 +46,8 @@ if TYPE_CHECKING:
         restore,
         unpatch_peft,
     )
+    from .integrations.peft_merge import merge_adapter, unmerge_adapter
+    from .integrations.spectrum import spectrum
     from .nn import LoraLinear, QLoraLinear
     from .ops import dequantize_4bit, quantize_4bit
     from .quant import QuantState

@@ -179,7 +179,7 @@ def _row(name: str, layer: Any) -> Row:
     return Row(
         name=name,
         kind=type(layer).__name__,
-        base=_base(base),
+        base=base_name(base),
         shape=shape,
         r=layer.r[adapter] if adapter else None,
         dropout=getattr(layer.lora_dropout[adapter], "p", 0.0) if adapter else None,
@@ -225,7 +225,8 @@ def _input_dtype(parts: Parts) -> torch.dtype:
     return bnb.compute_dtype(parts.base, parts.adapters[0].lora_A.dtype)
 
 
-def _base(base: nn.Module) -> str:
+def base_name(base: nn.Module) -> str:
+    """What a base layer is made of, as in `Row.base`."""
     if bnb.is_linear4bit(base):
         state = bnb.raw_quant_state(base)
         if state is None:

@@ -316,6 +316,9 @@ def no_class(*kinds: str) -> frozenset[str]:
 
 MERGED = why("the adapter is merged into the base weight")
 
+# Those combinations of adapters that keep only a part of their values.
+PRUNED = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
+
 CASES: dict[str, Case] = {
     "LoRA": Case(),
     "LoRA on NF4": Case(four_bit=True),
@@ -368,10 +371,13 @@ CASES: dict[str, Case] = {
             "linear": {},
             "cat": {},
             "svd": {},
-            "ties": {"density": 0.5},
-            "dare_linear": {"density": 0.5},
-            "magnitude_prune": {"density": 0.5},
+            **{kind: {"density": 0.5} for kind in PRUNED},
+            **{f"{kind}_svd": {"density": 0.5} for kind in PRUNED},
         }.items()
+    },
+    **{
+        f"add_weighted_adapter, {kind} on NF4": Case(act=combined(kind, **options), four_bit=True)
+        for kind, options in {"linear": {}, "cat": {}, "svd": {}, "ties": {"density": 0.5}}.items()
     },
     "modules_to_save": Case({"modules_to_save": ["head"]}),
     "lm_head": Case({"target_modules": ["up", "head"]}),
