@@ -66,7 +66,8 @@ def choose(op: str, device: str, backend: str | None = None, **what: Any) -> Mod
         op: the op's name.
         device: torch device type, "cpu" or "cuda".
         backend: a backend's name; it alone is asked.
-        what: dtypes that `unsupported` looks at: `dtype`, `adapter_dtype`, `compute_dtype`.
+        what: what `unsupported` looks at: `dtype`, `adapter_dtype`, `compute_dtype`, and, of the
+            grouped ops, `dropout_p`.
 
     Raises:
         ValueError: unknown name. RuntimeError: the forced backend, or every backend, declines.

@@ -15,8 +15,16 @@ from torch import Tensor
 
 from .. import reference
 from ..quant import QuantState
+from . import grouped
 
-OPS = ("qlora_linear_fwd", "qlora_linear_bwd", "quantize_4bit", "dequantize_4bit")
+OPS = (
+    "qlora_linear_fwd",
+    "qlora_linear_bwd",
+    "grouped_qlora_linear_fwd",
+    "grouped_qlora_linear_bwd",
+    "quantize_4bit",
+    "dequantize_4bit",
+)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # The most tokens for which decoding W inside the product pays, by compute capability; above, W is
@@ -47,7 +55,7 @@ def load() -> None:
             _reason = f"the library {path} can't be loaded: {error}"
 
 
-def unsupported(op: str, *dtypes: torch.dtype | None) -> str | None:
+def unsupported(op: str, *dtypes: torch.dtype | None, dropout_p: float = 0.0) -> str | None:
     """One sentence that says why `op` can't run on a CUDA device, or None."""
     if _reason is not None:
         return _reason
@@ -56,7 +64,7 @@ def unsupported(op: str, *dtypes: torch.dtype | None) -> str | None:
     for dtype in dtypes:
         if dtype is not None and dtype not in _DTYPES:
             return f"{op} takes fp32, bf16 and fp16, got {dtype}."
-    return None
+    return grouped.unsupported(op, dropout_p)
 
 
 def fused_tokens(device: torch.device) -> int:
