@@ -118,8 +118,9 @@ def grouped_lora_linear(
     seed: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """`y[m] = x[m] W[e]^T + scaling * drop(x)[m] A[e]^T B[e]^T` for `offsets[e-1] <= m < offsets[e]`,
-    differentiable in x, lora_A and lora_B.
+    """`y[m] = x[m] W[e]^T + scaling * drop(x)[m] A[e]^T B[e]^T`, differentiable in x, lora_A, lora_B,
+
+    where `e` is the expert of row m: `offsets[e - 1] <= m < offsets[e]`.
 
     Args:
         x: [M, K], fp32, bf16 or fp16, rows sorted by expert.
@@ -169,8 +170,9 @@ def grouped_lora_linear(
     tensors = (x, weight, offsets, lora_A, lora_B)
     with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
         if transposed:
-            options = (state, scaling, compute_dtype, backend)
-            return TransposedLoraLinearFunction.apply(*tensors, *options)
+            return TransposedLoraLinearFunction.apply(
+                *tensors, state, scaling, compute_dtype, backend
+            )
         options = (seed, state, scaling, dropout_p, compute_dtype, backend)
         return GroupedLoraLinearFunction.apply(*tensors, *options)
 

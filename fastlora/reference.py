@@ -416,9 +416,8 @@ def _grouped_fwd(
     S = x.new_zeros(x.shape[0], lora_A.shape[1], dtype=_acc(x))
     for e, begin, end in segments(offsets):
         rows = slice(begin, end)
-        base = (x[rows], x_base[rows], weight[e], None)
-        lora = (lora_A[e], lora_B[e], scaling, dropout_p, seed)
-        y[rows], S[rows] = _fwd(*base, *lora, first_row=begin)
+        lora = (lora_A[e], lora_B[e], scaling, dropout_p, seed, begin)
+        y[rows], S[rows] = _fwd(x[rows], x_base[rows], weight[e], None, *lora)
     return y, S
 
 
@@ -498,9 +497,8 @@ def _grouped_bwd(
         rows = slice(begin, end)
         # What is not needed is not read.
         x_rows, S_rows = (dy if t is None else t[rows] for t in (x, S))
-        base = (dy[rows], dy_base[rows], x_rows, weight[e])
-        lora = (lora_A[e], lora_B[e], S_rows, scaling, dropout_p, seed)
-        grads = _bwd(*base, *lora, (*needs, False), first_row=begin)
+        lora = (lora_A[e], lora_B[e], S_rows, scaling, dropout_p, seed, (*needs, False), begin)
+        grads = _bwd(dy[rows], dy_base[rows], x_rows, weight[e], *lora)
         for out, place, grad in ((dx, rows, grads[0]), (dA, e, grads[1]), (dB, e, grads[2])):
             if out is not None and grad is not None:
                 out[place] = grad

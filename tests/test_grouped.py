@@ -342,7 +342,7 @@ def test_errors_of_packed_stacks_and_gradients() -> None:
         reference.quantize_4bit(torch.randn(2, 8, 8), compress_statistics=True)[1].expert(0)
 
 
-# ---- the differentiable function ------------------------------------------------------------------
+# ---- the differentiable function -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -447,7 +447,7 @@ def test_function_refuses() -> None:
         torch.tensor([2, 5]),
     )
     V = torch.randn(2, 8, 6)
-    with pytest.raises(ValueError, match="dropout_p must be 0 for transposed experts, got 0.1"):
+    with pytest.raises(ValueError, match=r"dropout_p must be 0 for transposed experts, got 0\.1"):
         grouped_lora_linear(x, V, ends, A, B, 1.0, transposed=True, dropout_p=0.1)
     with pytest.raises(ValueError, match="weight must be frozen"):
         grouped_lora_linear(x, V.requires_grad_(), ends, A, B, 1.0, transposed=True)

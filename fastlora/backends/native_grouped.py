@@ -76,8 +76,8 @@ def grouped_qlora_linear_fwd(
     """`reference.grouped_qlora_linear_fwd`."""
     lora = (lora_A, lora_B, scaling)
     if x.is_cuda:
-        base = (weight, quant_state, offsets)
-        return grouped.forward(native_cuda, x, *base, *lora, compute_dtype)
+        base = (x, weight, quant_state, offsets)
+        return grouped.forward(native_cuda, *base, *lora, compute_dtype)
     if _empty(lora_A, lora_B):
         return reference.grouped_qlora_linear_fwd(
             x, weight, quant_state, offsets, *lora, dropout_p, seed, compute_dtype
@@ -105,8 +105,8 @@ def grouped_qlora_linear_bwd(
     """`reference.grouped_qlora_linear_bwd`."""
     lora = (lora_A, lora_B, S, scaling)
     if dy.is_cuda:
-        base = (weight, quant_state, offsets)
-        return grouped.backward(native_cuda, dy, x, *base, *lora, compute_dtype, needs)
+        base = (dy, x, weight, quant_state, offsets)
+        return grouped.backward(native_cuda, *base, *lora, compute_dtype, needs)
     if _empty(lora_A, lora_B):
         return reference.grouped_qlora_linear_bwd(
             dy, x, weight, quant_state, offsets, *lora, dropout_p, seed, compute_dtype, needs
