@@ -118,9 +118,9 @@ def grouped_lora_linear(
     seed: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """`y[m] = x[m] W[e]^T + scaling * drop(x)[m] A[e]^T B[e]^T`, differentiable in x, lora_A, lora_B,
+    """`y[m] = x[m] W[e]^T + scaling * drop(x)[m] A[e]^T B[e]^T`, `e` the expert of row m.
 
-    where `e` is the expert of row m: `offsets[e - 1] <= m < offsets[e]`.
+    `offsets[e - 1] <= m < offsets[e]`. Differentiable in x, lora_A and lora_B.
 
     Args:
         x: [M, K], fp32, bf16 or fp16, rows sorted by expert.
