@@ -21,7 +21,7 @@ LEVELS = (
     ("reference",),
     ("backends",),
     ("ops",),
-    ("autograd",),
+    ("autograd", "grouped"),
     ("nn",),
     ("integrations",),
     ("cli",),

@@ -118,6 +118,24 @@ inline Quant4bit quant_of(const QuantTensors& t, int64_t elements) {
   return q;
 }
 
+inline Weight weight_of(const Tensor& dense) {
+  Weight weight{};
+  weight.N = dense.size(0);
+  weight.K = dense.size(1);
+  weight.dense = dense.data_ptr();
+  weight.compute_dtype = dtype_of(dense, "weight");
+  return weight;
+}
+
+inline Weight weight_of(const QuantTensors& quant, int64_t N, int64_t K, ScalarType compute_dtype) {
+  Weight weight{};
+  weight.N = N;
+  weight.K = K;
+  weight.quant = quant_of(quant, N * K);
+  weight.compute_dtype = dtype_of(compute_dtype, "compute_dtype");
+  return weight;
+}
+
 // The arguments and results of quantize_4bit.
 struct Quantisation {
   Quantisation(const Tensor& weight_any, const Tensor& bounds, const Tensor& order,

@@ -79,8 +79,9 @@ struct LoraLinearFwd {
   const void* lora_B;  // [N, R]
   float scaling;
   Dropout dropout;
-  void* y;   // [M, N]
-  float* S;  // [M, R]
+  int64_t first_row;  // for the dropout: m of x's row 0, where x is a part of a larger batch
+  void* y;            // [M, N]
+  float* S;           // [M, R]
 };
 
 // dS = scaling * dy B, dx = dy W + drop'(dS A), dA = dS^T drop(x), dB = scaling * dy^T S,
@@ -101,10 +102,11 @@ struct LoraLinearBwd {
   const float* S;
   float scaling;
   Dropout dropout;
-  void* dx;      // [M, K]
-  float* dA;     // [R, K]
-  float* dB;     // [N, R]
-  float* dbias;  // [N]
+  int64_t first_row;  // for the dropout: m of x's row 0, where x is a part of a larger batch
+  void* dx;           // [M, K]
+  float* dA;          // [R, K]
+  float* dB;          // [N, R]
+  float* dbias;       // [N]
 };
 
 // q = argmin over the code of |w / absmax - code|, packed; absmax = max of |w| over a block.

@@ -159,7 +159,7 @@ class LinearBwd {
 
     KeepRows kept{nullptr, keep_words_};
     if (p_.dropout.threshold != 0 && R_ > 0) {
-      keep_bits_of(0, M_, k, strip_, p_.dropout, bits);
+      keep_bits_of(p_.first_row, M_, k, strip_, p_.dropout, bits);
       kept.bits = bits;
     }
     if (p_.dA && R_ > 0) grad_A(k, count, kept, panels, C);

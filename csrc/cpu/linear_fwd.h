@@ -140,7 +140,7 @@ class LinearFwd {
         KeepRows kept{nullptr, 0};
         if (p_.dropout.threshold != 0) {
           kept = {bits, ceil_div(count, kDropoutBlock) * kKeepWords};
-          keep_bits_of(m, rows, k, count, p_.dropout, bits);
+          keep_bits_of(p_.first_row + m, rows, k, count, p_.dropout, bits);
         }
         const Block<X> part{x + k, p_.ldx, rows, count};
         pack_tokens(F32{}, part, kept, round_up(count, kLanes), mv, x_kept);

@@ -16,9 +16,17 @@ from torch import Tensor
 
 from .. import reference
 from ..quant import QuantState
+from . import grouped
 from .gpu import unsupported_gpu
 
-OPS = ("qlora_linear_fwd", "qlora_linear_bwd", "quantize_4bit", "dequantize_4bit")
+OPS = (
+    "qlora_linear_fwd",
+    "qlora_linear_bwd",
+    "grouped_qlora_linear_fwd",
+    "grouped_qlora_linear_bwd",
+    "quantize_4bit",
+    "dequantize_4bit",
+)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # The most tokens for which decoding W inside the product pays, by compute capability; above, W is
@@ -54,7 +62,9 @@ def unavailable_reason() -> str | None:
     return _reason
 
 
-def unsupported(op: str, index: int | None, *dtypes: torch.dtype | None) -> str | None:
+def unsupported(
+    op: str, index: int | None, *dtypes: torch.dtype | None, dropout_p: float = 0.0
+) -> str | None:
     """One sentence that says why `op` can't run on CUDA device `index`, or None."""
     if reason := _reason or unsupported_gpu(index):
         return reason
@@ -63,7 +73,7 @@ def unsupported(op: str, index: int | None, *dtypes: torch.dtype | None) -> str 
     for dtype in dtypes:
         if dtype is not None and dtype not in _DTYPES:
             return f"{op} takes fp32, bf16 and fp16, got {dtype}."
-    return None
+    return grouped.unsupported(op, dropout_p)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

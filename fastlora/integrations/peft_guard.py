@@ -32,7 +32,7 @@ LAST_REASON = "_fastlora_reason"
 # Arguments that PEFT's layers take out of the call themselves; as None they mean nothing.
 _MIXED = "adapter_names"
 _PEFT_KWARGS = (_MIXED, "alora_offsets")
-_PLAIN = (Tensor, nn.Parameter)
+PLAIN = (Tensor, nn.Parameter)
 # PEFT's variants that differ from LoRA in their initial values and in what trains, not in forward.
 _PLAIN_VARIANTS = ("MiCALinearVariant",)
 
@@ -74,10 +74,8 @@ def layer_parts(layer: Any, names: Iterable[str] | None = None) -> Parts | str:
         names: the adapters of a mixed batch; the active ones when None.
     """
     state = layer.__dict__
-    if state.get("_disable_adapters"):
-        return "the adapters are disabled"
-    if state.get("merged_adapters"):
-        return "the adapter is merged into the base weight"
+    if (reason := state_reason(layer)) is not None:
+        return reason
     if not state.get("cast_input_dtype_enabled", True) or "_cast_input_dtype" in state:
         return "PEFT's cast of the input to the adapter's dtype is switched off"
     if state.get("fan_in_fan_out"):
@@ -133,7 +131,7 @@ def layer_parts(layer: Any, names: Iterable[str] | None = None) -> Parts | str:
     for role, tensor in tensors:
         if tensor is None:
             continue
-        if type(tensor) not in _PLAIN:
+        if type(tensor) not in PLAIN:
             kind = type(tensor).__name__
             if kind == "DTensor":
                 return f"the {role} is sharded (a DTensor; FSDP2 gathers it during the forward)"
@@ -160,6 +158,15 @@ def layer_parts(layer: Any, names: Iterable[str] | None = None) -> Parts | str:
         if adapter.lora_B.shape != (N, R):
             return _shape_reason("lora_B", adapter.lora_B, (N, R))
     return Parts(base, weight, quant_state, bias, tuple(adapters))
+
+
+def state_reason(layer: Any) -> str | None:
+    """Why the adapters of a layer take no part in its forward, or None."""
+    if layer.__dict__.get("_disable_adapters"):
+        return "the adapters are disabled"
+    if layer.__dict__.get("merged_adapters"):
+        return "the adapter is merged into the base weight"
+    return None
 
 
 def _adapter(layer: Any, name: str, roles: list[tuple[str, nn.Module]]) -> Adapter | str:
@@ -306,13 +313,13 @@ def casts(
     for tensor in tensors:
         if tensor is not None and tensor.device != device:
             return f"x is on {device} and the layer, or a part of it, on {tensor.device}"
-    reason = _backend_reason(
+    reason = backend_reason(
         parts.op, device, dtype=x_cast, adapter_dtype=adapter, compute_dtype=compute
     )
     return Casts(x_cast, adapter, compute) if reason is None else reason
 
 
-def _backend_reason(op: str, device: torch.device, **what: torch.dtype | None) -> str | None:
+def backend_reason(op: str, device: torch.device, **what: torch.dtype | None) -> str | None:
     """Why no backend is worth taking. One that the user asked for runs, or says why it can't."""
     if forced_backend() is not None:
         return None
@@ -331,13 +338,8 @@ def _backend_reason(op: str, device: torch.device, **what: torch.dtype | None) -
 # ---- the call --------------------------------------------------------------------------------
 
 
-def plan(layer: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan | str:
-    """How to run `layer(x, *args, **kwargs)` on fastlora, or why PEFT's own code has to run."""
-    if args:
-        return "the call has further positional arguments"
-    for key, value in kwargs.items():
-        if (value is not None or key not in _PEFT_KWARGS) and key != _MIXED:
-            return f"the call passes {key}"
+def call_reason() -> str | None:
+    """Why PEFT's code has to run in what surrounds the call (tracing, transforms), or None."""
     if torch.compiler.is_exporting() or is_tracing():
         return "torch.export or torch.jit.trace is recording a graph"
     if torch.compiler.is_compiling() and forced_backend() == "reference":
@@ -346,11 +348,23 @@ def plan(layer: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, A
         return "the call is inside a torch.func transform (vmap, grad, jvp)"
     if forward_ad._current_level >= 0:
         return "forward-mode AD is active"
+    return None
+
+
+def plan(layer: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan | str:
+    """How to run `layer(x, *args, **kwargs)` on fastlora, or why PEFT's own code has to run."""
+    if args:
+        return "the call has further positional arguments"
+    for key, value in kwargs.items():
+        if (value is not None or key not in _PEFT_KWARGS) and key != _MIXED:
+            return f"the call passes {key}"
+    if (reason := call_reason()) is not None:
+        return reason
     rows = kwargs.get(_MIXED)
     parts = layer_parts(layer, rows)
     if isinstance(parts, str):
         return parts
-    if type(x) not in _PLAIN:
+    if type(x) not in PLAIN:
         return f"x is a {type(x).__name__}, a tensor subclass"
     if x.layout is not torch.strided or x.is_nested:
         return "x is not a plain strided tensor"
@@ -398,10 +412,15 @@ def forward_or_stock(
     The reason of the latest call is kept in the layer's `__dict__`, for `explain`.
     """
     found = plan(layer, x, args, kwargs)
-    if not torch.compiler.is_compiling():
-        reason = found if isinstance(found, str) else ""
-        if isinstance(reason, Unserved) and layer.__dict__.get(LAST_REASON) != reason:
-            # Python shows one and the same warning once, however many layers give it.
-            warnings.warn(f"LoRA layers run on PEFT's own code: {reason}", stacklevel=1)
-        layer.__dict__[LAST_REASON] = str(reason)
+    record(layer, found if isinstance(found, str) else "")
     return stock(x, *args, **kwargs) if isinstance(found, str) else found.run(x)
+
+
+def record(layer: nn.Module, reason: str) -> None:
+    """Keeps why the latest call ran PEFT's code, and warns of what the user did not ask for."""
+    if torch.compiler.is_compiling():
+        return
+    if isinstance(reason, Unserved) and layer.__dict__.get(LAST_REASON) != reason:
+        # Python shows one and the same warning once, however many layers give it.
+        warnings.warn(f"LoRA layers run on PEFT's own code: {reason}", stacklevel=1)
+    layer.__dict__[LAST_REASON] = str(reason)

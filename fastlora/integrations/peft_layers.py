@@ -8,11 +8,12 @@ from collections.abc import Iterable, Iterator
 from types import MethodType
 from typing import Any
 
-from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.layer import Linear, ParamWrapper
 from torch import Tensor, nn
 
 from .bitsandbytes import disable_cpu_repacking
 from .peft_guard import LAST_REASON, forward_or_stock
+from .peft_params import FastParamWrapper
 
 # Set on a class made by `_rebased`: the class that it was made from.
 _MADE_FROM = "_fastlora_made_from"
@@ -84,6 +85,7 @@ def _change_class(layer: nn.Module, kind: Any) -> None:
 def _pairs() -> Iterator[tuple[type, type]]:
     """`(PEFT's class, ours)`; the 4-bit pair only where PEFT's class exists already."""
     yield Linear, FastLoraLinear
+    yield ParamWrapper, FastParamWrapper
     stock = getattr(sys.modules.get("peft.tuners.lora.bnb"), "Linear4bit", None)
     if stock is not None:
         # Its base class needs bitsandbytes, which is slow to import and absent on many machines.
