@@ -266,7 +266,7 @@ def grouped_qlora_linear_fwd(
         adapter_dtype=lora_A.dtype,
         compute_dtype=compute_dtype,
         dropout_p=dropout_p,
-        index=dy.device.index,
+        index=x.device.index,
     )
     lora = (lora_A, lora_B, scaling, dropout_p, seed)
     return b.grouped_qlora_linear_fwd(x, weight, state, offsets, *lora, compute_dtype)
