@@ -188,8 +188,10 @@ def test_the_reports_figures() -> None:
         layer.base_layer.to(torch.bfloat16)
     before = base_parameters(model)
     sums = base_parameters(merged_by_peft(exact(model)))
+    theirs = merged_by_peft(copy.deepcopy(model))
     report = fastlora.merge_adapter(model)
     after = base_parameters(model)
+    peft = base_parameters(theirs)
     for row in report.rows:
         key = f"{row.name}.weight"
         W, M, update = before[key].double(), after[key].double(), sums[key] - before[key].double()
@@ -198,6 +200,8 @@ def test_the_reports_figures() -> None:
             "error": (M - W - update).norm() / (W + update).norm(),
             "lost": (M - W - update).norm() / update.norm(),
             "kept": ((M - W) * update).sum() / update.square().sum(),
+            "peft_kept": ((peft[key].double() - W) * update).sum() / update.square().sum(),
+            "peft_error": (peft[key].double() - W - update).norm() / (W + update).norm(),
         }
         for name, value in figures.items():
             assert getattr(row, name) == pytest.approx(float(value), rel=1e-3), name
@@ -217,7 +221,7 @@ def test_a_small_update_is_swallowed_by_4_bits_unless_the_original_weights_are_a
     for row in fastlora.merge_adapter(plain).rows:
         assert row.size < 0.005 and row.lost > 0.9 and row.kept < 0.2
     for row in fastlora.merge_adapter(original, base=dense).rows:
-        assert 0.5 < row.kept < 1.5
+        assert 0.5 < row.kept < 1.5 and row.peft_kept < 0.2
 
 
 def quantised(dense: MLP) -> Any:
