@@ -19,6 +19,7 @@ from .training import quiet_libraries
 # Tokens in an example of the text that --calibrate names.
 _LENGTH = 512
 _EXAMPLES_AT_ONCE = 4
+_WIDTH = 140
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -63,6 +64,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--examples", type=positive, default=32, metavar="N", help=f"of {_LENGTH} tokens (32)"
     )
+    parser.add_argument("--layers", action="store_true", help="a line of the table for each layer")
     return parser
 
 
@@ -72,6 +74,9 @@ def run(args: argparse.Namespace) -> int:
     _check(args, out)
     quiet_libraries()
     console = Console()
+    if not console.is_terminal:
+        # In a file, a table as narrow as a terminal's default is hard to read.
+        console = Console(width=_WIDTH)
     from peft import PeftModel
 
     from ..integrations.peft_merge import merge_adapter
@@ -103,7 +108,8 @@ def run(args: argparse.Namespace) -> int:
         from ..integrations.bitsandbytes import make_dense
 
         make_dense(model, _dtype(args.dtype))
-    console.print(report)
+    console.print(report.table(each=args.layers))
+    console.print(report.summary(), highlight=False)
     _write(model, tokenizer, out)
     console.print(f"written: {out}", highlight=False, soft_wrap=True)
     return 0

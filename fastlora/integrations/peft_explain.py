@@ -17,6 +17,7 @@ from torch import nn
 from .. import __version__
 from ..backends import choose
 from . import bitsandbytes as bnb
+from .layer_names import kind_of
 from .peft_guard import LAST_REASON, casts, layer_parts
 from .peft_layers import bypass_reason, fast_class, is_fast
 from .peft_params import ParamParts, param_parts
@@ -94,7 +95,7 @@ class Explanation:
         groups: Counter[tuple[str, ...]] = Counter()
         for row in self.rows:
             groups[
-                re.sub(r"(?<=\.)\d+(?=\.)", "*", row.name.removeprefix("base_model.model.")),
+                kind_of(row.name),
                 row.base,
                 "" if row.shape is None else f"{row.shape[0]} x {row.shape[1]}",
                 "" if row.r is None else str(row.r),

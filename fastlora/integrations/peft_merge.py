@@ -23,6 +23,7 @@ from .. import ops
 from ..quant import QuantState
 from . import bitsandbytes as bnb
 from .error_feedback import quantize_with_feedback
+from .layer_names import plain_name
 from .original_weights import OriginalWeights, Source
 from .peft_explain import base_name
 from .peft_layers import is_fast, swap_in
@@ -136,7 +137,7 @@ class _Merge:
     @property
     def name(self) -> str:
         """The layer's name in the model that the adapters were added to."""
-        return self.key.removeprefix("base_model.model.")
+        return plain_name(self.key)
 
     @property
     def is_4bit(self) -> bool:
@@ -407,11 +408,12 @@ def _make_dense(layer: Any, base: Any, result: _Result, dtype: torch.dtype | Non
         swap_in(layer)
 
 
-def _merged_by_peft(layer: Any, adapters: list[str]) -> Tensor:
-    """The base weight, in fp32, after PEFT's own merge of a copy of the layer."""
+def _merged_by_peft(layer: Any, adapters: list[str]) -> tuple[Tensor, Tensor]:
+    """The base weight, in fp32, before and after PEFT's own merge of a copy of the layer."""
     trial = copy.deepcopy(layer)
+    before = _decoded(trial)
     with warnings.catch_warnings(), torch.no_grad():
         # It warns of the rounding that is measured here.
         warnings.simplefilter("ignore")
         trial.merge(adapter_names=adapters)
-    return _decoded(trial)
+    return before, _decoded(trial)

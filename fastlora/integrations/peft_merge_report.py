@@ -10,10 +10,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .layer_names import kind_of, plain_name
+
 if TYPE_CHECKING:
     from rich.table import Table
 
-_COLUMNS = ("layer", "base", "|dW|/|W|", "error", "PEFT's error", "lost", "kept", "output error")
+# Field of a row -> its column.
+_FIGURES = {
+    "size": "|dW|/|W|",
+    "error": "error",
+    "peft_error": "PEFT's error",
+    "lost": "lost",
+    "kept": "kept",
+    "peft_kept": "PEFT's kept",
+    "output_error": "output error",
+}
 
 
 @dataclass(frozen=True)
@@ -31,6 +42,7 @@ class MergeRow:
         lost: `|M - (W + dW)| / |dW|`: how large the error is beside the update.
         kept: `<M - W, dW> / |dW|^2`: the part of the update that M has. Rounding that swallows the
             update makes it 0; 1 with a large `lost` is an update under noise.
+        peft_kept: the same, of what PEFT's own merge does to the weight that the layer has.
         output_error: `|x (M - W - dW)^T| / |x (W + dW)^T|` over the inputs x of which the second
             moments were given, else None.
     """
@@ -42,52 +54,52 @@ class MergeRow:
     peft_error: float | None = None
     lost: float | None = None
     kept: float | None = None
+    peft_kept: float | None = None
     output_error: float | None = None
-
-    def cells(self) -> tuple[str, ...]:
-        """A line of the table."""
-        figures = (self.size, self.error, self.peft_error, self.lost, self.kept, self.output_error)
-        return (self.name, self.base, *("" if v is None else f"{v:.3g}" for v in figures))
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """The rows of `merge_adapter`, printed as a table."""
+    """The rows of `merge_adapter`, printed as a table in which layers of a kind share a line."""
 
     rows: list[MergeRow]
 
     def summary(self) -> str:
-        """One line: how many layers, and the root mean square of their figures."""
-        text = f"{len(self.rows)} layers merged"
-        for label, name in (
-            ("error", "error"),
-            ("PEFT's", "peft_error"),
-            ("lost of the update", "lost"),
-            ("kept", "kept"),
-        ):
-            values = [v for row in self.rows if (v := getattr(row, name)) is not None]
-            if values:
-                mean = (
-                    sum(values) / len(values)
-                    if name == "kept"
-                    else math.sqrt(sum(v * v for v in values) / len(values))
-                )
-                text += f", {label} {mean:.3g}"
-        return text
+        """`210 layers merged: |dW|/|W| 0.00424, error 0.0014, ...`, means as in the table."""
+        means = zip(_FIGURES.values(), _means(self.rows), strict=True)
+        text = ", ".join(f"{label} {value:.3g}" for label, value in means if value is not None)
+        return f"{len(self.rows)} layers merged" + (f": {text}" if text else "")
 
-    def __rich__(self) -> Table:
-        """A rich table, for `rich.print`."""
+    def table(self, each: bool = False) -> Table:
+        """A rich table. A line of several layers has the root mean square of their figures.
+
+        Args:
+            each: give every layer its own line.
+        """
         from rich.table import Table
 
-        lines = [row.cells() for row in self.rows]
+        groups: dict[tuple[str, str], list[MergeRow]] = {}
+        for row in self.rows:
+            name = plain_name(row.name) if each else kind_of(row.name)
+            groups.setdefault((name, row.base), []).append(row)
+        lines = [(key, len(rows), _means(rows)) for key, rows in groups.items()]
         # A column that no layer fills says nothing.
-        filled = [i for i in range(len(_COLUMNS)) if any(line[i] for line in lines)]
-        table = Table(title=self.summary(), title_justify="left")
+        filled = [
+            i for i in range(len(_FIGURES)) if any(means[i] is not None for *_, means in lines)
+        ]
+        labels = list(_FIGURES.values())
+        table = Table(title=f"{len(self.rows)} layers merged", title_justify="left")
+        table.add_column("layer", overflow="fold")
+        table.add_column("base")
         for i in filled:
-            table.add_column(_COLUMNS[i], justify="left" if i < 2 else "right", overflow="fold")
-        for line in lines:
-            table.add_row(*(line[i] for i in filled))
+            table.add_column(labels[i], justify="right")
+        for (name, base), count, means in lines:
+            figures = ("" if (value := means[i]) is None else f"{value:.3g}" for i in filled)
+            table.add_row(f"{name} (x{count})" if count > 1 else name, base, *figures)
         return table
+
+    def __rich__(self) -> Table:
+        return self.table()
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -97,13 +109,27 @@ class MergeReport:
         return buffer.getvalue().rstrip()
 
 
+def _means(rows: list[MergeRow]) -> list[float | None]:
+    """The root mean square of each figure; the plain mean of what is kept, which has a sign."""
+    means: list[float | None] = []
+    for name in _FIGURES:
+        values = [value for row in rows if (value := getattr(row, name)) is not None]
+        if not values:
+            means.append(None)
+        elif name in ("kept", "peft_kept"):
+            means.append(sum(values) / len(values))
+        else:
+            means.append(math.sqrt(sum(value * value for value in values) / len(values)))
+    return means
+
+
 def measured(
     name: str,
     base: str,
     before: Tensor,
     exact: Tensor,
     stored: Tensor,
-    peft: Tensor | None,
+    peft: tuple[Tensor, Tensor] | None,
     moments: Tensor | None,
 ) -> MergeRow:
     """The row of a layer.
@@ -113,7 +139,7 @@ def measured(
         before: W.
         exact: W + dW, unrounded.
         stored: M, as the layer decodes it.
-        peft: what PEFT's own merge made of it; None leaves its error out.
+        peft: the weight before and after PEFT's own merge; None leaves its figures out.
         moments: `[K, K]`, `x^T x` over the inputs; None leaves the output error out.
     """
     off, update = stored - exact, exact - before
@@ -123,9 +149,10 @@ def measured(
         base=base,
         size=_ratio(size, _norm(before)),
         error=_ratio(error, _norm(exact)),
-        peft_error=None if peft is None else _ratio(_norm(peft - exact), _norm(exact)),
+        peft_error=None if peft is None else _ratio(_norm(peft[1] - exact), _norm(exact)),
         lost=_ratio(error, size),
-        kept=_ratio(float(((stored - before) * update).sum()), size**2),
+        kept=_share(stored - before, update),
+        peft_kept=None if peft is None else _share(peft[1] - peft[0], update),
         output_error=None
         if moments is None
         else _ratio(energy(off, moments) ** 0.5, energy(exact, moments) ** 0.5),
@@ -135,6 +162,10 @@ def measured(
 def energy(weight: Tensor, moments: Tensor) -> float:
     """`tr(W H W^T)`: the squared norm of the outputs that W makes of inputs with `x^T x = H`."""
     return float(((weight @ moments.to(weight)) * weight).sum().clamp(min=0))
+
+
+def _share(change: Tensor, update: Tensor) -> float:
+    return _ratio(float((change * update).sum()), float(update.square().sum()))
 
 
 def _norm(tensor: Tensor) -> float:

@@ -72,8 +72,9 @@ class FastParamWrapper(ParamWrapper):
         record(self, _built_reason(built_for))
         return result
 
-    def _get_name(self) -> str:
-        return type(self).__name__.removeprefix("Fast")
+
+# PEFT knows wrapped parameters by the name of their class, when it adds another adapter.
+FastParamWrapper.__name__ = ParamWrapper.__name__
 
 
 def param_parts(layer: Any) -> ParamParts | str:

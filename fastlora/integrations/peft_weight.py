@@ -32,6 +32,7 @@ class AdaptedWeight(Tensor):
         right: `[..., R, columns]`.
         scaling: factor of the product.
         built_for: names of the operations that wanted the value; parts of a weight share the list.
+        picked: a weight for each row of x, as `stack[experts_of_rows]` gives it.
     """
 
     base: Tensor
@@ -39,6 +40,7 @@ class AdaptedWeight(Tensor):
     right: Tensor
     scaling: float
     built_for: list[str]
+    picked: bool
     _value: Tensor | None
     _experts: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None
 
@@ -65,10 +67,19 @@ class AdaptedWeight(Tensor):
         lefts, rights = self._experts
         return adapted_weight(self.base[e], lefts[e], rights[e], self.scaling, self.built_for)
 
+    def pick(self, experts: Tensor) -> AdaptedWeight:
+        """`self[experts]` of a stack: as many copies of W as the model wants, and no W + BA."""
+        parts = (self.base[experts], self.left[experts], self.right[experts])
+        weight = adapted_weight(*parts, self.scaling, self.built_for)
+        weight.picked = True
+        return weight
+
     def turned(self) -> AdaptedWeight:
         """`self.mT`."""
         factors = (self.right.mT, self.left.mT)
-        return adapted_weight(self.base.mT, *factors, self.scaling, self.built_for)
+        weight = adapted_weight(self.base.mT, *factors, self.scaling, self.built_for)
+        weight.picked = self.picked
+        return weight
 
     @classmethod
     def __torch_function__(
@@ -101,7 +112,8 @@ def adapted_weight(
     """The `AdaptedWeight` of these parts, differentiable in left and right like any tensor."""
     weight: AdaptedWeight = _Adapt.apply(left, right, base, scaling)
     weight.base, weight.left, weight.right, weight.scaling = base, left, right, scaling
-    weight.built_for, weight._value, weight._experts = built_for, None, None
+    weight.built_for, weight.picked = built_for, False
+    weight._value = weight._experts = None
     return weight
 
 
@@ -140,8 +152,13 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
 
 
 def _matmul(input: Any, other: Any) -> Any:
+    if type(input) is AdaptedWeight and type(other) is Tensor and input.picked and other.dim() == 3:
+        y = _picked_product(other.mT, input.turned())
+        return y if y is NotImplemented else y.mT
     if type(other) is not AdaptedWeight:
         return NotImplemented
+    if other.picked:
+        return _picked_product(input, other)
     if other.dim() == 2:
         return _product(input, other, None)
     if type(input) is not Tensor or input.dim() != 3 or len(input) != len(other.base):
@@ -166,8 +183,10 @@ def _getitem(weight: Any, index: Any) -> Any:
     if type(weight) is not AdaptedWeight or weight.dim() != 3:
         return NotImplemented
     if isinstance(index, Tensor):
-        if index.dim() != 0 or index.dtype.is_floating_point or index.dtype == torch.bool:
+        if index.dim() > 1 or index.dtype not in (torch.int32, torch.int64):
             return NotImplemented
+        if index.dim() == 1:
+            return weight.pick(index)
         index = int(index)
     if type(index) is not int or not -len(weight.base) <= index < len(weight.base):
         return NotImplemented
@@ -272,6 +291,15 @@ def _product(x: Any, weight: AdaptedWeight, bias: Any) -> Any:
         y = grouped_lora_linear(rows, *stack, weight.scaling, transposed=True)
     y = y.view(*cast.shape[:-1], y.shape[-1])
     return y if bias is None else y + bias
+
+
+def _picked_product(x: Any, weight: AdaptedWeight) -> Any:
+    """`x[m] weight[m]` for x `[M, rows, K]`, in plain torch: W lies there once for each m."""
+    cast = _fits(x, weight, autocasts=True)
+    if cast is None or cast.dim() != 3 or len(cast) != len(weight.base):
+        return NotImplemented
+    left, right = weight.left.to(cast.dtype), weight.right.to(cast.dtype)
+    return torch.baddbmm(cast @ weight.base, cast @ left, right, alpha=weight.scaling)
 
 
 def _grouped_product(x: Any, weight: AdaptedWeight, ends: Tensor, autocasts: bool) -> Any:

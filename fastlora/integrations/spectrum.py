@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from . import bitsandbytes as bnb
+from .layer_names import kind_of, numbers_of, plain_name
 from .original_weights import OriginalWeights
 
 if TYPE_CHECKING:
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 # The interquartile range of a normal distribution, in standard deviations.
 _NORMAL_IQR = 1.349
-# A number between dots, as in "model.layers.3.mlp.up_proj".
-_NUMBER = r"(?<=\.)\d+(?=\.)"
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class SpectrumRow:
     @property
     def numbers(self) -> str:
         """The numbers in the name: "3", with two `*` in the kind "3.5", with none ""."""
-        return ".".join(re.findall(_NUMBER, self.name))
+        return ".".join(numbers_of(self.name))
 
 
 @dataclass(frozen=True)
@@ -164,7 +163,7 @@ def spectrum(
     for done, (name, read) in enumerate(layers.items()):
         weight = read()
         entry = (signal_to_noise(weight), name, (weight.shape[0], weight.shape[1]))
-        found.setdefault(re.sub(_NUMBER, "*", name), []).append(entry)
+        found.setdefault(kind_of(name), []).append(entry)
         if progress is not None:
             progress(done + 1, len(layers))
     rows = []
@@ -212,7 +211,7 @@ def _of_model(model: nn.Module) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     for key, module in model.named_modules():
         # Adapters lie inside the layers that PEFT has put around the linear layers.
         if "lora_" not in key and "modules_to_save" not in key and _is_linear(module):
-            name = key.removeprefix("base_model.model.").removesuffix(".base_layer")
+            name = plain_name(key).removesuffix(".base_layer")
             yield name, functools.partial(_weight, module)
 
 
