@@ -462,6 +462,8 @@ def _check_adapter(
     for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
         if tensor.device != x.device:
             raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
+    if seed is not None and seed.device != x.device:
+        raise ValueError(f"seed must be on x's device {x.device}, got {seed.device}")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
     if dropout_p > 0.0 and (seed is None or seed.numel() != 1 or seed.dtype != torch.int64):

@@ -167,13 +167,12 @@ std::tuple<Tensor, Tensor> quantize_4bit(Tensor weight, Tensor bounds, Tensor or
   return {q.packed, q.absmax};
 }
 
-Tensor dequantize_4bit_out(Tensor weight, Tensor absmax, Tensor code, OptionalTensor nested_absmax,
-                           OptionalTensor nested_code, OptionalTensor nested_offset,
-                           int64_t blocksize, Tensor out) {
+void dequantize_4bit_out(Tensor weight, Tensor absmax, Tensor code, OptionalTensor nested_absmax,
+                         OptionalTensor nested_code, OptionalTensor nested_offset,
+                         int64_t blocksize, Tensor out) {
   const QuantTensors quant{weight,      absmax,        code,     nested_absmax,
                            nested_code, nested_offset, blocksize};
   kernels().dequantize_4bit(dequantisation_of(quant, out), parallel_for());
-  return out;
 }
 
 }  // namespace

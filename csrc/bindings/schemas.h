@@ -8,8 +8,7 @@
 #define FASTLORA_QUANTIZE_4BIT                                               \
   "quantize_4bit(Tensor weight, Tensor bounds, Tensor order, int blocksize)" \
   " -> (Tensor packed, Tensor absmax)"
-#define FASTLORA_DEQUANTIZE_4BIT_OUT \
-  "dequantize_4bit_out(" FASTLORA_QUANT "Tensor(a!) out) -> Tensor(a!)"
+#define FASTLORA_DEQUANTIZE_4BIT_OUT "dequantize_4bit_out(" FASTLORA_QUANT "Tensor(a!) out) -> ()"
 
 #define FASTLORA_LORA "Tensor lora_A, Tensor lora_B, "
 #define FASTLORA_DROPOUT "float scaling, float dropout_p, Tensor? seed"

@@ -309,7 +309,7 @@ def _register_fakes() -> None:
 
     @torch.library.register_fake("fastlora::dequantize_4bit_out")
     def _(weight, absmax, code, n_absmax, n_code, n_offset, blocksize, out):  # type: ignore[no-untyped-def]
-        return out
+        return None
 
 
 if _build is not None:

@@ -7,6 +7,8 @@ S and adds the LoRA term itself. Where W is decoded before its product, Triton r
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -41,13 +43,14 @@ _reason: str | None = None
 def load() -> None:
     """Loads the library fastlora/_CUDA.so, if this torch has CUDA; else `unavailable` says why."""
     global _reason
-    path = Path(__file__).parents[1] / "_CUDA.so"
+    path = _library()
     if torch.version.cuda is None:
         _reason = f"this torch ({torch.__version__}) is built without CUDA."
     elif not path.exists():
         _reason = (
             "the library fastlora/_CUDA.so has not been built; in fastlora's source folder, "
-            "`make cuda-build` builds it."
+            "`CMAKE_ARGS=-DFASTLORA_CUDA=ON pip install --no-build-isolation .` builds it, with "
+            "nvcc."
         )
     else:
         try:
@@ -55,6 +58,26 @@ def load() -> None:
             register_fakes("fastlora")
         except OSError as error:
             _reason = f"the library {path} can't be loaded: {error}"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _fault(index: int | None) -> str | None:
+    return _fault_of(torch.cuda.current_device() if index is None else index)
+
+
+@functools.cache
+def _fault_of(index: int) -> str | None:
+    """Why the library's kernels don't run on a GPU, or None: it is asked once."""
+    library = ctypes.CDLL(str(_library()))
+    library.fastlora_cuda_fault.restype = ctypes.c_char_p
+    fault = library.fastlora_cuda_fault(index)
+    return (
+        None if fault is None else f"CUDA says of the kernels on device {index}: {fault.decode()}."
+    )
+
+
+def _library() -> Path:
+    return Path(__file__).parents[1] / "_CUDA.so"
 
 
 def unavailable_reason() -> str | None:
@@ -66,7 +89,7 @@ def unsupported(
     op: str, index: int | None, *dtypes: torch.dtype | None, dropout_p: float = 0.0
 ) -> str | None:
     """One sentence that says why `op` can't run on CUDA device `index`, or None."""
-    if reason := _reason or unsupported_gpu(index):
+    if reason := _reason or unsupported_gpu(index) or _fault(index):
         return reason
     if op not in OPS:
         return f"{op} has no CUDA kernel in the native backend."
@@ -120,7 +143,8 @@ def skinny(device: torch.device) -> ModuleType:
 
 def _decoded(weight: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
     out = torch.empty(tuple(state.shape), dtype=dtype, device=weight.device)
-    return ops.dequantize_4bit_out(weight, *state_args(state), out)
+    ops.dequantize_4bit_out(weight, *state_args(state), out)
+    return out
 
 
 def qlora_linear_fwd(

@@ -51,7 +51,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--model", metavar="PATH", help="every linear layer of a folder's model")
     parser.add_argument(
         "--tokens", type=_counts, metavar="M,...",
-        help="(cuda: 16,2048,8192; cpu: 1,16,128,512)",
+        help="(cuda: 16,256,2048,8192; cpu: 1,16,128,512)",
     )  # fmt: skip
     parser.add_argument("--rank", type=_counts, default=[16], metavar="R,...", help="(16)")
     parser.add_argument(
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         from . import tune_cpu
 
         return tune_cpu.run(args, shapes)
-    args.tokens = args.tokens or [16, 2048, 8192]
+    args.tokens = args.tokens or [16, 256, 2048, 8192]
     problems = list(_problems(args, shapes))
     console = Console()
     table = Table("op", "sizes", "fastest", "ms", "addmm ms", "candidates", box=None)
