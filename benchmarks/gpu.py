@@ -192,6 +192,7 @@ def tune(run: Run, until: float) -> dict[str, Any]:
     from fastlora.cli.tune import tune as tune_one
 
     plan, wrong, done = run.plan, [], 0
+    left_out: dict[str, int] = {}
     problems = [
         Problem(op, (M, width, width, 16))
         for width in plan.shapes
@@ -205,6 +206,8 @@ def tune(run: Run, until: float) -> dict[str, Any]:
             problem, run.device, min(plan.rounds, 5), plan.sample_seconds / 4, plan.candidates
         )
         wrong += outcome.wrong
+        for reason in outcome.left_out:
+            left_out[reason] = left_out.get(reason, 0) + 1
         for name, seconds in outcome.seconds.items():
             run.write(
                 "tune.csv",
@@ -217,7 +220,7 @@ def tune(run: Run, until: float) -> dict[str, Any]:
                 },
             )
         done += 1
-    return {"problems": done, "of": len(problems), "wrong": wrong}
+    return {"problems": done, "of": len(problems), "wrong": wrong, "left_out": left_out}
 
 
 def measure(run: Run, until: float) -> dict[str, Any]:

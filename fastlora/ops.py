@@ -481,6 +481,9 @@ def _check_backward(dy: Tensor, x: Tensor, lora_B: Tensor, S: Tensor) -> None:
         raise TypeError(f"dy must have x's dtype {x.dtype}, got {dy.dtype}")
     if tuple(S.shape) != (M, R):
         raise ValueError(f"S must be [{M}, {R}], got {tuple(S.shape)}")
+    for name, tensor in (("dy", dy), ("S", S)):
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
 
 
 def _check_stack(x: Tensor, K: int, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:

@@ -25,7 +25,7 @@ NAME = "triton"
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _reason = (
-    "triton is not installed; `pip install fastlora[triton]` brings it."
+    "triton is not installed; `pip install triton` brings it."
     if importlib.util.find_spec("triton") is None
     else None
 )
