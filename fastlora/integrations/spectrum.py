@@ -88,6 +88,7 @@ class Spectrum:
         """All of it as JSON takes it; an infinite ratio is None."""
         layers = [asdict(row) for row in self.rows]
         for layer in layers:
+            layer["shape"] = list(layer["shape"])
             layer["snr"] = layer["snr"] if math.isfinite(layer["snr"]) else None
         return {
             "share": self.share,
