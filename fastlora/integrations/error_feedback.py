@@ -12,7 +12,9 @@ from ..reference import dequantize_absmax
 # Columns whose errors are spread at once over the columns after them.
 _STRIP = 128
 # Of H's mean diagonal, added to the diagonal: inputs that no calibration text has shown matter too.
-_DAMPING = 0.01
+# Measured on 20 layers of SmolLM2-135M with 4096 tokens: a hundredth fits these tokens better and
+# others worse.
+DAMPING = 0.1
 
 
 def quantize_with_feedback(
@@ -74,7 +76,7 @@ def _inverse_factor(H: Tensor) -> Tensor:
     """Upper triangular U with `U^T U = (H + damping)^-1`."""
     diagonal = H.diagonal()
     # An input that is always zero has no say; the damping alone would then be zero as well.
-    damping = _DAMPING * diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    damping = DAMPING * diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
     H = H + damping * torch.eye(H.shape[0], dtype=H.dtype, device=H.device)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(H))
     return torch.linalg.cholesky(inverse, upper=True)

@@ -258,15 +258,17 @@ def _merge(
     )
 
 
-def _is_ours(layer: nn.Module) -> bool:
-    """True when the layer's merge changes one dense or 4-bit weight of its base layer."""
-    base = layer.get_base_layer()  # type: ignore[operator]
-    if bnb.is_linear4bit(base):
-        return isinstance(layer, LoraLayer)
+def _is_ours(layer: Any) -> bool:
+    """True when the layer's merge changes one dense or 4-bit weight of its base layer.
+
+    PEFT's own code merges the others as they are: methods other than LoRA, some of which exchange
+    the base layer; 8-bit layers; and MultiheadAttention, which has two layers' weights in one.
+    """
+    if not isinstance(layer, LoraLayer) or isinstance(layer, MultiheadAttention):
+        return False
+    base: Any = layer.get_base_layer()
     weight = base._parameters.get(_weight_name(layer))
-    # MultiheadAttention has two layers' weights in one.
-    dense = type(weight) is nn.Parameter and weight.is_floating_point()
-    return dense and not isinstance(layer, MultiheadAttention)
+    return bnb.is_linear4bit(base) or (type(weight) is nn.Parameter and weight.is_floating_point())
 
 
 def _weight_name(layer: Any) -> str:

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LNTuningConfig, LoKrConfig, LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear
 from safetensors.torch import save_file
 from tolerance import assert_close_to_exact
@@ -32,7 +33,7 @@ from tests.integrations.models import (
     peft_model,
     train_step,
 )
-from tests.integrations.peft_table import CASES, Case, add, together
+from tests.integrations.peft_table import CASES, IDS, Net, add
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -396,6 +397,69 @@ def test_comparing_can_be_left_out() -> None:
     assert "PEFT" not in str(report)
 
 
+# ---- what PEFT's own code merges ----------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.linear = nn.MultiheadAttention(16, 2), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.attention(x, x, x)[0])
+
+
+class EightBit(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        linear = bitsandbytes.nn.Linear8bitLt(64, 32, has_fp16_weights=False)
+        linear.weight = bitsandbytes.nn.Int8Params(
+            torch.randn(32, 64) / 8, requires_grad=False, has_fp16_weights=False
+        )
+        self.linear, self.is_loaded_in_8bit = linear.to("cpu"), True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+OTHERS: dict[str, tuple[Any, Any, Any]] = {
+    "MultiheadAttention": (
+        Attention,
+        LoraConfig(r=3, target_modules=["attention", "linear"]),
+        torch.randn(5, 3, 16),
+    ),
+    "8-bit": (EightBit, LoraConfig(r=3, target_modules=["linear"]), torch.randn(4, 64)),
+    "trainable tokens": (
+        Net,
+        LoraConfig(r=3, target_modules=["up"], trainable_token_indices={"embed": [1, 2]}),
+        IDS,
+    ),
+    "IA3": (Net, IA3Config(target_modules=["up"], feedforward_modules=[]), IDS),
+    "LoKr": (Net, LoKrConfig(r=3, target_modules=["up", "down"]), IDS),
+    "LNTuning": (Net, LNTuningConfig(target_modules=["up"]), IDS),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_layers_are_merged_by_peft(name: str) -> None:
+    make, config, x = OTHERS[name]
+    torch.manual_seed(0)
+    model = get_peft_model(make(), config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.eval()
+    with torch.no_grad():
+        before = model(x)
+        peft = merged_by_peft(copy.deepcopy(model))(x)
+        rows = fastlora.merge_adapter(model).rows
+        torch.testing.assert_close(model(x), peft, atol=1e-6, rtol=1e-5)
+        # Layers of LoRA in the same model are merged and measured as ever.
+        assert any(row.error is None for row in rows)
+        fastlora.unmerge_adapter(model)
+        torch.testing.assert_close(model(x), before, atol=0.05 if name == "8-bit" else 1e-5, rtol=0)
+
+
 # ---- what is refused, with nothing changed ------------------------------------------------------
 
 
@@ -554,12 +618,3 @@ def test_merging_with_feedback_lowers_the_output_error() -> None:
     H = given["base_model.model.up"]
     ratio = ((off @ H * off).sum() / (want @ H * want).sum()).sqrt()
     assert rows[0].output_error == pytest.approx(float(ratio), rel=1e-3)
-
-
-def test_a_case_merges_like_the_adapters_run() -> None:
-    """The acts of the table are usable here too: two adapters, gradients and all."""
-    case = Case(act=together())
-    model = case.trio()[2]
-    case.act(model)
-    fastlora.merge_adapter(model)
-    assert {tuple(layer.merged_adapters) for layer in lora_layers(model)} == {("default", "other")}
