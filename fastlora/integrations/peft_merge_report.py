@@ -70,7 +70,7 @@ class MergeReport:
         return f"{len(self.rows)} layers merged" + (f": {text}" if text else "")
 
     def means(self) -> dict[str, float]:
-        """Field of `MergeRow` -> its root mean square over the layers, or the mean of what is kept."""
+        """Field of `MergeRow` -> its root mean square over the layers; the mean of what is kept."""
         means = zip(_FIGURES, _means(self.rows), strict=True)
         return {name: value for name, value in means if value is not None}
 

@@ -28,6 +28,7 @@ from tests.integrations.models import (
     MLP4bit,
     exact,
     fill_adapters,
+    last_reasons,
     linear4bit,
     lora_layers,
     peft_model,
@@ -567,13 +568,14 @@ def test_an_error_half_way_names_the_layer_and_keeps_its_state() -> None:
 
 def test_moments_are_those_of_the_inputs() -> None:
     torch.manual_seed(0)
-    model = peft_model(MLP4bit()).eval()
+    model = fastlora.accelerate(peft_model(MLP4bit()), verbose=False).eval()
     batches = [{"x": torch.randn(2, 5, 64)}, {"x": torch.randn(3, 5, 64)}]
     x = torch.cat([batch["x"].reshape(-1, 64) for batch in batches])
     first, second = "base_model.model.up", "base_model.model.down"
     moments = InputMoments(model, batches)
     assert list(moments) == [first, second] and len(moments) == 2 and first in moments
     torch.testing.assert_close(moments[first], x.T @ x)
+    assert last_reasons(model) == {""}
     hidden = torch.nn.functional.silu(model.base_model.model.up(x)).detach()
     torch.testing.assert_close(moments[second], hidden.T @ hidden)
     with pytest.raises(KeyError):
