@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -390,6 +391,27 @@ def test_progress_counts_layers() -> None:
     calls: list[tuple[int, int]] = []
     fastlora.merge_adapter(peft_model(MLP()), progress=lambda *done: calls.append(done))
     assert calls == [(1, 2), (2, 2)]
+
+
+@pytest.mark.parametrize("with_moments", [False, True], ids=["plain", "moments"])
+def test_no_layers_copies_outlive_it(with_moments: bool) -> None:
+    """Between two layers, no dense copy of a 4-bit weight is alive."""
+    torch.manual_seed(0)
+    dense = MLP(64, 128, 32)
+    model = quantised(dense)
+    moments = InputMoments(model, [{"x": torch.randn(9, 64)}]) if with_moments else None
+    alive: list[int] = []
+
+    def count(done: int, of: int) -> None:
+        gc.collect()
+        tensors = [t for t in gc.get_objects() if isinstance(t, Tensor)]
+        own = {id(p) for p in dense.parameters()}
+        shapes = ((128, 64), (32, 128))
+        alive.append(sum(t.shape in shapes and id(t) not in own for t in tensors))
+
+    count(0, 2)
+    fastlora.merge_adapter(model, base=dense, moments=moments, progress=count)
+    assert alive == [alive[0]] * 3
 
 
 def test_comparing_can_be_left_out() -> None:
