@@ -48,18 +48,21 @@ def quantize_with_feedback(
     midpoints, order = quantize_bounds(state.code)
     U = _inverse_factor(moments.to(weight.device, torch.float64)).to(weight.dtype)
 
-    rest, nibbles = weight.clone(), torch.empty(N, K, dtype=torch.uint8, device=weight.device)
+    # Turned, so that a column of W is one piece of memory.
+    rest, scale = weight.T.contiguous(), absmax.T.contiguous()
+    codes = torch.empty(K, N, dtype=torch.uint8, device=weight.device)
     for begin in range(0, K, _STRIP):
         end = min(begin + _STRIP, K)
-        errors = torch.empty(N, end - begin, dtype=weight.dtype, device=weight.device)
+        errors = torch.empty(end - begin, N, dtype=weight.dtype, device=weight.device)
         for i in range(begin, end):
             # The scale of a block of zeros is zero; its codes must decode to zero as well.
-            scaled = (rest[:, i] / absmax[:, i]).nan_to_num(0.0).clamp(-1, 1)
+            scaled = (rest[i] / scale[i]).nan_to_num(0.0).clamp(-1, 1)
             chosen = order[torch.bucketize(scaled, midpoints)]
-            nibbles[:, i] = chosen.to(torch.uint8)
-            errors[:, i - begin] = (rest[:, i] - state.code[chosen] * absmax[:, i]) / U[i, i]
-            rest[:, i + 1 : end] -= errors[:, i - begin, None] * U[i, i + 1 : end]
-        rest[:, end:] -= errors @ U[begin:end, end:]
+            codes[i] = chosen
+            errors[i - begin] = (rest[i] - state.code[chosen] * scale[i]) / U[i, i]
+            rest[i + 1 : end].addr_(U[i, i + 1 : end], errors[i - begin], alpha=-1)
+        rest[end:].addmm_(U[begin:end, end:].T, errors, alpha=-1)
+    nibbles = codes.T.contiguous()
 
     plain = _nibbles(packed, N * K).view(N, K)
     off = [

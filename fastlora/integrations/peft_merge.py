@@ -22,7 +22,7 @@ from . import bitsandbytes as bnb
 from .layer_names import plain_name
 from .original_weights import OriginalWeights, Source
 from .peft_merge_layer import merge_layer, unmerge_layer
-from .peft_merge_report import MergeReport
+from .peft_merge_report import MergeReport, MergeRow
 
 INTO = ("4bit", "dense")
 Moments = Mapping[str, Tensor]
@@ -83,22 +83,7 @@ def merge_adapter(
     rows = []
     for done, merge in enumerate(plan):
         with onload_layer(merge.layer):
-            original = originals[merge.name] if originals and merge.is_4bit else None
-            given = moments[merge.key] if moments is not None and merge.key in moments else None
-            try:
-                row = merge_layer(
-                    merge.key,
-                    merge.layer,
-                    merge.adapters,
-                    into=into,
-                    dtype=dtype,
-                    original=original,
-                    moments=given,
-                    compare=compare,
-                )
-            except ValueError as error:
-                raise ValueError(f"model: layer {merge.key}: {error}") from error
-            rows.append(row)
+            rows.append(merge.run(originals, moments, into=into, dtype=dtype, compare=compare))
         if progress is not None:
             progress(done + 1, len(plan))
     return MergeReport(rows)
@@ -166,6 +151,19 @@ class _Merge:
         given = moments.get(self.key) if isinstance(moments, dict) else None
         if given is not None and tuple(given.shape) != (K, K):
             raise ValueError(f"moments: {self.key} must be [{K}, {K}], got {tuple(given.shape)}")
+
+    def run(
+        self, originals: OriginalWeights | None, moments: Moments | None, **options: Any
+    ) -> MergeRow:
+        """Merges the layer; see `merge_layer` for `options`."""
+        original = originals[self.name] if originals is not None and self.is_4bit else None
+        given = moments[self.key] if moments is not None and self.key in moments else None
+        try:
+            return merge_layer(
+                self.key, self.layer, self.adapters, original=original, moments=given, **options
+            )
+        except ValueError as error:
+            raise ValueError(f"model: layer {self.key}: {error}") from error
 
 
 def _parts(linear: nn.Module, what: str) -> tuple[Tensor, QuantState, torch.dtype, Tensor | None]:
