@@ -187,7 +187,7 @@ def _plan(model: nn.Module, adapter_names: Sequence[str] | None) -> list[_Merge]
         raise ValueError("model must have PEFT's layers inside, got none")
     plan, held = [], set()
     for key, layer in layers:
-        wanted = layer.active_adapters if adapter_names is None else list(adapter_names)
+        wanted = dict.fromkeys(layer.active_adapters if adapter_names is None else adapter_names)
         there = [name for name in wanted if _holds(layer, name)]
         held.update(there)
         if left := [name for name in there if name not in layer.merged_adapters]:

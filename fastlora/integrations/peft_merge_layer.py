@@ -64,8 +64,11 @@ def _is_ours(layer: Any) -> bool:
     if not isinstance(layer, LoraLayer) or isinstance(layer, MultiheadAttention):
         return False
     base: Any = layer.get_base_layer()
+    if bnb.is_linear4bit(base):
+        # By name: importing PEFT's 4-bit layer imports bitsandbytes.
+        return any(kind.__module__ == "peft.tuners.lora.bnb" for kind in type(layer).__mro__)
     weight = base._parameters.get(_weight_name(layer))
-    return bnb.is_linear4bit(base) or (type(weight) is nn.Parameter and weight.is_floating_point())
+    return type(weight) is nn.Parameter and weight.is_floating_point()
 
 
 def _weight_name(layer: Any) -> str:

@@ -357,7 +357,7 @@ def test_training_goes_on_after_unmerging() -> None:
 
 def test_merging_goes_on_with_further_adapters() -> None:
     model, double, _ = pair("LoRA", several=True)
-    fastlora.merge_adapter(model, ["default"])
+    fastlora.merge_adapter(model, ["default", "default"])
     assert {tuple(layer.merged_adapters) for layer in lora_layers(model)} == {("default",)}
     fastlora.merge_adapter(model)
     assert {tuple(layer.merged_adapters) for layer in lora_layers(model)} == {("default", "other")}
@@ -525,12 +525,17 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "base of another shape": (
         lambda: peft_model(MLP4bit()),
         {"base": {"up.weight": torch.ones(128, 64), "down.weight": torch.ones(31, 128)}},
-        r"down.weight must be a float weight of shape \(32, 128\)",
+        r"down.weight must be a weight in 16 bits or more of shape \(32, 128\)",
     ),
     "base in 4 bits": (
         lambda: peft_model(MLP4bit()),
         {"base": {k: torch.ones(n, dtype=torch.uint8) for k, n in (("up.weight", 1),)}},
-        "must be a float weight",
+        "in 16 bits or more",
+    ),
+    "base in 8 bits": (
+        lambda: peft_model(MLP4bit()),
+        {"base": {"up.weight": torch.ones(128, 64, dtype=torch.float8_e4m3fn)}},
+        "in 16 bits or more",
     ),
     "folder without files": (
         lambda: peft_model(MLP4bit()),
