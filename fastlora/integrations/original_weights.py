@@ -74,7 +74,8 @@ class OriginalWeights:
             found, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
         if found != tuple(shape) or dtype not in _DTYPES:
             raise ValueError(
-                f"base: {key} must be a weight in 16 bits or more of shape {tuple(shape)}, got {dtype} {found}"
+                f"base: {key} must be a weight in 16 bits or more of shape {tuple(shape)}, "
+                f"got {dtype} {found}"
             )
 
     def __getitem__(self, layer: str) -> Tensor:
