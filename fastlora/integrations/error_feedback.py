@@ -81,8 +81,9 @@ def _inverse_factor(H: Tensor) -> Tensor:
     # An input that is always zero has no say; the damping alone would then be zero as well.
     damping = DAMPING * diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
     H = H + damping * torch.eye(H.shape[0], dtype=H.dtype, device=H.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(H))
-    return torch.linalg.cholesky(inverse, upper=True)
+    # H = R R^T with an upper R, from the Cholesky factor of H turned about; then U = R^-1.
+    R = torch.linalg.cholesky(H.flip(0, 1)).flip(0, 1)
+    return torch.linalg.solve_triangular(R, torch.eye(len(R)).to(R), upper=True)
 
 
 def _nibbles(packed: Tensor, count: int) -> Tensor:
