@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +30,7 @@ from fastlora.integrations.input_moments import InputMoments
 
 RESULTS = Path(__file__).parent / "results" / "merging.csv"
 PAGE = Path(__file__).parents[1] / "docs" / "peft.md"
-COLUMNS = ("way", "perplexity", "kl", "size", "error", "kept", "lost", "output_error", "seconds")
+COLUMNS = ("way", "perplexity", "kl", "size", "error", "kept", "lost", "output_error")
 # Windows as the demo trains on; every seventh of the training part calibrates.
 _LENGTH, _EVAL_SPLIT, _BATCH = 256, 0.05, 4
 _CALIBRATION = slice(0, 420, 7)
@@ -99,16 +98,13 @@ def measure(adapter: str) -> list[dict[str, str]]:
         disable_cpu_repacking(model)
         model = PeftModel.from_pretrained(model, adapter).eval()
         fastlora.accelerate(model, verbose=False)
-        began = time.perf_counter()
         report = merge(model)
-        seconds = time.perf_counter() - began
         found = [log_probabilities(model, batch) for batch in held_out[:3]]
         reference = reference or found
         row = {
             "way": way,
             "perplexity": f"{hf.perplexity(model, held_out):.3f}",
             "kl": f"{divergence(reference, found):.5f}",
-            "seconds": f"{seconds:.1f}",
         }
         figures = {} if report is None else report.means()
         row |= {name: f"{value:.4g}" for name, value in figures.items() if name in COLUMNS}
