@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -207,3 +208,28 @@ def test_a_failed_write_leaves_nothing(
     monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", full)
     assert merge(tiny_model, adapter, tmp_path / "out") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_the_benchmark_measures_every_way(
+    tiny_model: Path,
+    adapter: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`python -m benchmarks.merging`, on the tiny model."""
+    from benchmarks import merging
+
+    monkeypatch.setattr(merging, "smollm2", lambda: tiny_model)
+    monkeypatch.setattr(merging, "topics", lambda cache_dir: text_file)
+    monkeypatch.setattr(merging, "RESULTS", tmp_path / "merging.csv")
+    monkeypatch.setattr(merging, "_LENGTH", 64)
+    monkeypatch.setattr("sys.argv", ["merging", "--adapter", str(adapter)])
+    merging.main()
+    with merging.RESULTS.open(newline="") as file:
+        found = {row["way"]: float(row["kl"]) for row in csv.DictReader(file)}
+    assert list(found) == list(merging._SHOWN)
+    assert len(merging.table().splitlines()) == 2 + len(found)
+    # The tiny adapter is as large as the weights: leaving it out is worst, decoding costs least.
+    assert found["unmerged"] == 0 and found["dense"] < found["4bit"]
+    assert max(found, key=found.__getitem__) == "none"
