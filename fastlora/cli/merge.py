@@ -206,6 +206,9 @@ def _moments(args: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
 
 def _write(model: Any, tokenizer: Any, out: Path) -> None:
     """The folder appears by one rename, whole or not at all."""
+    from ..integrations.transformers import make_savable
+
+    make_savable(model)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:

@@ -12,7 +12,9 @@ from ..reference import dequantize_absmax
 # Columns whose errors are spread at once over the columns after them.
 _STRIP = 128
 # Of H's mean diagonal, added to the diagonal: inputs that no calibration text has shown matter too.
-_DAMPING = 0.01
+# Measured on 20 layers of SmolLM2-135M with 4096 tokens: a hundredth fits these tokens better and
+# others worse.
+DAMPING = 0.1
 
 
 def quantize_with_feedback(
@@ -46,18 +48,21 @@ def quantize_with_feedback(
     midpoints, order = quantize_bounds(state.code)
     U = _inverse_factor(moments.to(weight.device, torch.float64)).to(weight.dtype)
 
-    rest, nibbles = weight.clone(), torch.empty(N, K, dtype=torch.uint8, device=weight.device)
+    # Turned, so that a column of W is one piece of memory.
+    rest, scale = weight.T.contiguous(), absmax.T.contiguous()
+    codes = torch.empty(K, N, dtype=torch.uint8, device=weight.device)
     for begin in range(0, K, _STRIP):
         end = min(begin + _STRIP, K)
-        errors = torch.empty(N, end - begin, dtype=weight.dtype, device=weight.device)
+        errors = torch.empty(end - begin, N, dtype=weight.dtype, device=weight.device)
         for i in range(begin, end):
             # The scale of a block of zeros is zero; its codes must decode to zero as well.
-            scaled = (rest[:, i] / absmax[:, i]).nan_to_num(0.0).clamp(-1, 1)
+            scaled = (rest[i] / scale[i]).nan_to_num(0.0).clamp(-1, 1)
             chosen = order[torch.bucketize(scaled, midpoints)]
-            nibbles[:, i] = chosen.to(torch.uint8)
-            errors[:, i - begin] = (rest[:, i] - state.code[chosen] * absmax[:, i]) / U[i, i]
-            rest[:, i + 1 : end] -= errors[:, i - begin, None] * U[i, i + 1 : end]
-        rest[:, end:] -= errors @ U[begin:end, end:]
+            codes[i] = chosen
+            errors[i - begin] = (rest[i] - state.code[chosen] * scale[i]) / U[i, i]
+            rest[i + 1 : end].addr_(U[i, i + 1 : end], errors[i - begin], alpha=-1)
+        rest[end:].addmm_(U[begin:end, end:].T, errors, alpha=-1)
+    nibbles = codes.T.contiguous()
 
     plain = _nibbles(packed, N * K).view(N, K)
     off = [
@@ -74,10 +79,11 @@ def _inverse_factor(H: Tensor) -> Tensor:
     """Upper triangular U with `U^T U = (H + damping)^-1`."""
     diagonal = H.diagonal()
     # An input that is always zero has no say; the damping alone would then be zero as well.
-    damping = _DAMPING * diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    damping = DAMPING * diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
     H = H + damping * torch.eye(H.shape[0], dtype=H.dtype, device=H.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(H))
-    return torch.linalg.cholesky(inverse, upper=True)
+    # H = R R^T with an upper R, from the Cholesky factor of H turned about; then U = R^-1.
+    R = torch.linalg.cholesky(H.flip(0, 1)).flip(0, 1)
+    return torch.linalg.solve_triangular(R, torch.eye(len(R)).to(R), upper=True)
 
 
 def _nibbles(packed: Tensor, count: int) -> Tensor:

@@ -28,8 +28,7 @@ class InputMoments(Mapping[str, Tensor]):
         self, model: nn.Module, batches: Sequence[Mapping[str, Any]], budget: int = 1 << 31
     ) -> None:
         self._model, self._batches, self._budget = model, batches, budget
-        # A PEFT layer stands for the Linear4bit inside, which is what the names of a model without
-        # adapters mean.
+        # By the name of PEFT's layer around it, where there is one; the inputs are the same.
         self._layers = {
             name.removesuffix(".base_layer"): module
             for name, module in model.named_modules()
@@ -66,7 +65,11 @@ class InputMoments(Mapping[str, Tensor]):
     @torch.no_grad()
     def _collect(self, names: list[str]) -> None:
         self._held.clear()
-        hooks = [self._layers[name].register_forward_pre_hook(self._note(name)) for name in names]
+        # A hook on the Linear4bit inside would keep PEFT's layer off fastlora's kernels.
+        hooks = [
+            self._model.get_submodule(name).register_forward_pre_hook(self._note(name))
+            for name in names
+        ]
         try:
             for batch in self._batches:
                 self._model(**batch)

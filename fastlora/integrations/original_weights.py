@@ -16,6 +16,9 @@ from ..quant import QuantState
 
 Source = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
 
+# As safetensors and torch name them.
+_DTYPES = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")
+
 
 class OriginalWeights:
     """Weights by the names of a model's layers.
@@ -69,9 +72,10 @@ class OriginalWeights:
         else:
             tensor = self._tensors[key]
             found, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
-        if found != tuple(shape) or not dtype.lower().startswith(("f", "bf")):
+        if found != tuple(shape) or dtype not in _DTYPES:
             raise ValueError(
-                f"base: {key} must be a float weight of shape {tuple(shape)}, got {dtype} {found}"
+                f"base: {key} must be a weight in 16 bits or more of shape {tuple(shape)}, "
+                f"got {dtype} {found}"
             )
 
     def __getitem__(self, layer: str) -> Tensor:

@@ -10,24 +10,19 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Linear, LoraLayer, MultiheadAttention
 from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from torch import Tensor, nn
 
-from .. import ops
 from ..quant import QuantState
 from . import bitsandbytes as bnb
-from .error_feedback import quantize_with_feedback
 from .layer_names import plain_name
 from .original_weights import OriginalWeights, Source
-from .peft_explain import base_name
-from .peft_layers import is_fast, swap_in
-from .peft_merge_report import MergeReport, MergeRow, measured
+from .peft_merge_layer import merge_layer, unmerge_layer
+from .peft_merge_report import MergeReport, MergeRow
 
 INTO = ("4bit", "dense")
 Moments = Mapping[str, Tensor]
@@ -69,7 +64,8 @@ def merge_adapter(
 
     Raises:
         TypeError: model is no nn.Module. ValueError: another argument doesn't fit, or a layer can't
-            be merged. Nothing has changed then.
+            be merged; nothing has changed then. Also when a sum overflows, which only merging
+            shows: the layers before the one named are merged then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -87,12 +83,7 @@ def merge_adapter(
     rows = []
     for done, merge in enumerate(plan):
         with onload_layer(merge.layer):
-            original = originals[merge.name] if originals and merge.is_4bit else None
-            given = moments[merge.key] if moments is not None and merge.key in moments else None
-            try:
-                rows.append(_merge(merge, into, dtype, original, given, compare))
-            except ValueError as error:
-                raise ValueError(f"model: layer {merge.key}: {error}") from error
+            rows.append(merge.run(originals, moments, into=into, dtype=dtype, compare=compare))
         if progress is not None:
             progress(done + 1, len(plan))
     return MergeReport(rows)
@@ -115,11 +106,7 @@ def unmerge_adapter(model: nn.Module) -> int:
     merged = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and m.merged]
     for layer in merged:
         with onload_layer(layer):
-            if not _is_ours(layer):
-                layer.unmerge()
-                continue
-            result = _in_fp32(layer, "unmerge")
-            _store(layer, result, "4bit", None, None)
+            unmerge_layer(layer)
     return len(merged)
 
 
@@ -165,6 +152,19 @@ class _Merge:
         if given is not None and tuple(given.shape) != (K, K):
             raise ValueError(f"moments: {self.key} must be [{K}, {K}], got {tuple(given.shape)}")
 
+    def run(
+        self, originals: OriginalWeights | None, moments: Moments | None, **options: Any
+    ) -> MergeRow:
+        """Merges the layer; see `merge_layer` for `options`."""
+        original = originals[self.name] if originals is not None and self.is_4bit else None
+        given = moments[self.key] if moments is not None and self.key in moments else None
+        try:
+            return merge_layer(
+                self.key, self.layer, self.adapters, original=original, moments=given, **options
+            )
+        except ValueError as error:
+            raise ValueError(f"model: layer {self.key}: {error}") from error
+
 
 def _parts(linear: nn.Module, what: str) -> tuple[Tensor, QuantState, torch.dtype, Tensor | None]:
     if bnb.is_repacked(linear):
@@ -187,7 +187,7 @@ def _plan(model: nn.Module, adapter_names: Sequence[str] | None) -> list[_Merge]
         raise ValueError("model must have PEFT's layers inside, got none")
     plan, held = [], set()
     for key, layer in layers:
-        wanted = layer.active_adapters if adapter_names is None else list(adapter_names)
+        wanted = dict.fromkeys(layer.active_adapters if adapter_names is None else adapter_names)
         there = [name for name in wanted if _holds(layer, name)]
         held.update(there)
         if left := [name for name in there if name not in layer.merged_adapters]:
@@ -229,191 +229,8 @@ def _check_allowed(model: nn.Module) -> None:
         check()
 
 
-# ---- one layer -----------------------------------------------------------------------------------
-
-
-def _merge(
-    merge: _Merge,
-    into: str,
-    dtype: torch.dtype | None,
-    original: Tensor | None,
-    moments: Tensor | None,
-    compare: bool,
-) -> MergeRow:
-    layer = merge.layer
-    if not _is_ours(layer):
-        layer.merge(adapter_names=merge.adapters)
-        return MergeRow(merge.key, type(layer.get_base_layer()).__name__)
-    peft = _merged_by_peft(layer, merge.adapters) if compare else None
-    result = _in_fp32(layer, "merge", original, adapter_names=merge.adapters)
-    _store(layer, result, into, dtype, moments)
-    return measured(
-        merge.key,
-        base_name(layer.get_base_layer()),
-        result.before,
-        result.after,
-        _decoded(layer),
-        peft,
-        moments,
-    )
-
-
-def _is_ours(layer: nn.Module) -> bool:
-    """True when the layer's merge changes one dense or 4-bit weight of its base layer."""
-    base = layer.get_base_layer()  # type: ignore[operator]
-    if bnb.is_linear4bit(base):
-        return isinstance(layer, LoraLayer)
-    weight = base._parameters.get(_weight_name(layer))
-    # MultiheadAttention has two layers' weights in one.
-    dense = type(weight) is nn.Parameter and weight.is_floating_point()
-    return dense and not isinstance(layer, MultiheadAttention)
-
-
-def _weight_name(layer: Any) -> str:
-    """Which parameter of the base layer is adapted: `target_parameters` may name another."""
-    name: str = getattr(layer, "parameter_name", "weight")
-    return name
-
-
-def _decoded(layer: Any) -> Tensor:
-    """The base weight in fp32, or in fp64 if it is; a fresh tensor."""
-    base = layer.get_base_layer()
-    if bnb.is_linear4bit(base):
-        weight, state, _, _ = bnb.parts(base, torch.float32)
-        return ops.dequantize_4bit(weight, state, torch.float32)
-    return _wide(base._parameters[_weight_name(layer)])
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
-
-
-@dataclass(frozen=True)
-class _Result:
-    """The base weight before and after, and the bias after, unrounded."""
-
-    before: Tensor
-    after: Tensor
-    bias: Tensor | None
-
-
-@torch.no_grad()
-def _in_fp32(layer: Any, method: str, original: Tensor | None = None, **arguments: Any) -> _Result:
-    """What PEFT's own `method` makes of the base weight, when all is in fp32.
-
-    The layer's own weight stays as it is; its `merged_adapters` are changed.
-
-    Args:
-        layer: one of which `_is_ours` is true.
-        method: "merge" or "unmerge", called with `arguments`.
-        original: stands for the base weight.
-    """
-    base, kind, name = layer.get_base_layer(), type(layer), _weight_name(layer)
-    before = _decoded(layer) if original is None else _wide(original.to(base.weight.device))
-    stand_in = {name: before.clone()}
-    if base._parameters.get("bias") is not None:
-        stand_in["bias"] = _wide(base._parameters["bias"])
-    merged = list(layer.merged_adapters)
-    four_bit = bnb.is_linear4bit(base)
-    target: Any = nn.Linear(1, 1, bias=False, device="meta") if four_bit else base
-    with _exchanged(layer, target, stand_in):
-        try:
-            if four_bit:
-                # PEFT's 4-bit layer quantises between adapters, and adds lora_bias unscaled.
-                layer.__class__, layer.base_layer = Linear, target
-            getattr(layer, method)(**arguments)
-            if not target._parameters[name].isfinite().all():
-                raise ValueError(f"the weight is not finite after {method}")
-            bias = target._parameters.get("bias")
-            after = target._parameters[name].detach()
-            return _Result(before, after, None if bias is None else bias.detach())
-        except BaseException:
-            layer.merged_adapters[:] = merged
-            raise
-        finally:
-            if four_bit:
-                layer.__class__, layer.base_layer = kind, base
-
-
-@contextmanager
-def _exchanged(layer: Any, base: nn.Module, stand_in: Mapping[str, Tensor]) -> Iterator[None]:
-    """`stand_in` as parameters of `base`, and the adapters' parameters in fp32, while inside."""
-    exchanged: list[tuple[nn.Module, str, nn.Parameter | None]] = []
-
-    def put(module: nn.Module, name: str, value: Tensor) -> None:
-        exchanged.append((module, name, module._parameters.get(name)))
-        module._parameters[name] = nn.Parameter(value, requires_grad=False)
-
-    try:
-        for module, name, parameter in _adapter_slots(layer):
-            if parameter.dtype in (torch.bfloat16, torch.float16):
-                put(module, name, parameter.detach().float())
-        for name, value in stand_in.items():
-            put(base, name, value)
-        yield
-    finally:
-        for module, name, own in exchanged:
-            module._parameters[name] = own
-
-
-def _adapter_slots(layer: Any) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-    """`(module, name, parameter)` of the adapters' parameters."""
-    for attribute in layer.adapter_layer_names:
-        for module in getattr(layer, attribute).modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    yield module, name, parameter
-
-
 def _adapter_parameters(layer: Any, adapters: list[str]) -> Iterator[tuple[str, nn.Parameter]]:
     for attribute in layer.adapter_layer_names:
         for name, parameter in getattr(layer, attribute).named_parameters():
             if name.partition(".")[0] in adapters:
                 yield f"{attribute}.{name}", parameter
-
-
-@torch.no_grad()
-def _store(
-    layer: Any, result: _Result, into: str, dtype: torch.dtype | None, moments: Tensor | None
-) -> None:
-    """Rounds the result into the base layer."""
-    base = layer.get_base_layer()
-    if bnb.is_linear4bit(base) and into == "dense":
-        _make_dense(layer, base, result, dtype)
-        return
-    if base._parameters.get("bias") is not None and result.bias is not None:
-        base._parameters["bias"].copy_(result.bias)
-    if not bnb.is_linear4bit(base):
-        base._parameters[_weight_name(layer)].copy_(result.after)
-        return
-    _, state, _, _ = bnb.parts(base, torch.float32)
-    if moments is None:
-        packed, state = ops.quantize_4bit(
-            result.after, state.blocksize, state.quant_type, state.nested
-        )
-    else:
-        packed, state = quantize_with_feedback(result.after, state, moments)
-    bnb.store(base, packed, state)
-
-
-def _make_dense(layer: Any, base: Any, result: _Result, dtype: torch.dtype | None) -> None:
-    """Puts an nn.Linear into the place of a Linear4bit, and PEFT's dense layer around it."""
-    _, state, _, _ = bnb.parts(base, torch.float32)
-    dtype = dtype or state.dtype
-    dense = bnb.dense_linear(base, result.after.to(dtype), result.bias)
-    fast = is_fast(layer)
-    layer.base_layer, layer.__class__ = dense, Linear
-    layer.is_target_conv_1d_layer = False
-    if fast:
-        swap_in(layer)
-
-
-def _merged_by_peft(layer: Any, adapters: list[str]) -> tuple[Tensor, Tensor]:
-    """The base weight, in fp32, before and after PEFT's own merge of a copy of the layer."""
-    trial = copy.deepcopy(layer)
-    before = _decoded(trial)
-    with warnings.catch_warnings(), torch.no_grad():
-        # It warns of the rounding that is measured here.
-        warnings.simplefilter("ignore")
-        trial.merge(adapter_names=adapters)
-    return before, _decoded(trial)

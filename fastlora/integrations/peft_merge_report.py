@@ -66,9 +66,13 @@ class MergeReport:
 
     def summary(self) -> str:
         """`210 layers merged: |dW|/|W| 0.00424, error 0.0014, ...`, means as in the table."""
-        means = zip(_FIGURES.values(), _means(self.rows), strict=True)
-        text = ", ".join(f"{label} {value:.3g}" for label, value in means if value is not None)
+        text = ", ".join(f"{_FIGURES[name]} {mean:.3g}" for name, mean in self.means().items())
         return f"{len(self.rows)} layers merged" + (f": {text}" if text else "")
+
+    def means(self) -> dict[str, float]:
+        """Field of `MergeRow` -> its root mean square over the layers; the mean of what is kept."""
+        means = zip(_FIGURES, _means(self.rows), strict=True)
+        return {name: value for name, value in means if value is not None}
 
     def table(self, each: bool = False) -> Table:
         """A rich table. A line of several layers has the root mean square of their figures.

@@ -68,24 +68,27 @@ class Spectrum:
     def regex(self) -> str:
         """One regular expression that matches just the chosen layers, for the same argument."""
         # (what stands before the number, the numbers) -> what stands after it
-        merged: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+        shared: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+        parts = []
         for kind, group in groupby(self.rows, lambda row: row.kind):
             chosen = [row for row in group if row.chosen]
             if kind.count("*") == 1:
-                before, _, after = kind.partition("*")
-                numbers = tuple(map(str, sorted(int(row.numbers) for row in chosen)))
+                before, after = kind.split("*")
+                numbers = tuple(sorted(int(row.numbers) for row in chosen))
+                shared.setdefault((before, numbers), []).append(re.escape(after[1:]))
             else:
-                before, numbers, after = "", tuple(re.escape(row.name) for row in chosen), ""
-            merged.setdefault((re.escape(before), numbers), []).append(re.escape(after))
-        return "|".join(
-            before + _one_of(numbers) + _one_of(after)
-            for (before, numbers), after in merged.items()
-        )
+                parts.append(_one_of([re.escape(row.name) for row in chosen]))
+        parts += [
+            re.escape(before) + _one_of([str(n) for n in numbers]) + r"\." + _one_of(after)
+            for (before, numbers), after in shared.items()
+        ]
+        return "|".join(parts)
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as JSON takes it; an infinite ratio is None."""
         layers = [asdict(row) for row in self.rows]
         for layer in layers:
+            layer["shape"] = list(layer["shape"])
             layer["snr"] = layer["snr"] if math.isfinite(layer["snr"]) else None
         return {
             "share": self.share,

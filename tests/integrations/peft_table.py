@@ -377,7 +377,10 @@ CASES: dict[str, Case] = {
     },
     **{
         f"add_weighted_adapter, {kind} on NF4": Case(act=combined(kind, **options), four_bit=True)
-        for kind, options in {"linear": {}, "cat": {}, "svd": {}, "ties": {"density": 0.5}}.items()
+        for kind, options in {
+            **{kind: {} for kind in ("linear", "cat", "svd")},
+            **{kind: {"density": 0.5} for kind in ("ties", "ties_svd", "dare_ties_svd")},
+        }.items()
     },
     "modules_to_save": Case({"modules_to_save": ["head"]}),
     "lm_head": Case({"target_modules": ["up", "head"]}),

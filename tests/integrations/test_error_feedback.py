@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastlora import ops
-from fastlora.integrations.error_feedback import quantize_with_feedback
+from fastlora.integrations.error_feedback import DAMPING, quantize_with_feedback
 from fastlora.integrations.peft_merge_report import energy
 from fastlora.quant import QuantState
 
@@ -53,7 +53,7 @@ def test_against_the_update_stated_directly() -> None:
     weight, H = case(N, K)
     packed, state = ops.quantize_4bit(weight, 32, "nf4")
     absmax = state.absmax.repeat_interleave(32)[: N * K].view(N, K).double()
-    damped = H.double() + 0.01 * H.double().diagonal().mean() * torch.eye(K, dtype=torch.float64)
+    damped = H.double() + DAMPING * H.double().diagonal().mean() * torch.eye(K, dtype=torch.float64)
     rest, Q = weight.double().clone(), torch.empty(N, K, dtype=torch.float64)
     code = state.code.double()
     for i in range(K):

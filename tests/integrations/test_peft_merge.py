@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LNTuningConfig, LoKrConfig, LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear
 from safetensors.torch import save_file
 from tolerance import assert_close_to_exact
@@ -19,6 +22,7 @@ from torch import Tensor, nn
 import fastlora
 from fastlora import ops
 from fastlora.integrations import bitsandbytes as bnb
+from fastlora.integrations import peft_merge_layer
 from fastlora.integrations.input_moments import InputMoments
 from fastlora.integrations.peft_layers import FastLoraLinear
 from fastlora.integrations.peft_merge import INTO
@@ -27,12 +31,13 @@ from tests.integrations.models import (
     MLP4bit,
     exact,
     fill_adapters,
+    last_reasons,
     linear4bit,
     lora_layers,
     peft_model,
     train_step,
 )
-from tests.integrations.peft_table import CASES, Case, add, together
+from tests.integrations.peft_table import CASES, IDS, Net, add
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -354,7 +359,7 @@ def test_training_goes_on_after_unmerging() -> None:
 
 def test_merging_goes_on_with_further_adapters() -> None:
     model, double, _ = pair("LoRA", several=True)
-    fastlora.merge_adapter(model, ["default"])
+    fastlora.merge_adapter(model, ["default", "default"])
     assert {tuple(layer.merged_adapters) for layer in lora_layers(model)} == {("default",)}
     fastlora.merge_adapter(model)
     assert {tuple(layer.merged_adapters) for layer in lora_layers(model)} == {("default", "other")}
@@ -390,10 +395,102 @@ def test_progress_counts_layers() -> None:
     assert calls == [(1, 2), (2, 2)]
 
 
+@pytest.mark.parametrize("with_moments", [False, True], ids=["plain", "moments"])
+def test_no_layers_copies_outlive_it(with_moments: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two layers, no dense copy of a weight is alive."""
+    torch.manual_seed(0)
+    dense = MLP(64, 128, 32)
+    model = quantised(dense)
+    moments = InputMoments(model, [{"x": torch.randn(9, 64)}]) if with_moments else None
+    copies: list[weakref.ref[Tensor]] = []
+
+    def noted(make: Any) -> Any:
+        def call(*arguments: Any) -> Tensor:
+            copies.append(weakref.ref(tensor := make(*arguments)))
+            return tensor
+
+        return call
+
+    for name in ("_decoded", "_wide"):
+        monkeypatch.setattr(peft_merge_layer, name, noted(getattr(peft_merge_layer, name)))
+    alive: list[int] = []
+
+    def count(done: int, of: int) -> None:
+        gc.collect()
+        alive.append(sum(copy() is not None for copy in copies))
+
+    fastlora.merge_adapter(model, base=dense, moments=moments, progress=count)
+    # Per layer: W and what PEFT has made of it, the original, the bias, and what is stored.
+    assert len(copies) >= 8 and alive == [0, 0]
+
+
 def test_comparing_can_be_left_out() -> None:
     report = fastlora.merge_adapter(peft_model(MLP()), compare=False)
     assert all(row.peft_error is None and row.error is not None for row in report.rows)
     assert "PEFT" not in str(report)
+
+
+# ---- what PEFT's own code merges ----------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.linear = nn.MultiheadAttention(16, 2), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.attention(x, x, x)[0])
+
+
+class EightBit(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        linear = bitsandbytes.nn.Linear8bitLt(64, 32, has_fp16_weights=False)
+        linear.weight = bitsandbytes.nn.Int8Params(
+            torch.randn(32, 64) / 8, requires_grad=False, has_fp16_weights=False
+        )
+        self.linear, self.is_loaded_in_8bit = linear.to("cpu"), True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+OTHERS: dict[str, tuple[Any, Any, Any]] = {
+    "MultiheadAttention": (
+        Attention,
+        LoraConfig(r=3, target_modules=["attention", "linear"]),
+        torch.randn(5, 3, 16),
+    ),
+    "8-bit": (EightBit, LoraConfig(r=3, target_modules=["linear"]), torch.randn(4, 64)),
+    "trainable tokens": (
+        Net,
+        LoraConfig(r=3, target_modules=["up"], trainable_token_indices={"embed": [1, 2]}),
+        IDS,
+    ),
+    "IA3": (Net, IA3Config(target_modules=["up"], feedforward_modules=[]), IDS),
+    "LoKr": (Net, LoKrConfig(r=3, target_modules=["up", "down"]), IDS),
+    "LNTuning": (Net, LNTuningConfig(target_modules=["up"]), IDS),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_layers_are_merged_by_peft(name: str) -> None:
+    make, config, x = OTHERS[name]
+    torch.manual_seed(0)
+    model = get_peft_model(make(), config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.eval()
+    with torch.no_grad():
+        before = model(x)
+        peft = merged_by_peft(copy.deepcopy(model))(x)
+        rows = fastlora.merge_adapter(model).rows
+        torch.testing.assert_close(model(x), peft, atol=1e-6, rtol=1e-5)
+        # Layers of LoRA in the same model are merged and measured as ever.
+        assert any(row.error is None for row in rows)
+        fastlora.unmerge_adapter(model)
+        torch.testing.assert_close(model(x), before, atol=0.05 if name == "8-bit" else 1e-5, rtol=0)
 
 
 # ---- what is refused, with nothing changed ------------------------------------------------------
@@ -438,12 +535,17 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "base of another shape": (
         lambda: peft_model(MLP4bit()),
         {"base": {"up.weight": torch.ones(128, 64), "down.weight": torch.ones(31, 128)}},
-        r"down.weight must be a float weight of shape \(32, 128\)",
+        r"down.weight must be a weight in 16 bits or more of shape \(32, 128\)",
     ),
     "base in 4 bits": (
         lambda: peft_model(MLP4bit()),
         {"base": {k: torch.ones(n, dtype=torch.uint8) for k, n in (("up.weight", 1),)}},
-        "must be a float weight",
+        "in 16 bits or more",
+    ),
+    "base in 8 bits": (
+        lambda: peft_model(MLP4bit()),
+        {"base": {"up.weight": torch.ones(128, 64, dtype=torch.float8_e4m3fn)}},
+        "in 16 bits or more",
     ),
     "folder without files": (
         lambda: peft_model(MLP4bit()),
@@ -503,13 +605,14 @@ def test_an_error_half_way_names_the_layer_and_keeps_its_state() -> None:
 
 def test_moments_are_those_of_the_inputs() -> None:
     torch.manual_seed(0)
-    model = peft_model(MLP4bit()).eval()
+    model = fastlora.accelerate(peft_model(MLP4bit()), verbose=False).eval()
     batches = [{"x": torch.randn(2, 5, 64)}, {"x": torch.randn(3, 5, 64)}]
     x = torch.cat([batch["x"].reshape(-1, 64) for batch in batches])
     first, second = "base_model.model.up", "base_model.model.down"
     moments = InputMoments(model, batches)
     assert list(moments) == [first, second] and len(moments) == 2 and first in moments
     torch.testing.assert_close(moments[first], x.T @ x)
+    assert last_reasons(model) == {""}
     hidden = torch.nn.functional.silu(model.base_model.model.up(x)).detach()
     torch.testing.assert_close(moments[second], hidden.T @ hidden)
     with pytest.raises(KeyError):
@@ -554,12 +657,3 @@ def test_merging_with_feedback_lowers_the_output_error() -> None:
     H = given["base_model.model.up"]
     ratio = ((off @ H * off).sum() / (want @ H * want).sum()).sqrt()
     assert rows[0].output_error == pytest.approx(float(ratio), rel=1e-3)
-
-
-def test_a_case_merges_like_the_adapters_run() -> None:
-    """The acts of the table are usable here too: two adapters, gradients and all."""
-    case = Case(act=together())
-    model = case.trio()[2]
-    case.act(model)
-    fastlora.merge_adapter(model)
-    assert {tuple(layer.merged_adapters) for layer in lora_layers(model)} == {("default", "other")}
