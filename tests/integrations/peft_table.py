@@ -266,6 +266,16 @@ def merged_and_unmerged(model: Any) -> Results:
     return step(model)
 
 
+def ranks_cut(model: Any) -> Results:
+    """Gradients after AdaLoRA's allocator has switched singular values off."""
+    step(model)
+    model.base_model.peft_config["default"].tinit = 0
+    model.base_model.update_and_allocate(4)
+    zeros = [int((layer.lora_E["default"] == 0).sum()) for layer in lora_layers(model)]
+    assert any(zeros), zeros
+    return step(model)
+
+
 def combined(kind: str, **options: Any) -> Act:
     def act(model: Any) -> Results:
         add(model, r=4)
@@ -468,8 +478,20 @@ CASES: dict[str, Case] = {
         EXPERTS, experts=experts("gpt-oss"), act=merged(), reasons=MERGED
     ),
     "AdaLoRA": Case(
+        AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["up", "down"])
+    ),
+    "AdaLoRA with dropout": Case(
+        AdaLoraConfig(
+            init_r=4, target_r=2, total_step=10, target_modules=["up", "down"], lora_dropout=0.3
+        )
+    ),
+    "AdaLoRA, ranks cut": Case(
+        AdaLoraConfig(init_r=4, target_r=1, total_step=9, target_modules=["up", "down"]),
+        act=ranks_cut,
+    ),
+    "AdaLoRA, merge, unmerge": Case(
         AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["up", "down"]),
-        reasons=no_class("SVDLinear"),
+        act=merged_and_unmerged,
     ),
 }
 

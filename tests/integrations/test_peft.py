@@ -492,7 +492,7 @@ def test_explain_says_why_not() -> None:
 
 
 def test_explain_knows_every_kind_of_lora_layer() -> None:
-    """Also those for which fastlora has no class, and AdaLoRA's, which count as LoRA layers."""
+    """Also those for which fastlora has no class, and parameters and AdaLoRA's, which have one."""
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -518,7 +518,7 @@ def test_explain_knows_every_kind_of_lora_layer() -> None:
     adalora = peft.AdaLoraConfig(target_modules=["up"], total_step=10)
     model = fastlora.accelerate(get_peft_model(MLP(), adalora), verbose=False)
     (row,) = fastlora.explain(model).rows
-    assert row.reason == "fastlora has no layer for PEFT's SVDLinear"
+    assert row.fast and (row.kind, row.shape, row.r) == ("FastSVDLinear", (53, 37), 12)
     assert str(fastlora.explain(model))
 
 
