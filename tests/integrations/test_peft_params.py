@@ -7,6 +7,7 @@ experts; then models that use the weight in ways that fastlora does not know.
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -273,6 +274,7 @@ def test_accelerate_and_restore_leave_everything_in_place(tmp_path: Path) -> Non
     assert [name for name, _ in fast.named_parameters()] == names
     assert all(torch.equal(value, state[key]) for key, value in fast.state_dict().items())
     assert repr(fast) == repr(stock)
+    assert pickle.loads(pickle.dumps(FastParamWrapper)) is FastParamWrapper
     for layer in lora_layers(fast):
         assert layer.parameter_name not in layer.get_base_layer().__dict__
     fast.save_pretrained(tmp_path)
@@ -341,6 +343,11 @@ def test_conditions() -> None:
     layer.scaling["default"] = torch.tensor(1.0)
     assert reason() == "scaling is a Tensor, not a number"
     layer.scaling["default"] = 1.0
+    with pytest.raises(ValueError, match="does not support mixed adapter batches"):
+        layer(torch.randn(3, 32), adapter_names=["default"] * 3)
+    layer.lora_A["default"].double()
+    assert reason() == "the lora_A is in torch.float64; fastlora takes fp32, bf16 and fp16"
+    layer.lora_A["default"].float()
     layer.set_adapter([])
     assert reason() == "no adapters are active on this layer"
 
