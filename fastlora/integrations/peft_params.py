@@ -89,6 +89,11 @@ def param_parts(layer: Any) -> ParamParts | str:
     weight = owner._parameters.get(name)
     if weight is None or name in owner.__dict__:
         return f"{name} is no parameter of its module (parametrised or pruned)"
+    inner = layer._modules["base_layer"]
+    while isinstance(inner, ParamWrapper):
+        if inner.parameter_name == name:
+            return f"another wrapper adapts the parameter {name}, too"
+        inner = inner._modules["base_layer"]
     tensors = [(f"parameter {name}", weight)]
     for adapter in names:
         if adapter in layer.lora_variant or layer.use_dora.get(adapter):

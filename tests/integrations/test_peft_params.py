@@ -352,6 +352,36 @@ def test_conditions() -> None:
     assert reason() == "no adapters are active on this layer"
 
 
+def test_two_wrappers_of_one_parameter() -> None:
+    """As PEFT 0.18 nests them for two adapters: both run PEFT's code, which adds both deltas."""
+    torch.manual_seed(0)
+    first, second = (
+        LoraConfig(r=2, target_modules=[], target_parameters=["0.weight"]) for _ in range(2)
+    )
+    model = get_peft_model(nn.Sequential(Stack(loop, False)), first).base_model.model
+    model[0] = ParamWrapper(model[0], "default", parameter_name="weight", config=second, r=2)
+    stock = fill_adapters(model)
+    fast = fastlora.accelerate(copy.deepcopy(stock), verbose=False)
+    assert_all_close(*(train_step(model, X) for model in (fast, exact(stock), stock)))
+    assert last_reasons(fast) == {
+        "another wrapper adapts the parameter weight, too",
+        "weight is no parameter of its module (parametrised or pruned)",
+    }
+
+
+@pytest.mark.parametrize("trained", EXPERTS)
+def test_one_wrapper_on_pefts_code_and_one_not(trained: str) -> None:
+    """The nested wrappers of one module do not disturb each other."""
+    stock = moe("Mixtral")
+    for name, parameter in stock.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or name.endswith(trained.split(".")[1]))
+    fast, *others = trio(stock)
+    assert_network_close(*(train(model) for model in (fast, *others)))
+    reasons = last_reasons(fast)
+    assert "" in reasons and len(reasons) == 2
+    assert any(reason and "is being trained" in reason for reason in reasons)
+
+
 # ---- models that fastlora does not know ----------------------------------------------------------
 
 
