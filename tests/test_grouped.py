@@ -249,6 +249,22 @@ def test_loop_over_experts() -> None:
         assert torch.equal(dx, want["dx"]) and others == [None, None]
 
 
+@pytest.mark.parametrize("base", [Base(), Base("nf4", 64)], ids=str)
+def test_triton(base: Base) -> None:
+    """The loop over Triton's kernels, in its interpreter; dropout is refused."""
+    triton = backends.BACKENDS["triton"]
+    if reason := triton.unsupported("grouped_lora_linear_fwd", "cpu"):
+        pytest.skip(reason)
+    case = Case("", (3, 3, 8), 9, 32, 64, 4)
+    inputs = make_inputs(case, base, DTYPES["fp32"])
+    exact, plain = (segment_results(case, inputs, exactly) for exactly in (True, False))
+    for name, out in run(case, inputs, "triton").items():
+        assert_close_to_exact(out, exact[name], plain[name], what=name)
+    dropping = Case("", (3, 3, 8), 9, 32, 64, 4, dropout_p=0.1)
+    with pytest.raises(RuntimeError, match="no kernel whose dropout counts rows"):
+        run(dropping, inputs, "triton")
+
+
 def test_a_gpu_loop_declines_dropout() -> None:
     assert grouped.unsupported("grouped_lora_linear_fwd", 0.0) is None
     assert grouped.unsupported("lora_linear_fwd", 0.1) is None

@@ -105,7 +105,7 @@ inline Quant4bit quant_of(const QuantTensors& t, int64_t elements) {
   STD_TORCH_CHECK(t.nested_code.has_value() && t.nested_offset.has_value(),
                   "nested_absmax needs nested_code and nested_offset");
   check_dtype(t.absmax, "absmax", ScalarType::Byte);
-  check_vector(*t.nested_absmax, "nested_absmax", (blocks + 255) / 256);
+  check_vector(*t.nested_absmax, "nested_absmax", (blocks + kNestedBlock - 1) / kNestedBlock);
   check_vector(*t.nested_code, "nested_code", 256);
   check_vector(*t.nested_offset, "nested_offset", 1);
   check_dtype(*t.nested_absmax, "nested_absmax", ScalarType::Float);

@@ -2,6 +2,7 @@
 //
 // Formulas, shapes and dtypes: fastlora/reference.py. Every expert runs the kernel of the plain op on
 // its part of each array: nothing is copied, and nothing is padded.
+#include <algorithm>
 #include <cstring>
 #include <tuple>
 #include <vector>
@@ -39,7 +40,6 @@ struct Experts {
   static int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
  private:
-  static constexpr int64_t kNestedBlock = 256;
   int64_t quant_blocksize() const { return all.dense ? 1 : all.quant.blocksize; }
 };
 
@@ -61,7 +61,7 @@ Experts experts_of(const QuantTensors& quant, int64_t E, int64_t N, int64_t K,
   all.quant = quant_of(quant, E * N * K);
   all.compute_dtype = dtype_of(compute_dtype, "compute_dtype");
   check_not_empty(all);
-  const int64_t together = quant.blocksize * (quant.nested_absmax.has_value() ? 256 : 1);
+  const int64_t together = quant.blocksize * (quant.nested_absmax.has_value() ? kNestedBlock : 1);
   STD_TORCH_CHECK(N * K % together == 0, "each expert must have whole blocks of ", together,
                   " elements, got ", N, " x ", K);
   return {E, all};

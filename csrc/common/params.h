@@ -16,6 +16,8 @@ struct Dropout {
   const uint32_t* key;  // [2], the seed's low and high half; null without dropout
 };
 
+constexpr int64_t kNestedBlock = 256;  // absmax of the absmax: bitsandbytes' fixed blocksize
+
 // A 4-bit weight in bitsandbytes' layout: codes along the flattened [N, K] weight, two a byte, high
 // nibble first; blocks of `blocksize` codes share one absmax.
 struct Quant4bit {
@@ -25,7 +27,7 @@ struct Quant4bit {
   const float* absmax;         // [blocks], or null when nested
   const uint8_t* absmax_8bit;  // [blocks], nested: absmax = nested_code[q] * nested_absmax + offset
   const float* nested_code;    // [256]
-  const float* nested_absmax;  // [ceil(blocks / 256)]
+  const float* nested_absmax;  // [ceil(blocks / kNestedBlock)]
   const float* nested_offset;  // [1]
 };
 

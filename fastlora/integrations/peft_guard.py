@@ -82,7 +82,10 @@ def layer_parts(layer: Any, names: Iterable[str] | None = None) -> Parts | str:
         return "fan_in_fan_out: the base weight is stored transposed"
 
     children: dict[str, Any] = layer._modules
-    As = children["lora_A"]._modules
+    by_svd = isinstance(children["lora_A"], nn.ParameterDict)
+    if by_svd and names is not None:
+        return "the call passes adapter_names, which AdaLoRA's layers do not take"
+    As = children["lora_A"] if by_svd else children["lora_A"]._modules
     chosen = layer.active_adapters if names is None else dict.fromkeys(names)
     present = [name for name in chosen if name in As]
     if not present and names is None:
@@ -90,7 +93,7 @@ def layer_parts(layer: Any, names: Iterable[str] | None = None) -> Parts | str:
     adapters: list[Adapter] = []
     roles: list[tuple[str, nn.Module]] = [("the base layer", children["base_layer"])]
     for name in present:
-        adapter = _adapter(layer, name, roles)
+        adapter = (_svd_adapter if by_svd else _adapter)(layer, name, roles)
         if isinstance(adapter, str):
             return adapter
         adapters.append(adapter)
@@ -188,8 +191,8 @@ def _adapter(layer: Any, name: str, roles: list[tuple[str, nn.Module]]) -> Adapt
     scaling = state["scaling"][name]
     if type(scaling) not in (float, int):
         return f"scaling is a {type(scaling).__name__}, not a number"
-    if type(dropout) not in (nn.Identity, nn.Dropout) or getattr(dropout, "inplace", False):
-        return f"the dropout module is a {type(dropout).__name__}, not a plain nn.Dropout"
+    if (reason := _dropout_reason(dropout)) is not None:
+        return reason
     if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear:
         odd = lora_A if type(lora_A) is not nn.Linear else lora_B
         return f"lora_A or lora_B is a {type(odd).__name__}, not a plain nn.Linear"
@@ -205,6 +208,32 @@ def _adapter(layer: Any, name: str, roles: list[tuple[str, nn.Module]]) -> Adapt
     A, B = lora_A._parameters.get("weight"), lora_B._parameters.get("weight")
     vector = None if magnitude is None else magnitude._parameters["weight"]
     return Adapter(name, A, B, bias, dropout, scaling, vector)  # type: ignore[arg-type]
+
+
+def _svd_adapter(layer: Any, name: str, roles: list[tuple[str, nn.Module]]) -> Adapter | str:
+    """AdaLoRA's `scaling / (ranknum + 1e-5) * B (A * E)` as one adapter of A and B, as `_adapter`.
+
+    The factors go into A: ranknum is a tensor, and reading it would wait for a GPU.
+    """
+    children, scaling = layer._modules, layer.scaling[name]
+    if type(scaling) not in (float, int):
+        return f"scaling is a {type(scaling).__name__}, not a number"
+    dropout = children["lora_dropout"]._modules[name]
+    if (reason := _dropout_reason(dropout)) is not None:
+        return reason
+    roles.append(("the dropout module", dropout))
+    A, B, E = (children[part]._parameters[name] for part in ("lora_A", "lora_B", "lora_E"))
+    for role, tensor in (("lora_A", A), ("lora_E", E)):
+        if type(tensor) not in PLAIN or tensor.is_meta:
+            return f"the {role} is no plain tensor in memory"
+    factor = scaling / (children["ranknum"]._parameters[name] + 1e-5)
+    return Adapter(name, A * (E * factor), B, None, dropout, 1.0, None)
+
+
+def _dropout_reason(dropout: nn.Module) -> str | None:
+    if type(dropout) in (nn.Identity, nn.Dropout) and not getattr(dropout, "inplace", False):
+        return None
+    return f"the dropout module is a {type(dropout).__name__}, not a plain nn.Dropout"
 
 
 def _forward_is_plain(module: nn.Module) -> bool:

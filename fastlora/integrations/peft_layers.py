@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from types import MethodType
 from typing import Any
 
+from peft.tuners.adalora.layer import SVDLinear
 from peft.tuners.lora.layer import Linear, ParamWrapper
 from torch import Tensor, nn
 
@@ -29,6 +30,17 @@ class FastLoraLinear(Linear):
     def _get_name(self) -> str:
         # PEFT's name, so that a printed model looks as it did; `explain` tells them apart.
         return type(self).__name__.removeprefix("FastLora")
+
+
+class FastSVDLinear(SVDLinear):
+    """PEFT's `adalora.SVDLinear` with fastlora's forward; all else, and all state, is PEFT's."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """`y = x W^T + bias + s drop(x) (A * E)^T B^T`, or PEFT's own code; see `fast_path`."""
+        return forward_or_stock(self, super().forward, x, args, kwargs)
+
+    def _get_name(self) -> str:
+        return type(self).__name__.removeprefix("Fast")
 
 
 def swap_in(layer: nn.Module) -> None:
@@ -86,6 +98,7 @@ def _pairs() -> Iterator[tuple[type, type]]:
     """`(PEFT's class, ours)`; the 4-bit pair only where PEFT's class exists already."""
     yield Linear, FastLoraLinear
     yield ParamWrapper, FastParamWrapper
+    yield SVDLinear, FastSVDLinear
     stock = getattr(sys.modules.get("peft.tuners.lora.bnb"), "Linear4bit", None)
     if stock is not None:
         # Its base class needs bitsandbytes, which is slow to import and absent on many machines.

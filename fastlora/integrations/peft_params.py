@@ -89,6 +89,11 @@ def param_parts(layer: Any) -> ParamParts | str:
     weight = owner._parameters.get(name)
     if weight is None or name in owner.__dict__:
         return f"{name} is no parameter of its module (parametrised or pruned)"
+    inner = layer._modules["base_layer"]
+    while isinstance(inner, ParamWrapper):
+        if inner.parameter_name == name:
+            return f"another wrapper adapts the parameter {name}, too"
+        inner = inner._modules["base_layer"]
     tensors = [(f"parameter {name}", weight)]
     for adapter in names:
         if adapter in layer.lora_variant or layer.use_dora.get(adapter):
@@ -101,15 +106,8 @@ def param_parts(layer: Any) -> ParamParts | str:
             if module._parameters.get("weight") is None:
                 return f"{role}'s weight is no parameter of its layer (parametrised or pruned)"
             tensors.append((role, module._parameters["weight"]))
-    for role, tensor in tensors:
-        if type(tensor) not in PLAIN:
-            return f"the {role} is a {type(tensor).__name__}, a tensor subclass"
-        if tensor.is_meta:
-            return f"the {role} is on the meta device (offloaded or not loaded)"
-        if tensor.dtype not in SUPPORTED_DTYPES:
-            return f"the {role} is in {tensor.dtype}; fastlora takes fp32, bf16 and fp16"
-        if tensor.device != weight.device:
-            return f"the {role} is on {tensor.device} and {name} on {weight.device}"
+    if (reason := _tensor_reason(tensors)) is not None:
+        return reason
     if weight.requires_grad:
         return f"the parameter {name} is being trained (requires_grad); fastlora needs it frozen"
     if weight.dim() not in (2, 3) or (weight.dim() == 3 and layer.num_experts == 1):
@@ -123,6 +121,21 @@ def param_parts(layer: Any) -> ParamParts | str:
     parts = ParamParts(owner, name, weight, tuple(factors))
     reason = backend_reason(parts.op, weight.device, dtype=weight.dtype)
     return parts if reason is None else Unserved(reason)
+
+
+def _tensor_reason(tensors: list[tuple[str, Tensor]]) -> str | None:
+    """Why the fast path can't read one of the tensors, of which the first is the parameter."""
+    device = tensors[0][1].device
+    for role, tensor in tensors:
+        if type(tensor) not in PLAIN:
+            return f"the {role} is a {type(tensor).__name__}, a tensor subclass"
+        if tensor.is_meta:
+            return f"the {role} is on the meta device (offloaded or not loaded)"
+        if tensor.dtype not in SUPPORTED_DTYPES:
+            return f"the {role} is in {tensor.dtype}; fastlora takes fp32, bf16 and fp16"
+        if tensor.device != device:
+            return f"the {role} is on {tensor.device} and the parameter on {device}"
+    return None
 
 
 def _adapter_factors(
@@ -140,18 +153,14 @@ def _adapter_factors(
         E = layer.num_experts
         if len(lora_A) % E or lora_B.shape[1] != len(lora_A):
             return None
-        A = lora_A.view(E, -1, lora_A.shape[1])
-        B = lora_B.view(len(lora_B), -1, E).permute(2, 0, 1).contiguous()
+        A = lora_A.reshape(E, -1, lora_A.shape[1])
+        B = lora_B.reshape(len(lora_B), -1, E).permute(2, 0, 1).contiguous()
         # PEFT before 0.19 had one of the two layouts only.
         swapped = getattr(layer, "_did_swap_in_out_features", False)
         left, right = (B, A) if swapped else (A.mT, B.mT)
-    R = left.shape[-1]
-    lead = weight.shape[:-2]
-    return (
-        (left, right)
-        if (left.shape, right.shape) == ((*lead, rows, R), (*lead, R, columns))
-        else None
-    )
+    R, lead = left.shape[-1], weight.shape[:-2]
+    fits = left.shape == (*lead, rows, R) and right.shape == (*lead, R, columns)
+    return (left, right) if fits else None
 
 
 def _stacked(factors: tuple[tuple[Tensor, Tensor, float], ...]) -> tuple[Tensor, Tensor, float]:

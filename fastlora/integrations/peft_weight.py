@@ -89,7 +89,7 @@ class AdaptedWeight(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             serve = _SERVED.get(_name(func))
             result = NotImplemented
-            if serve is not None and kwargs.keys() <= set(signature(serve).parameters):
+            if serve and (not kwargs or kwargs.keys() <= signature(serve).parameters.keys()):
                 result = serve(*args, **kwargs)
             return func(*args, **kwargs) if result is NotImplemented else result
 

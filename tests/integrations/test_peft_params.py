@@ -7,6 +7,7 @@ experts; then models that use the weight in ways that fastlora does not know.
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -273,6 +274,7 @@ def test_accelerate_and_restore_leave_everything_in_place(tmp_path: Path) -> Non
     assert [name for name, _ in fast.named_parameters()] == names
     assert all(torch.equal(value, state[key]) for key, value in fast.state_dict().items())
     assert repr(fast) == repr(stock)
+    assert pickle.loads(pickle.dumps(FastParamWrapper)) is FastParamWrapper
     for layer in lora_layers(fast):
         assert layer.parameter_name not in layer.get_base_layer().__dict__
     fast.save_pretrained(tmp_path)
@@ -341,8 +343,43 @@ def test_conditions() -> None:
     layer.scaling["default"] = torch.tensor(1.0)
     assert reason() == "scaling is a Tensor, not a number"
     layer.scaling["default"] = 1.0
+    with pytest.raises(ValueError, match="does not support mixed adapter batches"):
+        layer(torch.randn(3, 32), adapter_names=["default"] * 3)
+    layer.lora_A["default"].double()
+    assert reason() == "the lora_A is in torch.float64; fastlora takes fp32, bf16 and fp16"
+    layer.lora_A["default"].float()
     layer.set_adapter([])
     assert reason() == "no adapters are active on this layer"
+
+
+def test_two_wrappers_of_one_parameter() -> None:
+    """As PEFT 0.18 nests them for two adapters: both run PEFT's code, which adds both deltas."""
+    torch.manual_seed(0)
+    first, second = (
+        LoraConfig(r=2, target_modules=[], target_parameters=["0.weight"]) for _ in range(2)
+    )
+    model = get_peft_model(nn.Sequential(Stack(loop, False)), first).base_model.model
+    model[0] = ParamWrapper(model[0], "default", parameter_name="weight", config=second, r=2)
+    stock = fill_adapters(model)
+    fast = fastlora.accelerate(copy.deepcopy(stock), verbose=False)
+    assert_all_close(*(train_step(model, X) for model in (fast, exact(stock), stock)))
+    assert last_reasons(fast) == {
+        "another wrapper adapts the parameter weight, too",
+        "weight is no parameter of its module (parametrised or pruned)",
+    }
+
+
+@pytest.mark.parametrize("trained", EXPERTS)
+def test_one_wrapper_on_pefts_code_and_one_not(trained: str) -> None:
+    """The nested wrappers of one module do not disturb each other."""
+    stock = moe("Mixtral")
+    for name, parameter in stock.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or name.endswith(trained.split(".")[1]))
+    fast, *others = trio(stock)
+    assert_network_close(*(train(model) for model in (fast, *others)))
+    reasons = last_reasons(fast)
+    assert "" in reasons and len(reasons) == 2
+    assert any(reason and "is being trained" in reason for reason in reasons)
 
 
 # ---- models that fastlora does not know ----------------------------------------------------------
