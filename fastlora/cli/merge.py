@@ -59,7 +59,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--calibrate",
         metavar="FILE",
-        help="text or JSONL: --into 4bit then rounds with the model's inputs on it in mind",
+        help="text or JSONL: --into 4bit then rounds with the model's inputs on it in mind; of use "
+        "where the 16-bit weights are not at hand",
     )
     parser.add_argument(
         "--examples", type=positive, default=32, metavar="N", help=f"of {_LENGTH} tokens (32)"
