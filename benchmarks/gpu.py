@@ -57,11 +57,20 @@ class Plan:
 
 
 _COLUMNS = ("frozen", "frozen-dense", "peft", "peft-cast", "addmm", "fastlora-triton", "fastlora")
-# LoRAFusion's shapes; one odd size and one of whole tiles are enough to verify every kernel.
+# LoRAFusion's shapes, and fewer tokens, for which a 4-bit weight is decoded inside the product. One
+# odd size and one of whole tiles are enough to verify every Triton kernel.
 FULL = Plan(
-    verify=((129, 259, 320, 24), (256, 256, 512, 16), (1, 96, 128, 64)),
+    # The last three split the sums of the native kernels.
+    verify=(
+        (129, 259, 320, 24),
+        (256, 256, 512, 16),
+        (1, 96, 128, 64),
+        (16, 256, 4096, 16),
+        (256, 384, 2048, 16),
+        (70, 2048, 128, 8),
+    ),
     shapes=(4096, 5120, 8192),
-    tokens=(8192, 2048, 4096),
+    tokens=(8192, 2048, 256, 512, 4096, 1024, 128),
     few=(1, 16, 64, 4, 32),
     providers=_COLUMNS,
     compiled=("compile",),
@@ -183,10 +192,11 @@ def tune(run: Run, until: float) -> dict[str, Any]:
     from fastlora.cli.tune import tune as tune_one
 
     plan, wrong, done = run.plan, [], 0
+    left_out: dict[str, int] = {}
     problems = [
         Problem(op, (M, width, width, 16))
         for width in plan.shapes
-        for M in (*plan.tokens[:1], *plan.few[1:2])
+        for M in (*plan.tokens[:1], *plan.few[1:2], *plan.tokens[2:3])
         for op in ("lora_linear_fwd", "lora_linear_bwd", "qlora_linear_fwd", "qlora_linear_bwd")
     ]
     for problem in problems:
@@ -196,6 +206,8 @@ def tune(run: Run, until: float) -> dict[str, Any]:
             problem, run.device, min(plan.rounds, 5), plan.sample_seconds / 4, plan.candidates
         )
         wrong += outcome.wrong
+        for reason in outcome.left_out:
+            left_out[reason] = left_out.get(reason, 0) + 1
         for name, seconds in outcome.seconds.items():
             run.write(
                 "tune.csv",
@@ -208,7 +220,7 @@ def tune(run: Run, until: float) -> dict[str, Any]:
                 },
             )
         done += 1
-    return {"problems": done, "of": len(problems), "wrong": wrong}
+    return {"problems": done, "of": len(problems), "wrong": wrong, "left_out": left_out}
 
 
 def measure(run: Run, until: float) -> dict[str, Any]:

@@ -18,6 +18,7 @@ _EXPORTS = {
     "QLoraLinear": ".nn",
     "LoraLinearFunction": ".autograd",
     "lora_linear": ".autograd",
+    "grouped_lora_linear": ".grouped",
     "quantize_4bit": ".ops",
     "dequantize_4bit": ".ops",
     "use_backend": ".backends",
@@ -28,6 +29,9 @@ _EXPORTS = {
     "register": ".integrations.peft",
     "patch_peft": ".integrations.peft",
     "unpatch_peft": ".integrations.peft",
+    "merge_adapter": ".integrations.peft_merge",
+    "unmerge_adapter": ".integrations.peft_merge",
+    "spectrum": ".integrations.spectrum",
 }
 
 __all__ = ["__version__", *_EXPORTS]
@@ -35,6 +39,7 @@ __all__ = ["__version__", *_EXPORTS]
 if TYPE_CHECKING:
     from .autograd import LoraLinearFunction, lora_linear
     from .backends import use_backend
+    from .grouped import grouped_lora_linear
     from .integrations.peft import (
         accelerate,
         explain,
@@ -43,6 +48,8 @@ if TYPE_CHECKING:
         restore,
         unpatch_peft,
     )
+    from .integrations.peft_merge import merge_adapter, unmerge_adapter
+    from .integrations.spectrum import spectrum
     from .nn import LoraLinear, QLoraLinear
     from .ops import dequantize_4bit, quantize_4bit
     from .quant import QuantState

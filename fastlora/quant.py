@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -176,6 +176,30 @@ class QuantState:
     def without_tensors(self) -> QuantState:
         """This state with empty tensors, for `with_tensors` to fill again."""
         return self.with_tensors(_EMPTY, _EMPTY, None, _EMPTY, _EMPTY)
+
+    def expert(self, e: int) -> QuantState:
+        """The state of `weight[e]`, of a stack `[E, N, K]` whose blocks belong to one expert each.
+
+        Raises:
+            ValueError: absmax is nested, and 256 neighbours that share a scale are of two experts.
+        """
+        E, *shape = self.shape
+        blocks = self.absmax.numel() // E
+        state2 = self.state2
+        if state2 is not None:
+            if blocks % state2.blocksize:
+                raise ValueError(
+                    f"quant_state must have a multiple of {state2.blocksize} blocks for each "
+                    f"expert when absmax is nested, got {blocks}"
+                )
+            scales = blocks // state2.blocksize
+            state2 = replace(
+                state2,
+                absmax=state2.absmax[e * scales : (e + 1) * scales],
+                shape=torch.Size((blocks,)),
+            )
+        absmax = self.absmax.view(-1)[e * blocks : (e + 1) * blocks]
+        return replace(self, absmax=absmax, shape=torch.Size(shape), state2=state2)
 
     def as_dict(self) -> dict[str, Tensor]:
         """State-dict entries, named and encoded as bitsandbytes does (prefix `weight.` left out).

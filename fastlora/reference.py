@@ -53,7 +53,12 @@ def dropout_threshold(p: float) -> tuple[int, float]:
 
 
 def dropout_mask(
-    M: int, K: int, p: float, seed: Tensor | int, device: torch.device | str | None = None
+    M: int,
+    K: int,
+    p: float,
+    seed: Tensor | int,
+    device: torch.device | str | None = None,
+    first_row: int = 0,
 ) -> Tensor:
     """`mask[m, k] = philox16(m, k) >= threshold(p)`, the same bits on every backend.
 
@@ -70,6 +75,7 @@ def dropout_mask(
         p: probability of dropping an element.
         seed: int64, one element.
         device: where the mask is made.
+        first_row: m of the mask's first row: these are rows of a larger batch.
 
     Returns:
         bool [M, K], True where the element is kept.
@@ -80,7 +86,7 @@ def dropout_mask(
     key = int(seed) & 0xFFFFFFFFFFFFFFFF
     k0, k1 = key & _MASK32, key >> 32
     blocks = (K + 127) // 128
-    m = torch.arange(M, dtype=torch.int64, device=device).view(M, 1, 1)
+    m = torch.arange(first_row, first_row + M, dtype=torch.int64, device=device).view(M, 1, 1)
     block = torch.arange(blocks, dtype=torch.int64, device=device).view(1, blocks, 1)
     lane = torch.arange(16, dtype=torch.int64, device=device).view(1, 1, 16)
     shape = (M, blocks, 16)
@@ -103,14 +109,15 @@ def _mul_32x32(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def _dropout(x: Tensor, p: float, seed: Tensor | int | None) -> Tensor:
-    """`x * mask / (1 - p)`, or x itself when p = 0."""
+def _dropout(x: Tensor, p: float, seed: Tensor | int | None, first_row: int = 0) -> Tensor:
+    """`x * mask / (1 - p)`, or x itself when p = 0; x's rows are `first_row` and on of a batch."""
     if p == 0.0:
         return x
     if seed is None:
         raise ValueError("seed must be an int64 tensor of one element when dropout_p > 0, got None")
     _, scale = dropout_threshold(p)
-    return torch.where(dropout_mask(x.shape[0], x.shape[1], p, seed, x.device), x * scale, 0.0)
+    mask = dropout_mask(x.shape[0], x.shape[1], p, seed, x.device, first_row)
+    return torch.where(mask, x * scale, 0.0)
 
 
 # ---- LoRA on a dense base --------------------------------------------------------------------
@@ -149,10 +156,12 @@ def lora_linear_fwd(
     return _fwd(x, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
 
 
-def shrink(x: Tensor, lora_A: Tensor, dropout_p: float, seed: Tensor | int | None) -> Tensor:
+def shrink(
+    x: Tensor, lora_A: Tensor, dropout_p: float, seed: Tensor | int | None, first_row: int = 0
+) -> Tensor:
     """`S = drop(x) A^T`, `[M, R]` in fp32 (fp64 for fp64); arguments as in `lora_linear_fwd`."""
     acc = _acc(x)
-    return _dropout(x.to(acc), dropout_p, seed) @ lora_A.to(acc).T
+    return _dropout(x.to(acc), dropout_p, seed, first_row) @ lora_A.to(acc).T
 
 
 def _fwd(
@@ -165,9 +174,10 @@ def _fwd(
     scaling: float,
     dropout_p: float,
     seed: Tensor | int | None,
+    first_row: int = 0,
 ) -> tuple[Tensor, Tensor]:
     acc = _acc(x)
-    S = shrink(x, lora_A, dropout_p, seed)
+    S = shrink(x, lora_A, dropout_p, seed, first_row)
     y = x_base.to(acc) @ weight.to(acc).T + scaling * (S @ lora_B.to(acc).T)
     if bias is not None:
         y = y + bias.to(acc)
@@ -217,11 +227,12 @@ def _bwd(
     dropout_p: float,
     seed: Tensor | int | None,
     needs: tuple[bool, bool, bool, bool],
+    first_row: int = 0,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     dx, *grads = _wide_bwd(
-        dy, dy_base, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, needs
+        dy, dy_base, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, needs, first_row
     )
-    return None if dx is None else dx.to(x.dtype), grads[0], grads[1], grads[2]
+    return None if dx is None else dx.to(dy.dtype), grads[0], grads[1], grads[2]
 
 
 def _wide_bwd(
@@ -236,13 +247,17 @@ def _wide_bwd(
     dropout_p: float,
     seed: Tensor | int | None,
     needs: tuple[bool, bool, bool, bool],
+    first_row: int = 0,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """`_bwd` with dx not yet rounded."""
-    acc = _acc(x)
-    dS, dA, dB, dbias = skinny_bwd(dy, x, lora_A, lora_B, S, scaling, dropout_p, seed, needs[1:])
+    acc = _acc(dy)
+    dS, dA, dB, dbias = skinny_bwd(
+        dy, x, lora_A, lora_B, S, scaling, dropout_p, seed, needs[1:], first_row
+    )
     dx = None
     if needs[0]:
-        dx = dy_base.to(acc) @ weight.to(acc) + expand_dx(dS, lora_A, dropout_p, seed)
+        lora = expand_dx(dS, lora_A, dropout_p, seed, first_row)
+        dx = dy_base.to(acc) @ weight.to(acc) + lora
     return dx, dA, dB, dbias
 
 
@@ -256,18 +271,19 @@ def skinny_bwd(
     dropout_p: float,
     seed: Tensor | int | None,
     needs: tuple[bool, ...],
+    first_row: int = 0,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """All of `lora_linear_bwd` that does not touch W: `dS`, `[M, R]` in fp32, then dA, dB, dbias.
 
     Arguments as in `lora_linear_bwd`; `needs` says which of dA, dB and dbias to compute.
     """
-    acc = _acc(x)
+    acc = _acc(dy)
     need_dA, need_dB, need_dbias = needs
     g = dy.to(acc)
     dS = scaling * (g @ lora_B.to(acc))
     dA = dB = dbias = None
     if need_dA:
-        dA = (dS.T @ _dropout(x.to(acc), dropout_p, seed)).to(lora_A.dtype)
+        dA = (dS.T @ _dropout(x.to(acc), dropout_p, seed, first_row)).to(lora_A.dtype)
     if need_dB:
         dB = (scaling * (g.T @ S)).to(lora_B.dtype)
     if need_dbias:
@@ -275,9 +291,11 @@ def skinny_bwd(
     return dS, dA, dB, dbias
 
 
-def expand_dx(dS: Tensor, lora_A: Tensor, dropout_p: float, seed: Tensor | int | None) -> Tensor:
+def expand_dx(
+    dS: Tensor, lora_A: Tensor, dropout_p: float, seed: Tensor | int | None, first_row: int = 0
+) -> Tensor:
     """`drop'(dS A)`, `[M, K]` in dS's dtype: the LoRA term of dx."""
-    return _dropout(dS @ lora_A.to(dS.dtype), dropout_p, seed)
+    return _dropout(dS @ lora_A.to(dS.dtype), dropout_p, seed, first_row)
 
 
 # ---- LoRA on a 4-bit base --------------------------------------------------------------------
@@ -482,6 +500,178 @@ def gated_bwd(dh: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Te
 def _blocks(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
     rows = max(1, _BLOCK // max(1, matrices[0].shape[1]))
     return zip(*(matrix.split(rows) for matrix in matrices), strict=True)
+
+
+# ---- a stack of experts ----------------------------------------------------------------------
+
+
+def segments(offsets: Tensor) -> Iterator[tuple[int, int, int]]:
+    """`(e, begin, end)`: the rows of each expert that has any, from the ends in `offsets`."""
+    begin = 0
+    for e, end in enumerate(offsets.tolist()):
+        if end > begin:
+            yield e, begin, end
+        begin = end
+
+
+def grouped_lora_linear_fwd(
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Each row of x times the weight of its expert: `lora_linear_fwd` on every segment of rows.
+
+        S[m] = drop(x)[m] A[e]^T,   y[m] = x[m] W[e]^T + scaling * S[m] B[e]^T
+        for offsets[e - 1] <= m < offsets[e]
+
+    The dropout's mask is that of all of x: a row's bits do not depend on its expert. Rows from
+    offsets[-1] on have no expert, and zeros in y and S.
+
+    Args:
+        x: [M, K], rows sorted by expert.
+        weight: [E, N, K], x's dtype, frozen.
+        offsets: [E], int32 or int64, ascending: where the rows of each expert end, at most M.
+        lora_A: [E, R, K], fp32 or x's dtype.
+        lora_B: [E, N, R], lora_A's dtype.
+        scaling, dropout_p, seed: as in `lora_linear_fwd`.
+
+    Returns:
+        y [M, N] in x's dtype; S [M, R] in fp32 (fp64 for fp64).
+    """
+    return _grouped_fwd(x, x, weight, offsets, lora_A, lora_B, scaling, dropout_p, seed)
+
+
+def grouped_qlora_linear_fwd(
+    x: Tensor,
+    weight: Tensor,
+    quant_state: QuantState,
+    offsets: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | int | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`grouped_lora_linear_fwd` with `W = dequantize_4bit(weight)`, `[E, N, K]`.
+
+    Args:
+        weight: uint8, the stack's E N K / 2 bytes; N K is a multiple of the blocksize, so that the
+            blocks of one expert are its own.
+        compute_dtype: as in `qlora_linear_fwd`.
+    """
+    dtype = compute_dtype or x.dtype
+    W = dequantize_4bit(weight, quant_state, dtype)
+    return _grouped_fwd(x, x.to(dtype), W, offsets, lora_A, lora_B, scaling, dropout_p, seed)
+
+
+def _grouped_fwd(
+    x: Tensor,
+    x_base: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | int | None,
+) -> tuple[Tensor, Tensor]:
+    y = x.new_zeros(x.shape[0], lora_B.shape[1])
+    S = x.new_zeros(x.shape[0], lora_A.shape[1], dtype=_acc(x))
+    for e, begin, end in segments(offsets):
+        rows = slice(begin, end)
+        lora = (lora_A[e], lora_B[e], scaling, dropout_p, seed, begin)
+        y[rows], S[rows] = _fwd(x[rows], x_base[rows], weight[e], None, *lora)
+    return y, S
+
+
+def grouped_lora_linear_bwd(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    offsets: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    S: Tensor | None,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | int | None = None,
+    needs: tuple[bool, bool, bool] = (True, True, True),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `grouped_lora_linear_fwd`: `lora_linear_bwd` on every segment of rows.
+
+    Args:
+        dy: [M, N], x's dtype.
+        x: [M, K]; may be None where dA is not asked for.
+        S: [M, R]; may be None where dB is not asked for.
+        weight, offsets, lora_A, lora_B, scaling, dropout_p, seed: as given to the forward.
+        needs: which of (dx, dA, dB) to compute.
+
+    Returns:
+        dx [M, K] in dy's dtype, dA [E, R, K] and dB [E, N, R] in the adapter's dtype; None for what
+        was not asked for. Zeros for experts without rows, and for rows without an expert.
+    """
+    return _grouped_bwd(
+        dy, dy, x, weight, offsets, lora_A, lora_B, S, scaling, dropout_p, seed, needs
+    )
+
+
+def grouped_qlora_linear_bwd(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    quant_state: QuantState,
+    offsets: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    S: Tensor | None,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | int | None = None,
+    compute_dtype: torch.dtype | None = None,
+    needs: tuple[bool, bool, bool] = (True, True, True),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `grouped_qlora_linear_fwd`: those of `grouped_lora_linear_bwd`."""
+    dtype = compute_dtype or dy.dtype
+    W = dequantize_4bit(weight, quant_state, dtype)
+    return _grouped_bwd(
+        dy, dy.to(dtype), x, W, offsets, lora_A, lora_B, S, scaling, dropout_p, seed, needs
+    )
+
+
+def _grouped_bwd(
+    dy: Tensor,
+    dy_base: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    offsets: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    S: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | int | None,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    need_dx, need_dA, need_dB = needs
+    dx = dy.new_zeros(dy.shape[0], lora_A.shape[2]) if need_dx else None
+    dA = torch.zeros_like(lora_A) if need_dA else None
+    dB = torch.zeros_like(lora_B) if need_dB else None
+    for e, begin, end in segments(offsets):
+        rows = slice(begin, end)
+        # What is not needed is not read.
+        x_rows, S_rows = (dy if t is None else t[rows] for t in (x, S))
+        lora = (lora_A[e], lora_B[e], S_rows, scaling, dropout_p, seed, (*needs, False), begin)
+        grads = _bwd(dy[rows], dy_base[rows], x_rows, weight[e], *lora)
+        for out, place, grad in ((dx, rows, grads[0]), (dA, e, grads[1]), (dB, e, grads[2])):
+            if out is not None and grad is not None:
+                out[place] = grad
+    return dx, dA, dB
 
 
 # ---- 4-bit -----------------------------------------------------------------------------------

@@ -41,11 +41,12 @@ class Fault:
     unit: str
     old: str
     new: str
-    noticed: str  # a word of what notices it: race, deadlock, end, banks, wrong
+    noticed: str  # words of what notices it: race, deadlock, ends before, banks, wrong, nothing
 
 
 FWD, DX, DECODE = "qlora_gemm_fwd", "qlora_gemm_dx", "qlora_decode"
 LOOP_BARRIER = "      block_barrier();\n      if (step + 1 < end) load_x(step + 1);\n"
+LAST_WAIT = "    copy_async_wait<0>();\n    store_sums();\n"
 LOOP_LOAD = "      if (step + 1 < end) load_x(step + 1);\n"
 
 
@@ -57,7 +58,15 @@ def decode(name: str, old: str, new: str, noticed: str) -> Fault:
     return Fault(name, "qlora_decode.cu", DECODE, old, new, noticed)
 
 
+# Must be noticed by nothing: the check itself is right.
+CONTROL = (
+    gemm("no fault", FWD, LOOP_BARRIER, LOOP_BARRIER, "nothing"),
+    decode("no fault", "namespace fastlora::cuda {", "namespace fastlora::cuda {", "nothing"),
+)
 FAULTS = (
+    gemm(
+        "the last copies are not waited for", FWD, LAST_WAIT, "    store_sums();\n", "ends before"
+    ),
     gemm("no barrier between steps", FWD, LOOP_BARRIER, LOOP_LOAD, "race"),
     gemm(
         "a barrier for half of the warps",
@@ -322,7 +331,7 @@ def noticed(fault: Fault) -> str:
 def main() -> int:
     emulated.build()
     missed = 0
-    for fault in FAULTS:
+    for fault in (*CONTROL, *FAULTS):
         if len(sys.argv) > 1 and sys.argv[1] not in fault.name:
             continue
         said = noticed(fault)

@@ -88,6 +88,7 @@ def as_backend() -> Iterator[str]:
         patch.setattr(native_cuda, "ops", ops)
         patch.setattr(native_cuda, "_reason", None)
         patch.setattr(native_cuda, "unsupported_gpu", lambda index: None)
+        patch.setattr(native_cuda, "_fault", lambda index: None)
         patch.setattr(native_cuda, "fused_tokens", lambda device: FUSED_TOKENS)
         # Triton's interpreter would take most of the time, and has tests of its own.
         patch.setattr(native_cuda, "skinny", lambda device: reference)

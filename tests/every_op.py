@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastlora import lora_linear, ops, reference
-from fastlora.backends import native
+from fastlora import grouped_lora_linear, lora_linear, ops, reference
+from fastlora.backends import BACKENDS, native
 from fastlora.fused import shared_linear
 from fastlora.reference import Projection
 from fastlora.tolerance import exceeds
@@ -144,6 +144,43 @@ def check_shared(
         assert report.ok, f"shared {name}, {size}, {dtypes}, quantized={quantized}: {report}"
 
 
+def check_experts(quantized: bool, backend: str) -> None:
+    """Forward and all gradients of a stack of experts, whose dropout counts rows from the first."""
+    M, N, K, R, ends = 40, 48, 160, 5, torch.tensor([7, 7, 38])
+    torch.manual_seed(0)
+    weight, state = torch.randn(3, N, K) / K**0.5, None
+    if quantized:
+        weight, state = reference.quantize_4bit(weight, 64, "nf4", compress_statistics=True)
+    dense = weight if state is None else reference.dequantize_4bit(weight, state, torch.float32)
+    inputs = {
+        "x": torch.randn(M, K),
+        "lora_A": torch.randn(3, R, K) / K**0.5,
+        "lora_B": torch.randn(3, N, R) / R**0.5,
+    }
+    dy, seed = torch.randn(M, N), torch.tensor([M])
+    kept = reference.dropout_mask(M, K, DROPOUT, seed)
+    mine, usual, wide = leaves(inputs), leaves(inputs), leaves(inputs, torch.float64)
+
+    def by_expert(weight: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        bias = torch.zeros(N, dtype=x.dtype)
+        parts = [
+            plain(x[begin:end], weight[e], bias, lora_A[e], lora_B[e], kept[begin:end])
+            for e, begin, end in reference.segments(ends)
+        ]
+        return torch.cat([*parts, x.new_zeros(M - int(ends[-1]), N)])
+
+    how: dict[str, Any] = {"quant_state": state, "dropout_p": DROPOUT, "seed": seed}
+    y = grouped_lora_linear(
+        weight=weight, offsets=ends, scaling=SCALING, backend=backend, **mine, **how
+    )
+    out = results(y, dy, mine)
+    exact = results(by_expert(dense.double(), **wide), dy, wide)
+    base = results(by_expert(dense, **usual), dy, usual)
+    for name in out:
+        report = exceeds(out[name], exact[name], base[name])
+        assert report.ok, f"{name} of experts, quantized={quantized}: {report}"
+
+
 def check_4bit(backend: str) -> None:
     """Quantise and dequantise, bit by bit."""
     for quant_type in ("nf4", "fp4"):
@@ -159,6 +196,9 @@ def check_4bit(backend: str) -> None:
 def main() -> None:
     backend = sys.argv[1] if len(sys.argv) > 1 else "native"
     check_4bit(backend)
+    if not BACKENDS[backend].unsupported("grouped_lora_linear_fwd", "cpu", dropout_p=DROPOUT):
+        for quantized in (False, True):
+            check_experts(quantized, backend)
     for size in SIZES:
         for dtypes in DTYPES:
             for quantized in (False, True):

@@ -238,6 +238,16 @@ def _op_arguments() -> dict[str, tuple]:
     }  # fmt: skip
 
 
+def test_decoding_compiles(backend: str) -> None:
+    packed, state = reference.quantize_4bit(torch.randn(12, 64), 64, "nf4", True)
+
+    def decoded(packed: torch.Tensor) -> torch.Tensor:
+        return ops.dequantize_4bit(packed, state, torch.bfloat16, backend=backend) * 2
+
+    compiled = torch.compile(decoded, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(packed), decoded(packed))
+
+
 @pytest.mark.skipif(native.build_info() is None, reason=str(native.unavailable_reason()))
 @pytest.mark.parametrize("op", _op_arguments())
 def test_opcheck(op: str) -> None:

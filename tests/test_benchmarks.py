@@ -485,6 +485,15 @@ def test_the_tables_of_the_documents_are_those_of_the_results() -> None:
         fill("no marks", {"nf4": "a table"})
 
 
+def test_the_table_of_merging_is_that_of_its_results() -> None:
+    """It is what `python -m benchmarks.merging --docs` writes from the rows in git."""
+    from benchmarks import merging
+    from benchmarks.document import fill
+
+    text = merging.PAGE.read_text()
+    assert fill(text, {"merging": merging.table()}) == text
+
+
 def test_the_limit_counts_products_and_bytes() -> None:
     from benchmarks.performance import BANDWIDTH, PEAK_BF16, PEAK_FP32, limit_ms
 

@@ -322,12 +322,16 @@ def test_the_tables_of_the_document_are_those_of_the_gates_and_the_faults() -> N
 # ---- the library for GPUs ----------------------------------------------------------------------
 
 LOADS = """
-import torch, fastlora
+import ctypes, torch, fastlora
 torch.ops.load_library({library!r})
 for op in (
     "quantize_4bit", "dequantize_4bit_out", "qlora_gemm_fwd", "qlora_gemm_dx", "qlora_decode"
 ):
     assert torch._C._dispatch_has_kernel_for_dispatch_key("fastlora::" + op, "CUDA"), op
+library = ctypes.CDLL({library!r})
+library.fastlora_cuda_fault.restype = ctypes.c_char_p
+fault = library.fastlora_cuda_fault(0)
+assert (fault == b"this torch has no CUDA") == (torch.version.cuda is None), fault
 """
 
 

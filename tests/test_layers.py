@@ -21,7 +21,7 @@ LEVELS = (
     ("reference",),
     ("backends",),
     ("ops",),
-    ("autograd", "fused"),
+    ("autograd", "fused", "grouped"),
     ("nn",),
     ("integrations",),
     ("cli",),

@@ -60,6 +60,11 @@ def backward(**changed):
         ({"bias": torch.zeros(5)}, ValueError, r"bias must be \[6\], got \(5,\)"),
         ({"dropout_p": 1.5}, ValueError, "dropout_p must be between 0 and 1, got 1.5"),
         ({"dropout_p": 0.5}, ValueError, "seed must be an int64 tensor of one element"),
+        (
+            {"dropout_p": 0.5, "seed": torch.zeros(1, dtype=torch.int64, device="meta")},
+            ValueError,
+            "seed must be on x's device",
+        ),
         ({"dropout_p": 0.5, "seed": torch.zeros(2).long()}, ValueError, r"seed .*got \(2,\)"),
         ({"dropout_p": 0.5, "seed": torch.zeros(1)}, ValueError, "seed .*float32"),
         ({"lora_A": torch.zeros(2, 64, device="meta")}, ValueError, "lora_A must be on x's device"),

@@ -105,7 +105,7 @@ inline Quant4bit quant_of(const QuantTensors& t, int64_t elements) {
   STD_TORCH_CHECK(t.nested_code.has_value() && t.nested_offset.has_value(),
                   "nested_absmax needs nested_code and nested_offset");
   check_dtype(t.absmax, "absmax", ScalarType::Byte);
-  check_vector(*t.nested_absmax, "nested_absmax", (blocks + 255) / 256);
+  check_vector(*t.nested_absmax, "nested_absmax", (blocks + kNestedBlock - 1) / kNestedBlock);
   check_vector(*t.nested_code, "nested_code", 256);
   check_vector(*t.nested_offset, "nested_offset", 1);
   check_dtype(*t.nested_absmax, "nested_absmax", ScalarType::Float);
@@ -116,6 +116,24 @@ inline Quant4bit quant_of(const QuantTensors& t, int64_t elements) {
   q.nested_code = static_cast<const float*>(t.nested_code->data_ptr());
   q.nested_offset = static_cast<const float*>(t.nested_offset->data_ptr());
   return q;
+}
+
+inline Weight weight_of(const Tensor& dense) {
+  Weight weight{};
+  weight.N = dense.size(0);
+  weight.K = dense.size(1);
+  weight.dense = dense.data_ptr();
+  weight.compute_dtype = dtype_of(dense, "weight");
+  return weight;
+}
+
+inline Weight weight_of(const QuantTensors& quant, int64_t N, int64_t K, ScalarType compute_dtype) {
+  Weight weight{};
+  weight.N = N;
+  weight.K = K;
+  weight.quant = quant_of(quant, N * K);
+  weight.compute_dtype = dtype_of(compute_dtype, "compute_dtype");
+  return weight;
 }
 
 // The arguments and results of quantize_4bit.

@@ -44,16 +44,45 @@ void check_on_device(const Tensor& x, const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.get_device_index() == x.get_device_index(), name, " must be on x's device");
 }
 
+void check_on_device(const Tensor& x, const OptionalTensor& t, const char* name) {
+  if (t.has_value()) check_on_device(x, *t, name);
+}
+
+void check_on_device(const Tensor& x, const QuantTensors& quant) {
+  check_on_device(x, quant.packed, "weight");
+  check_on_device(x, quant.absmax, "absmax");
+  check_on_device(x, quant.code, "code");
+  check_on_device(x, quant.nested_absmax, "nested_absmax");
+  check_on_device(x, quant.nested_code, "nested_code");
+  check_on_device(x, quant.nested_offset, "nested_offset");
+}
+
+// The kernels copy packed codes, too, in pieces of 16 bytes.
+QuantTensors with_aligned_codes(QuantTensors quant) {
+  if (!is_aligned(quant.packed)) {
+    Tensor copy = empty(quant.packed, {quant.packed.numel()});
+    torch::stable::copy_(copy, quant.packed);
+    quant.packed = copy;
+  }
+  return quant;
+}
+
+OptionalTensor contiguous(const OptionalTensor& t) {
+  return t.has_value() ? OptionalTensor(torch::stable::contiguous(*t)) : t;
+}
+
 Weight weight_of(const QuantTensors& quant, int64_t N, int64_t K, const Tensor& x) {
   STD_TORCH_CHECK(K % 32 == 0, "K must be a multiple of 32, got ", K);
-  check_on_device(x, quant.packed, "weight");
+  // Sizes and steps are counted with 32 bits.
+  STD_TORCH_CHECK(N < (int64_t{1} << 31) && K < (int64_t{1} << 31),
+                  "weight must have fewer than 2^31 rows and columns, got [", N, ", ", K, "]");
+  check_on_device(x, quant);
   Weight weight{};
   weight.N = N;
   weight.K = K;
   weight.quant = quant_of(quant, N * K);
   weight.compute_dtype = dtype_of(x, "x");
   STD_TORCH_CHECK(weight.compute_dtype != DType::f32, "x must be bf16 or fp16");
-  STD_TORCH_CHECK(is_aligned(quant.packed), "weight must start at a multiple of 16 bytes");
   check_not_empty(weight);
   return weight;
 }
@@ -69,20 +98,25 @@ Tensor scratch(const Tensor& like, int64_t floats) {
 std::tuple<Tensor, Tensor> quantize_4bit(Tensor weight, Tensor bounds, Tensor order,
                                          int64_t blocksize) {
   const OnDeviceOf device(weight);
+  check_on_device(weight, bounds, "bounds");
+  check_on_device(weight, order, "order");
+  STD_TORCH_CHECK((blocksize & (blocksize - 1)) == 0 && blocksize <= cuda::kMostBlocksize,
+                  "blocksize must be a power of two of at most ", cuda::kMostBlocksize, ", got ",
+                  blocksize);
   const Quantisation q(weight, bounds, order, blocksize);
   check_launch("quantize_4bit", cuda::quantize_4bit(q.params, device.stream()));
   return {q.packed, q.absmax};
 }
 
-Tensor dequantize_4bit_out(Tensor weight, Tensor absmax, Tensor code, OptionalTensor nested_absmax,
-                           OptionalTensor nested_code, OptionalTensor nested_offset,
-                           int64_t blocksize, Tensor out) {
+void dequantize_4bit_out(Tensor weight, Tensor absmax, Tensor code, OptionalTensor nested_absmax,
+                         OptionalTensor nested_code, OptionalTensor nested_offset,
+                         int64_t blocksize, Tensor out) {
   const OnDeviceOf device(out);
   const QuantTensors quant{weight,      absmax,        code,     nested_absmax,
                            nested_code, nested_offset, blocksize};
+  check_on_device(out, quant);
   check_launch("dequantize_4bit",
                cuda::dequantize_4bit(dequantisation_of(quant, out), device.stream()));
-  return out;
 }
 
 // What qlora_gemm_fwd and qlora_gemm_dx have in common.
@@ -111,12 +145,13 @@ cuda::QloraGemm gemm_of(const Tensor& x, const Weight& weight, const Tensor& S,
 
 Tensor qlora_gemm_fwd(Tensor x_any, Tensor weight, Tensor absmax, Tensor code,
                       OptionalTensor nested_absmax, OptionalTensor nested_code,
-                      OptionalTensor nested_offset, int64_t blocksize, OptionalTensor bias,
+                      OptionalTensor nested_offset, int64_t blocksize, OptionalTensor bias_any,
                       Tensor S, Tensor lora_B, double scaling, ScalarType dtype) {
   const OnDeviceOf device(x_any);
   const Tensor x = with_aligned_rows(x_any);
-  const QuantTensors quant{weight,      absmax,        code,     nested_absmax,
-                           nested_code, nested_offset, blocksize};
+  const OptionalTensor bias = contiguous(bias_any);
+  const QuantTensors quant = with_aligned_codes(
+      {weight, absmax, code, nested_absmax, nested_code, nested_offset, blocksize});
   const int64_t M = x.size(0), K = x.size(1), N = lora_B.size(0);
   check_matrix(lora_B, "lora_B", N, S.size(1));
   const Tensor y = empty(x, {M, N}, dtype);
@@ -139,8 +174,9 @@ Tensor qlora_gemm_dx(Tensor dy_any, Tensor weight, Tensor absmax, Tensor code,
                      double dropout_p, OptionalTensor seed, ScalarType dtype) {
   const OnDeviceOf device(dy_any);
   const Tensor dy = with_aligned_rows(dy_any);
-  const QuantTensors quant{weight,      absmax,        code,     nested_absmax,
-                           nested_code, nested_offset, blocksize};
+  const QuantTensors quant = with_aligned_codes(
+      {weight, absmax, code, nested_absmax, nested_code, nested_offset, blocksize});
+  check_on_device(dy, seed, "seed");
   const int64_t M = dy.size(0), N = dy.size(1), K = lora_A.size(1);
   check_matrix(lora_A, "lora_A", dS.size(1), K);
   const Tensor dx = empty(dy, {M, K}, dtype);
@@ -154,18 +190,20 @@ Tensor qlora_gemm_dx(Tensor dy_any, Tensor weight, Tensor absmax, Tensor code,
 std::tuple<Tensor, Tensor> qlora_decode(Tensor x_any, Tensor weight, Tensor absmax, Tensor code,
                                         OptionalTensor nested_absmax, OptionalTensor nested_code,
                                         OptionalTensor nested_offset, int64_t blocksize,
-                                        OptionalTensor bias, Tensor lora_A, Tensor lora_B,
+                                        OptionalTensor bias_any, Tensor lora_A, Tensor lora_B,
                                         double scaling, double dropout_p, OptionalTensor seed) {
   const OnDeviceOf device(x_any);
   const Tensor x = with_aligned_rows(x_any);
-  const QuantTensors quant{weight,      absmax,        code,     nested_absmax,
-                           nested_code, nested_offset, blocksize};
+  const OptionalTensor bias = contiguous(bias_any);
+  const QuantTensors quant = with_aligned_codes(
+      {weight, absmax, code, nested_absmax, nested_code, nested_offset, blocksize});
+  check_on_device(x, seed, "seed");
   const int64_t M = x.size(0), K = x.size(1), N = lora_B.size(0), R = lora_A.size(0);
   STD_TORCH_CHECK(M <= cuda::kDecodeTokens, "x must have at most ", cuda::kDecodeTokens, " rows");
   STD_TORCH_CHECK(K % 64 == 0 && blocksize % 64 == 0, "K and blocksize must be multiples of 64");
   // The kernel counts W in groups of 64 codes with 32 bits.
-  STD_TORCH_CHECK(N < (int64_t{1} << 31) && K < (int64_t{1} << 31) && N * (K / 64) >> 32 == 0,
-                  "weight must have fewer than 2^38 elements, got [", N, ", ", K, "]");
+  STD_TORCH_CHECK(N * (K / 64) >> 32 == 0, "weight must have fewer than 2^38 elements, got [", N,
+                  ", ", K, "]");
   check_matrix(lora_A, "lora_A", R, K);
   check_matrix(lora_B, "lora_B", N, R);
   check_dtype(lora_B, "lora_B", lora_A.scalar_type());

@@ -2,73 +2,23 @@
 //
 // Formulas, shapes and dtypes: fastlora/reference.py. The ops allocate what they return; a gradient
 // that is not asked for comes back as an empty tensor.
-#include <algorithm>
-#include <atomic>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "checks.h"
 #include "cpu/kernels.h"
-#include "cpu/scratch.h"
 #include "cpu/tile_sizes.h"
+#include "parallel.h"
 #include "schemas.h"
 
 namespace fastlora {
 namespace {
 
-// Tiles are handed out a few at a time, in the end one by one, so that a thread that was held up does
-// not hold up the others.
-const ParallelFor& parallel_for() {
-  static const ParallelFor parallel = {[](int64_t tiles, int64_t neighbours,
-                                          void (*body)(const void*, int64_t, int64_t),
-                                          const void* context) {
-    const int64_t threads =
-        std::min<int64_t>(tiles, static_cast<int64_t>(torch::stable::get_num_threads()));
-    if (tiles <= 0) return;
-    // One thread needs no pool, which a forked worker of a DataLoader would not have.
-    if (threads <= 1) {
-      body(context, 0, tiles);
-      return trim_scratch(Scratch::local);
-    }
-    std::atomic<int64_t> next{0};
-    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-      for (int64_t begin = next; begin < tiles;) {
-        const int64_t fair = std::max<int64_t>(1, (tiles - begin) / (2 * threads));
-        const int64_t end = begin + std::min(neighbours, fair);
-        if (next.compare_exchange_weak(begin, end)) {
-          body(context, begin, end);
-          begin = next;
-        }
-      }
-      trim_scratch(Scratch::local);
-    });
-  }};
-  return parallel;
-}
-
 Tensor dense_weight(const Tensor& weight, const Tensor& x) {
   check_matrix(weight, "weight", weight.size(0), x.size(1));
   STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type(), "weight must have x's dtype");
   return torch::stable::contiguous(weight);
-}
-
-Weight weight_of(const Tensor& dense) {
-  Weight weight{};
-  weight.N = dense.size(0);
-  weight.K = dense.size(1);
-  weight.dense = dense.data_ptr();
-  weight.compute_dtype = dtype_of(dense, "weight");
-  return weight;
-}
-
-Weight weight_of(const QuantTensors& quant, int64_t N, int64_t K, ScalarType compute_dtype) {
-  Weight weight{};
-  weight.N = N;
-  weight.K = K;
-  weight.quant = quant_of(quant, N * K);
-  weight.compute_dtype = dtype_of(compute_dtype, "compute_dtype");
-  return weight;
 }
 
 // One layer of a forward: what `params` points into, and what it writes.
@@ -362,22 +312,18 @@ std::tuple<Tensor, Tensor> quantize_4bit(Tensor weight, Tensor bounds, Tensor or
   return {q.packed, q.absmax};
 }
 
-Tensor dequantize_4bit_out(Tensor weight, Tensor absmax, Tensor code, OptionalTensor nested_absmax,
-                           OptionalTensor nested_code, OptionalTensor nested_offset,
-                           int64_t blocksize, Tensor out) {
+void dequantize_4bit_out(Tensor weight, Tensor absmax, Tensor code, OptionalTensor nested_absmax,
+                         OptionalTensor nested_code, OptionalTensor nested_offset,
+                         int64_t blocksize, Tensor out) {
   const QuantTensors quant{weight,      absmax,        code,     nested_absmax,
                            nested_code, nested_offset, blocksize};
   kernels().dequantize_4bit(dequantisation_of(quant, out), parallel_for());
-  return out;
 }
 
 }  // namespace
 }  // namespace fastlora
 
-#define FASTLORA_LORA "Tensor lora_A, Tensor lora_B, "
-#define FASTLORA_DROPOUT "float scaling, float dropout_p, Tensor? seed"
 #define FASTLORA_LAYERS "Tensor?[] layers, int[] blocksizes, ScalarType compute_dtype, "
-#define FASTLORA_NEEDS ", bool need_dx, bool need_dA, bool need_dB, bool need_dbias"
 
 STABLE_TORCH_LIBRARY(fastlora, m) {
   m.def("lora_linear_fwd(Tensor x, Tensor weight, Tensor? bias, " FASTLORA_LORA FASTLORA_DROPOUT

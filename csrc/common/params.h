@@ -16,6 +16,8 @@ struct Dropout {
   const uint32_t* key;  // [2], the seed's low and high half; null without dropout
 };
 
+constexpr int64_t kNestedBlock = 256;  // absmax of the absmax: bitsandbytes' fixed blocksize
+
 // A 4-bit weight in bitsandbytes' layout: codes along the flattened [N, K] weight, two a byte, high
 // nibble first; blocks of `blocksize` codes share one absmax.
 struct Quant4bit {
@@ -25,7 +27,7 @@ struct Quant4bit {
   const float* absmax;         // [blocks], or null when nested
   const uint8_t* absmax_8bit;  // [blocks], nested: absmax = nested_code[q] * nested_absmax + offset
   const float* nested_code;    // [256]
-  const float* nested_absmax;  // [ceil(blocks / 256)]
+  const float* nested_absmax;  // [ceil(blocks / kNestedBlock)]
   const float* nested_offset;  // [1]
 };
 
@@ -79,8 +81,9 @@ struct LoraLinearFwd {
   const void* lora_B;  // [N, R]
   float scaling;
   Dropout dropout;
-  void* y;   // [M, N]
-  float* S;  // [M, R]
+  int64_t first_row;  // for the dropout: m of x's row 0, where x is a part of a larger batch
+  void* y;            // [M, N]
+  float* S;           // [M, R]
 };
 
 // dS = scaling * dy B, dx = dy W + drop'(dS A), dA = dS^T drop(x), dB = scaling * dy^T S,
@@ -101,10 +104,11 @@ struct LoraLinearBwd {
   const float* S;
   float scaling;
   Dropout dropout;
-  void* dx;      // [M, K]
-  float* dA;     // [R, K]
-  float* dB;     // [N, R]
-  float* dbias;  // [N]
+  int64_t first_row;  // for the dropout: m of x's row 0, where x is a part of a larger batch
+  void* dx;           // [M, K]
+  float* dA;          // [R, K]
+  float* dB;          // [N, R]
+  float* dbias;       // [N]
 };
 
 // q = argmin over the code of |w / absmax - code|, packed; absmax = max of |w| over a block.

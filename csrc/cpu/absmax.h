@@ -6,8 +6,6 @@
 namespace fastlora {
 namespace FASTLORA_ISA {
 
-constexpr int64_t kNestedBlock = 256;  // absmax of the absmax: bitsandbytes' fixed blocksize
-
 // The absmax of a 4-bit weight as it is stored, ready for look-ups.
 struct Statistics {
   const Quant4bit* quant;

@@ -263,6 +263,7 @@ class SharedBwd {
   const ParallelFor& parallel_;
   Layer* layers_;
   int64_t k_strips_, token_blocks_, R_;  // R_: all ranks together
+  bool needs_dA_;                        // else x may be null
 
  public:
   SharedBwd(const LoraLinearBwd* params, int64_t count, const ParallelFor& parallel)
@@ -272,7 +273,8 @@ class SharedBwd {
     Pieces pieces{memory};
     layers_ = pieces.take<Layer>(count_);
     int64_t n_strips = 0;
-    bool any_of_K = false;
+    bool needs_dx = false;
+    needs_dA_ = false;
     R_ = 0;
     for (int64_t i = 0; i < count_; i++) {
       const LoraLinearBwd& p = params_[i];
@@ -281,10 +283,11 @@ class SharedBwd {
       Layer* layer = new (layers_ + i) Layer(p, absmax);
       layer->plan(pieces);
       n_strips += layer->n_strips_;
-      any_of_K |= p.dx || p.dA;
+      needs_dx |= p.dx != nullptr;
+      needs_dA_ |= p.dA && p.R > 0;
       R_ += p.R;
     }
-    k_strips_ = any_of_K ? ceil_div(layers_->K_, layers_->strip_) : 0;
+    k_strips_ = needs_dx || needs_dA_ ? ceil_div(layers_->K_, layers_->strip_) : 0;
     token_blocks_ = ceil_div(layers_->M_, layers_->tiles_.bwd_token_block);
     for_each_tile(parallel_, this, &SharedBwd::shrink, token_blocks_ * count_);
     for_each_tile(parallel_, this, &SharedBwd::strip, k_strips_ + n_strips);
@@ -320,25 +323,27 @@ class SharedBwd {
     const int64_t keep_words = M * first.keep_words_;
     const int64_t count = min(strip, K - k), tokens = min(tiles.bwd_tokens, M);
     // For grad_A's tokens, one panel wide, and for base_product's units.
-    const int64_t panel_size = max(tiles.bwd_grad_tokens * kPanel, tiles.bwd_panel_units * strip);
-    const int64_t tile_size = max(tokens, R_) * strip;
+    const int64_t panel_floats = max(tiles.bwd_grad_tokens * kPanel, tiles.bwd_panel_units * strip);
+    const int64_t tile_floats = max(tokens, R_) * strip;
     const int buffers = count_ > 1 ? 2 : 1;  // one layer needs either kind of panel, and one tile
-    Pieces local{static_cast<char*>(scratch(
-        Scratch::local,
-        Pieces::bytes<uint32_t>(count_ * keep_words) + buffers * Pieces::bytes<float>(panel_size) +
-            buffers * Pieces::bytes<float>(tile_size) + Pieces::bytes<float>(R_ * strip)))};
+    Pieces local{static_cast<char*>(
+        scratch(Scratch::local, Pieces::bytes<uint32_t>(count_ * keep_words) +
+                                    buffers * Pieces::bytes<float>(panel_floats) +
+                                    buffers * Pieces::bytes<float>(tile_floats) +
+                                    Pieces::bytes<float>(R_ * strip)))};
     uint32_t* bits = local.take<uint32_t>(count_ * keep_words);
-    float* panels = local.take<float>(panel_size);
-    float* dropped = count_ > 1 ? local.take<float>(panel_size) : panels;
-    float* C = local.take<float>(tile_size);
-    float* T = count_ > 1 ? local.take<float>(tile_size) : nullptr;
+    float* panels = local.take<float>(panel_floats);
+    float* dropped = count_ > 1 ? local.take<float>(panel_floats) : panels;
+    float* C = local.take<float>(tile_floats);
+    float* T = count_ > 1 ? local.take<float>(tile_floats) : nullptr;
     float* A_panels = local.take<float>(R_ * strip);
 
     for (int64_t i = 0; i < count_; i++) {
+      const LoraLinearBwd& p = layers_[i].p_;
       if (!layers_[i].drops()) continue;
-      keep_bits_of(0, M, k, strip, layers_[i].p_.dropout, bits + i * keep_words);
+      keep_bits_of(p.first_row, M, k, strip, p.dropout, bits + i * keep_words);
     }
-    grad_A(k, count, bits, panels, dropped, C);
+    if (needs_dA_) grad_A(k, count, bits, panels, dropped, C);
     if (first.p_.dx == nullptr) return;
     float* A = A_panels;
     for (int64_t i = 0; i < count_; A += layers_[i++].R_ * strip) {

@@ -292,7 +292,8 @@ class LinearDecode {
       for (int64_t k = 0; k < K_; k += kLanes) {
         Vec v = load(x + m * p_.ldx + k, K_ - k);
         if (p_.dropout.threshold != 0) {
-          if (k % kDropoutBlock == 0) keep_bits(m, k / kDropoutBlock, p_.dropout, bits);
+          if (k % kDropoutBlock == 0)
+            keep_bits(p_.first_row + m, k / kDropoutBlock, p_.dropout, bits);
           v = keep(v, lane_bits(bits, k % kDropoutBlock));
         }
         store(x_kept_ + m * K_lanes_ + k, v);

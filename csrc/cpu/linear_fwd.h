@@ -319,7 +319,7 @@ class SharedFwd {
         const Dropout& dropout = layer.p_.dropout;
         if (layer.R_ == 0) continue;
         if (dropout.threshold != 0) {
-          keep_bits_of(m, rows, k, count, dropout, bits);
+          keep_bits_of(layer.p_.first_row + m, rows, k, count, dropout, bits);
           const KeepRows kept{bits, ceil_div(count, kDropoutBlock) * kKeepWords};
           pack_tokens(F32{}, part, kept, round_up(count, kLanes), mv, x_kept);
         } else if (whole == nullptr) {

@@ -61,6 +61,9 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const FinishParams p) 
 
 }  // namespace
 
+const char* set_device(int device) { return use(device); }
+const char* device_fault(int device) { return fault_on(device, finish_kernel); }
+
 const char* finish(const FinishParams& p, Stream stream) {
   const int64_t blocks = ceil_div(p.M, kTokens) * ceil_div(p.outputs, kThreads);
   return launch(finish_kernel, blocks, kThreads, kSharedBytes, stream, p);

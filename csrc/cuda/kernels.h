@@ -34,6 +34,12 @@ struct QloraGemm {
   void* y;  // contiguous
 };
 
+// Makes a device the current one.
+const char* set_device(int device);
+// Null if these kernels run on a device, else CUDA's words; the current device stays.
+const char* device_fault(int device);
+
+constexpr int64_t kMostBlocksize = 4096;  // of quantize_4bit: a block of codes per block of threads
 const char* quantize_4bit(const Quantize4bit& p, Stream stream);
 const char* dequantize_4bit(const Dequantize4bit& p, Stream stream);
 

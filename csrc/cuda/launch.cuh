@@ -10,6 +10,11 @@
 
 namespace fastlora::cuda {
 
+// CUDA's own words, null for success.
+inline const char* words_of(cudaError_t error) {
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
 // Enqueues `blocks` blocks of `threads` threads. Returns null, or what CUDA says against it.
 template <class Params>
 const char* launch(void (*kernel)(Params), int64_t blocks, int threads, size_t shared_bytes,
@@ -18,12 +23,26 @@ const char* launch(void (*kernel)(Params), int64_t blocks, int threads, size_t s
   if (shared_bytes > kAlwaysAllowed) {
     const cudaError_t error = cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+    if (error != cudaSuccess) return words_of(error);
   }
   kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes,
            static_cast<cudaStream_t>(stream)>>>(params);
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return words_of(cudaGetLastError());
+}
+
+inline const char* use(int device) { return words_of(cudaSetDevice(device)); }
+
+// Null if a device can run `kernel`.
+template <class Params>
+const char* fault_on(int device, void (*kernel)(Params)) {
+  int before = 0;
+  cudaError_t error = cudaGetDevice(&before);
+  if (error == cudaSuccess) error = cudaSetDevice(device);
+  cudaFuncAttributes attributes;
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+  cudaSetDevice(before);
+  cudaGetLastError();  // the next launch is not to blame
+  return words_of(error);
 }
 
 // Multiprocessors of the current device.

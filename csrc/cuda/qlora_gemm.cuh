@@ -145,7 +145,12 @@ struct Gemm : Place {
   FASTLORA_DEVICE Absmax load_codes(int step) {
     const bool inside = step < code_steps;
     copy_async(packed(step), p.op.weight.quant.packed + (code >> 1), inside ? kRun / 2 : 0);
-    const Absmax absmax = load_absmax(p.op.weight.quant, inside ? code : 0);
+    Absmax absmax = load_absmax(p.op.weight.quant, inside ? code : 0);
+    // Past the end W is times zero, and a scale that is not finite would make NaN of it. dx has no
+    // register left for this: there block 0 must be finite, unless N is a multiple of a step.
+    if constexpr (kForward) {
+      if (!inside) absmax.scale = 0.0f;
+    }
     code += kForward ? kStep : kStep * p.op.weight.K;
     return absmax;
   }
@@ -385,12 +390,22 @@ struct Gemm : Place {
         multiply_part<T>(x_tile(step + 1), part, w_tile(step), part);
       }
     }
+    // Copies of codes past the end are under way: the next block may get this shared memory.
+    copy_async_wait<0>();
     store_sums();
   }
 };
 
+// Blocks on a multiprocessor: two where their shared memory fits, which takes 128 registers.
+#if defined(__CUDA_ARCH__) && \
+    (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ == 1200)
+constexpr int kBlocksAtOnce = 1;
+#else
+constexpr int kBlocksAtOnce = 2;
+#endif
+
 template <class T, bool kForward>
-__global__ void __launch_bounds__(kThreads, 2) qlora_gemm(const GemmParams p) {
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce) qlora_gemm(const GemmParams p) {
   Gemm<T, kForward>(p).run();
 }
 

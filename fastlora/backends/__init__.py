@@ -69,8 +69,8 @@ def choose(
         device: torch device type, "cpu" or "cuda".
         backend: a backend's name; it alone is asked.
         prefer: the one to ask before the others, if the order has it.
-        what: what `unsupported` looks at: `dtype`, `adapter_dtype`, `compute_dtype`, and `index`
-            of a GPU.
+        what: what `unsupported` looks at: `dtype`, `adapter_dtype`, `compute_dtype`, `index` of a
+            GPU, and, of the grouped ops, `dropout_p`.
 
     Raises:
         ValueError: unknown name. RuntimeError: the forced backend, or every backend, declines.

@@ -16,16 +16,20 @@ def unsupported_gpu(index: int | None) -> str | None:
     Args:
         index: of the device; torch's current one when None.
     """
-    if not torch.cuda.is_available():
+    try:
+        capability = _capability(index)
+    except LookupError:
         return "this torch sees no CUDA device."
     if torch.version.hip is not None:
         return None
-    capability = _capability(torch.cuda.current_device() if index is None else index)
     if capability < _FIRST:
         return f"the kernels need compute capability 8.0 or newer, this GPU has {capability}."
     return None
 
 
 @functools.cache
-def _capability(index: int) -> tuple[int, int]:
+def _capability(index: int | None) -> tuple[int, int]:
+    # What raises is not cached.
+    if not torch.cuda.is_available():
+        raise LookupError
     return torch.cuda.get_device_capability(index)

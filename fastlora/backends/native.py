@@ -16,6 +16,31 @@ from ..quant import QuantState, code_table, quantize_bounds
 from ..reference import Projection
 from . import cpu, native_cuda, sequence
 from .native_cuda import state_args
+from .native_grouped import (
+    grouped_lora_linear_bwd,
+    grouped_lora_linear_fwd,
+    grouped_qlora_linear_bwd,
+    grouped_qlora_linear_fwd,
+)
+from .native_grouped import register_fakes as register_grouped_fakes
+
+__all__ = [
+    "build_info",
+    "dequantize_4bit",
+    "grouped_lora_linear_bwd",
+    "grouped_lora_linear_fwd",
+    "grouped_qlora_linear_bwd",
+    "grouped_qlora_linear_fwd",
+    "lora_linear_bwd",
+    "lora_linear_fwd",
+    "qlora_linear_bwd",
+    "qlora_linear_fwd",
+    "quantize_4bit",
+    "shared_linear_bwd",
+    "shared_linear_fwd",
+    "unavailable_reason",
+    "unsupported",
+]
 
 NAME = "native"
 
@@ -54,12 +79,14 @@ def unsupported(
     adapter_dtype: torch.dtype | None = None,
     compute_dtype: torch.dtype | None = None,
     index: int | None = None,
+    dropout_p: float = 0.0,
 ) -> str | None:
     """One sentence that says why `op` can't run here, or None."""
     if _reason is not None:
         return _reason
     if device == "cuda":
-        return native_cuda.unsupported(op, index, dtype, adapter_dtype, compute_dtype)
+        dtypes = (dtype, adapter_dtype, compute_dtype)
+        return native_cuda.unsupported(op, index, *dtypes, dropout_p=dropout_p)
     if device != "cpu":
         return f"{op} has no native kernel for device {device!r}."
     for name, given in (("x", dtype), ("lora_A", adapter_dtype), ("compute_dtype", compute_dtype)):
@@ -366,8 +393,9 @@ def _register_fakes() -> None:
 
     @torch.library.register_fake("fastlora::dequantize_4bit_out")
     def _(weight, absmax, code, n_absmax, n_code, n_offset, blocksize, out):  # type: ignore[no-untyped-def]
-        return out
+        return None
 
 
 if _build is not None:
     _register_fakes()
+    register_grouped_fakes()

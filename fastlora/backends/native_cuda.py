@@ -7,6 +7,8 @@ S and adds the LoRA term itself. Where W is decoded before its product, Triton r
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -16,9 +18,17 @@ from torch import Tensor
 
 from .. import reference
 from ..quant import QuantState
+from . import grouped
 from .gpu import unsupported_gpu
 
-OPS = ("qlora_linear_fwd", "qlora_linear_bwd", "quantize_4bit", "dequantize_4bit")
+OPS = (
+    "qlora_linear_fwd",
+    "qlora_linear_bwd",
+    "grouped_qlora_linear_fwd",
+    "grouped_qlora_linear_bwd",
+    "quantize_4bit",
+    "dequantize_4bit",
+)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # The most tokens for which decoding W inside the product pays, by compute capability; above, W is
@@ -33,13 +43,14 @@ _reason: str | None = None
 def load() -> None:
     """Loads the library fastlora/_CUDA.so, if this torch has CUDA; else `unavailable` says why."""
     global _reason
-    path = Path(__file__).parents[1] / "_CUDA.so"
+    path = _library()
     if torch.version.cuda is None:
         _reason = f"this torch ({torch.__version__}) is built without CUDA."
     elif not path.exists():
         _reason = (
             "the library fastlora/_CUDA.so has not been built; in fastlora's source folder, "
-            "`make cuda-build` builds it."
+            "`CMAKE_ARGS=-DFASTLORA_CUDA=ON pip install --no-build-isolation .` builds it, with "
+            "nvcc."
         )
     else:
         try:
@@ -49,21 +60,43 @@ def load() -> None:
             _reason = f"the library {path} can't be loaded: {error}"
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _fault(index: int | None) -> str | None:
+    return _fault_of(torch.cuda.current_device() if index is None else index)
+
+
+@functools.cache
+def _fault_of(index: int) -> str | None:
+    """Why the library's kernels don't run on a GPU, or None: it is asked once."""
+    library = ctypes.CDLL(str(_library()))
+    library.fastlora_cuda_fault.restype = ctypes.c_char_p
+    fault = library.fastlora_cuda_fault(index)
+    return (
+        None if fault is None else f"CUDA says of the kernels on device {index}: {fault.decode()}."
+    )
+
+
+def _library() -> Path:
+    return Path(__file__).parents[1] / "_CUDA.so"
+
+
 def unavailable_reason() -> str | None:
     """One sentence: why the library is missing and how to get it; None when it is there."""
     return _reason
 
 
-def unsupported(op: str, index: int | None, *dtypes: torch.dtype | None) -> str | None:
+def unsupported(
+    op: str, index: int | None, *dtypes: torch.dtype | None, dropout_p: float = 0.0
+) -> str | None:
     """One sentence that says why `op` can't run on CUDA device `index`, or None."""
-    if reason := _reason or unsupported_gpu(index):
+    if reason := _reason or unsupported_gpu(index) or _fault(index):
         return reason
     if op not in OPS:
         return f"{op} has no CUDA kernel in the native backend."
     for dtype in dtypes:
         if dtype is not None and dtype not in _DTYPES:
             return f"{op} takes fp32, bf16 and fp16, got {dtype}."
-    return None
+    return grouped.unsupported(op, dropout_p)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -110,7 +143,8 @@ def skinny(device: torch.device) -> ModuleType:
 
 def _decoded(weight: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
     out = torch.empty(tuple(state.shape), dtype=dtype, device=weight.device)
-    return ops.dequantize_4bit_out(weight, *state_args(state), out)
+    ops.dequantize_4bit_out(weight, *state_args(state), out)
+    return out
 
 
 def qlora_linear_fwd(

@@ -6,6 +6,10 @@ from typing import Any
 
 from ..reference import (
     dequantize_4bit,
+    grouped_lora_linear_bwd,
+    grouped_lora_linear_fwd,
+    grouped_qlora_linear_bwd,
+    grouped_qlora_linear_fwd,
     lora_linear_bwd,
     lora_linear_fwd,
     qlora_linear_bwd,
@@ -17,6 +21,10 @@ from ..reference import (
 
 __all__ = [
     "dequantize_4bit",
+    "grouped_lora_linear_bwd",
+    "grouped_lora_linear_fwd",
+    "grouped_qlora_linear_bwd",
+    "grouped_qlora_linear_fwd",
     "lora_linear_bwd",
     "lora_linear_fwd",
     "qlora_linear_bwd",

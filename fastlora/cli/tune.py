@@ -7,7 +7,9 @@ tile sizes of the C++ kernels, measured by tune_cpu.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +53,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--model", metavar="PATH", help="every linear layer of a folder's model")
     parser.add_argument(
         "--tokens", type=_counts, metavar="M,...",
-        help="(cuda: 16,2048,8192; cpu: 1,16,128,512)",
+        help="(cuda: 16,256,2048,8192; cpu: 1,16,128,512)",
     )  # fmt: skip
     parser.add_argument("--rank", type=_counts, default=[16], metavar="R,...", help="(16)")
     parser.add_argument(
@@ -76,11 +78,12 @@ def run(args: argparse.Namespace) -> int:
         from . import tune_cpu
 
         return tune_cpu.run(args, shapes)
-    args.tokens = args.tokens or [16, 2048, 8192]
+    args.tokens = args.tokens or [16, 256, 2048, 8192]
     problems = list(_problems(args, shapes))
     console = Console()
     table = Table("op", "sizes", "fastest", "ms", "addmm ms", "candidates", box=None)
     wrong: list[str] = []
+    left_out: list[str] = []
     for problem in track(
         problems,
         description="tuning",
@@ -90,8 +93,11 @@ def run(args: argparse.Namespace) -> int:
     ):
         outcome = tune(problem, device, args.rounds, args.sample_ms * 1e-3)
         wrong += outcome.wrong
+        left_out += [reason.splitlines()[0] for reason in outcome.left_out]
         table.add_row(*outcome.cells())
     console.print(table)
+    for reason, count in Counter(left_out).most_common(5):
+        console.print(f"left out {count} times: {reason}", highlight=False)
     for line in wrong:
         console.print(f"[bold red]wrong[/] {line}", highlight=False)
     return 1 if wrong else 0
@@ -119,7 +125,8 @@ class Outcome:
         """A line of the table."""
         M, N, K, R = self.problem.sizes
         fastest = self.kept or "none: addmm is faster, the default stays"
-        best = min(value for name, value in self.seconds.items() if name != _PLAIN)
+        ours = [value for name, value in self.seconds.items() if name != _PLAIN]
+        best = min(ours, default=math.nan)
         return (
             self.problem.op,
             f"M={M} N={N} K={K} R={R}",

@@ -12,13 +12,15 @@ costs no import.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..quant import QuantState, as_quant_state
+from .. import ops
+from ..quant import QuantState, as_quant_state, packed_bytes
 
 _LINEAR_NAMES = ("Linear4bit", "LinearNF4", "LinearFP4")
 # Set on a module whose repacking was on before `disable_cpu_repacking`.
@@ -102,6 +104,74 @@ def parts(
         compute_dtype(linear, x_dtype),
         linear._parameters.get("bias"),
     )
+
+
+def store(linear: nn.Module, packed: Tensor, state: QuantState) -> None:
+    """Writes another quantised weight into a `Linear4bit`, over the bytes of its own.
+
+    Args:
+        linear: a `Linear4bit`, quantised and not repacked.
+        packed: uint8, as `ops.quantize_4bit` gives it.
+        state: its state, of the shape, blocksize, type and nesting of the layer's own.
+    """
+    weight, kept = linear._parameters["weight"], copy.copy(raw_quant_state(linear))
+    assert weight is not None
+    packed_bytes(weight).copy_(packed.reshape(-1))
+    kept.absmax, kept.offset = state.absmax, state.offset
+    if state.state2 is not None:
+        kept.state2 = copy.copy(kept.state2)
+        kept.state2.absmax = state.state2.absmax
+    # FSDP's plain parameters have no state; the module always has.
+    holders: tuple[Any, ...] = (weight, linear)
+    for holder in holders:
+        if getattr(holder, "quant_state", None) is not None:
+            holder.quant_state = kept
+
+
+def dense_linear(linear: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """An `nn.Linear` for the place of a `Linear4bit`, in the dtype and on the device of `weight`.
+
+    Args:
+        linear: the layer to replace: whether its bias trains, and its mode, are taken over.
+        weight: `[N, K]`, used as it is.
+        bias: `[N]` in any dtype, or None.
+    """
+    N, K = weight.shape
+    dense = nn.Linear(K, N, bias=False, device="meta")
+    dense.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        own = linear._parameters["bias"]
+        trains = own is not None and own.requires_grad
+        dense.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=trains)
+    return dense.train(linear.training)
+
+
+def make_dense(model: nn.Module, dtype: torch.dtype | None = None) -> int:
+    """Puts a decoded `nn.Linear` into the place of every 4-bit layer, one at a time.
+
+    Args:
+        model: left without the marks of a quantised Transformers model, so that it saves as any
+            other.
+        dtype: of the weights; None takes the one from before quantisation.
+
+    Returns:
+        How many layers it replaced.
+    """
+    layers = list(linear4bit_modules(model))
+    for name, linear in layers:
+        weight, state, _, bias = parts(linear, torch.float32)
+        decoded = ops.dequantize_4bit(weight, state, dtype or state.dtype)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, dense_linear(linear, decoded, bias))
+    for name in ("hf_quantizer", "quantization_method"):
+        model.__dict__.pop(name, None)
+    for name in ("is_loaded_in_4bit", "is_quantized"):
+        if name in model.__dict__:
+            setattr(model, name, False)
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return len(layers)
 
 
 # ---- repacking for CPU inference --------------------------------------------------------------

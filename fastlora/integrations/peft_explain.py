@@ -7,18 +7,21 @@ import re
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
 
 from .. import __version__
 from ..backends import choose
 from . import bitsandbytes as bnb
+from .layer_names import kind_of
 from .peft_fuse import Fusion, fusions
 from .peft_guard import LAST_REASON, casts, layer_parts
 from .peft_layers import bypass_reason, fast_class, is_fast
+from .peft_params import ParamParts, param_parts
 from .peft_run import Parts
 
 if TYPE_CHECKING:
@@ -35,7 +38,8 @@ class Row:
     Args:
         name: its name in the model.
         kind: its class.
-        base: the frozen weight: "bf16", "nf4/64", "nf4/64 nested", or the class of the base layer.
+        base: the frozen weight: "bf16", "bf16 x 8 experts", "nf4/64", "nf4/64 nested", or the class
+            of the base layer.
         shape: (out_features, in_features), or None.
         r, dropout, adapter: rank, dropout rate and dtype of the first active adapter, or None.
         backend: fastlora's backend for training, None where PEFT's own code runs.
@@ -96,7 +100,7 @@ class Explanation:
         groups: Counter[tuple[str, ...]] = Counter()
         for row in self.rows:
             groups[
-                _starred(row.name),
+                kind_of(row.name),
                 row.base,
                 "" if row.shape is None else f"{row.shape[0]} x {row.shape[1]}",
                 "" if row.r is None else str(row.r),
@@ -152,7 +156,7 @@ class Explanation:
             what = "fused" if each.fused else "not fused"
             layers = (" + " if each.fused else ", ").join(each.layers)
             note = f": {each.note}" if each.note else ""
-            groups[what, _starred(each.name), layers, note] += 1
+            groups[what, kind_of(each.name), layers, note] += 1
         return [
             f"{what}: x{n} {name}: {layers}{note}"
             for (what, name, layers, note), n in groups.items()
@@ -184,25 +188,18 @@ def explain(model: nn.Module) -> Explanation:
     return Explanation(rows, fusions(model))
 
 
-def _starred(name: str) -> str:
-    """A module's name with stars for the numbers in it."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name.removeprefix("base_model.model."))
-
-
 def _row(name: str, layer: Any) -> Row:
-    parts = layer_parts(layer) if is_fast(layer) else _stock_reason(layer)
-    found = parts if isinstance(parts, str) else bypass_reason(layer) or _kernel(parts)
+    found = _served(layer) if is_fast(layer) else _stock_reason(layer)
     reason, (backend, kernel) = (found, (None, "")) if isinstance(found, str) else ("", found)
     active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
     adapter = active[0] if active else None
     lora_A = layer.lora_A[adapter] if adapter else None
     weight = getattr(lora_A, "weight", None)
-    base = layer.get_base_layer()
-    shape = (base.out_features, base.in_features) if isinstance(base, nn.Linear) else None
+    base, shape = _base(layer)
     return Row(
         name=name,
         kind=type(layer).__name__,
-        base=_base(base),
+        base=base,
         shape=shape,
         r=layer.r[adapter] if adapter else None,
         dropout=getattr(layer.lora_dropout[adapter], "p", 0.0) if adapter else None,
@@ -214,8 +211,23 @@ def _row(name: str, layer: Any) -> Row:
     )
 
 
+def _served(layer: Any) -> tuple[str, str] | str:
+    """`(backend, its ops)` that train a fast layer, or why none does."""
+    on_parameter = isinstance(layer, ParamWrapper)
+    parts = param_parts(layer) if on_parameter else layer_parts(layer)
+    if isinstance(parts, str):
+        return parts
+    if (reason := bypass_reason(layer)) is not None:
+        return reason
+    if isinstance(parts, ParamParts):
+        dtype, device = parts.weight.dtype, parts.weight.device
+        backend = choose(parts.op, device.type, dtype=dtype, index=device.index)
+        return _named(backend, parts.op, device.type)
+    return _kernel(parts)
+
+
 def _kernel(parts: Parts) -> tuple[str, str] | str:
-    """`(backend, its ops)` that train such a layer, or why none does."""
+    """`_served` of a layer around a linear one."""
     device = parts.adapters[0].lora_A.device
     dtypes = casts(parts, _input_dtype(parts), device, None)
     if isinstance(dtypes, str):
@@ -228,9 +240,14 @@ def _kernel(parts: Parts) -> tuple[str, str] | str:
         compute_dtype=dtypes.compute,
         index=device.index,
     )
-    kernel = parts.op.removesuffix("_fwd")
+    return _named(backend, parts.op, device.type)
+
+
+def _named(backend: ModuleType, op: str, device: str) -> tuple[str, str]:
+    """The names of a backend and of its op, on a CPU with the instruction set."""
+    kernel = op.removesuffix("_fwd")
     build = backend.build_info() if hasattr(backend, "build_info") else None
-    if build is not None and device.type == "cpu":
+    if build is not None and device == "cpu":
         kernel += f" ({build['cpu_isa']})"
     return backend.NAME, kernel
 
@@ -248,7 +265,19 @@ def _input_dtype(parts: Parts) -> torch.dtype:
     return bnb.compute_dtype(parts.base, parts.adapters[0].lora_A.dtype)
 
 
-def _base(base: nn.Module) -> str:
+def _base(layer: Any) -> tuple[str, tuple[int, int] | None]:
+    """What the frozen weight is, and `(out_features, in_features)` of it or of each expert."""
+    base = layer.get_base_layer()
+    if isinstance(layer, ParamWrapper):
+        weight = getattr(base, layer.parameter_name)
+        experts = f" x {layer.num_experts} experts" if weight.dim() == 3 else ""
+        return _dtype(weight.dtype) + experts, (layer.out_features, layer.in_features)
+    shape = (base.out_features, base.in_features) if isinstance(base, nn.Linear) else None
+    return base_name(base), shape
+
+
+def base_name(base: nn.Module) -> str:
+    """What a base layer is made of, as in `Row.base`."""
     if bnb.is_linear4bit(base):
         state = bnb.raw_quant_state(base)
         if state is None:

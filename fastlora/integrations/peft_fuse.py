@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .peft_guard import SHARED
-from .peft_layers import is_fast
+from .peft_layers import not_linear_reason
 from .peft_mlp import GATED, GatedMLP, activation_of, join, separate_mlp
 from .peft_shared import SharedInput, Slot
 from .peft_source import gated_mlp, shared_inputs
@@ -93,7 +93,11 @@ def separate(model: nn.Module) -> None:
 
 def _fast_children(module: nn.Module) -> dict[str, nn.Module]:
     children = module._modules.items()
-    return {name: child for name, child in children if child is not None and is_fast(child)}
+    return {
+        name: child
+        for name, child in children
+        if child is not None and not_linear_reason(child) is None
+    }
 
 
 def _read(model: nn.Module) -> list[list[nn.Module]]:
@@ -117,7 +121,8 @@ def _recorded(model: nn.Module, example: Any) -> list[list[nn.Module]]:
             calls.append((layer, args[0], args[0]._version))
 
     modes = [(module, module.training) for module in model.modules()]
-    hooks = [m.register_forward_pre_hook(note) for m in model.modules() if is_fast(m)]
+    fast = [module for module in model.modules() if not_linear_reason(module) is None]
+    hooks = [layer.register_forward_pre_hook(note) for layer in fast]
     try:
         model.eval()
         devices = {p.device.index for p in model.parameters() if p.is_cuda}
@@ -152,9 +157,8 @@ def _join_mlp(module: nn.Module) -> str | None:
     if source is None:
         return None
     for name in (source.gate, source.up, source.down):
-        child = module._modules.get(name)
-        if child is None or not is_fast(child):
-            return f"{name} is not on fastlora"
+        if (reason := not_linear_reason(module._modules.get(name))) is not None:
+            return f"{name}: {reason}"
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
     activation = activation_of(module, source)

@@ -34,7 +34,7 @@ SHARED = "_fastlora_shared"
 # Arguments that PEFT's layers take out of the call themselves; as None they mean nothing.
 _MIXED = "adapter_names"
 _PEFT_KWARGS = (_MIXED, "alora_offsets")
-_PLAIN = (Tensor, nn.Parameter)
+PLAIN = (Tensor, nn.Parameter)
 # PEFT's variants that differ from LoRA in their initial values and in what trains, not in forward.
 _PLAIN_VARIANTS = ("MiCALinearVariant",)
 
@@ -76,17 +76,18 @@ def layer_parts(layer: Any, names: Iterable[str] | None = None) -> Parts | str:
         names: the adapters of a mixed batch; the active ones when None.
     """
     state = layer.__dict__
-    if state.get("_disable_adapters"):
-        return "the adapters are disabled"
-    if state.get("merged_adapters"):
-        return "the adapter is merged into the base weight"
+    if (reason := state_reason(layer)) is not None:
+        return reason
     if not state.get("cast_input_dtype_enabled", True) or "_cast_input_dtype" in state:
         return "PEFT's cast of the input to the adapter's dtype is switched off"
     if state.get("fan_in_fan_out"):
         return "fan_in_fan_out: the base weight is stored transposed"
 
     children: dict[str, Any] = layer._modules
-    As = children["lora_A"]._modules
+    by_svd = isinstance(children["lora_A"], nn.ParameterDict)
+    if by_svd and names is not None:
+        return "the call passes adapter_names, which AdaLoRA's layers do not take"
+    As = children["lora_A"] if by_svd else children["lora_A"]._modules
     chosen = layer.active_adapters if names is None else dict.fromkeys(names)
     present = [name for name in chosen if name in As]
     if not present and names is None:
@@ -94,7 +95,7 @@ def layer_parts(layer: Any, names: Iterable[str] | None = None) -> Parts | str:
     adapters: list[Adapter] = []
     roles: list[tuple[str, nn.Module]] = [("the base layer", children["base_layer"])]
     for name in present:
-        adapter = _adapter(layer, name, roles)
+        adapter = (_svd_adapter if by_svd else _adapter)(layer, name, roles)
         if isinstance(adapter, str):
             return adapter
         adapters.append(adapter)
@@ -135,7 +136,7 @@ def layer_parts(layer: Any, names: Iterable[str] | None = None) -> Parts | str:
     for role, tensor in tensors:
         if tensor is None:
             continue
-        if type(tensor) not in _PLAIN:
+        if type(tensor) not in PLAIN:
             kind = type(tensor).__name__
             if kind == "DTensor":
                 return f"the {role} is sharded (a DTensor; FSDP2 gathers it during the forward)"
@@ -164,6 +165,15 @@ def layer_parts(layer: Any, names: Iterable[str] | None = None) -> Parts | str:
     return Parts(base, weight, quant_state, bias, tuple(adapters))
 
 
+def state_reason(layer: Any) -> str | None:
+    """Why the adapters of a layer take no part in its forward, or None."""
+    if layer.__dict__.get("_disable_adapters"):
+        return "the adapters are disabled"
+    if layer.__dict__.get("merged_adapters"):
+        return "the adapter is merged into the base weight"
+    return None
+
+
 def _adapter(layer: Any, name: str, roles: list[tuple[str, nn.Module]]) -> Adapter | str:
     """One adapter, its modules added to `roles`; or why PEFT's code has to run."""
     state, children = layer.__dict__, layer._modules
@@ -183,8 +193,8 @@ def _adapter(layer: Any, name: str, roles: list[tuple[str, nn.Module]]) -> Adapt
     scaling = state["scaling"][name]
     if type(scaling) not in (float, int):
         return f"scaling is a {type(scaling).__name__}, not a number"
-    if type(dropout) not in (nn.Identity, nn.Dropout) or getattr(dropout, "inplace", False):
-        return f"the dropout module is a {type(dropout).__name__}, not a plain nn.Dropout"
+    if (reason := _dropout_reason(dropout)) is not None:
+        return reason
     if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear:
         odd = lora_A if type(lora_A) is not nn.Linear else lora_B
         return f"lora_A or lora_B is a {type(odd).__name__}, not a plain nn.Linear"
@@ -200,6 +210,32 @@ def _adapter(layer: Any, name: str, roles: list[tuple[str, nn.Module]]) -> Adapt
     A, B = lora_A._parameters.get("weight"), lora_B._parameters.get("weight")
     vector = None if magnitude is None else magnitude._parameters["weight"]
     return Adapter(name, A, B, bias, dropout, scaling, vector)  # type: ignore[arg-type]
+
+
+def _svd_adapter(layer: Any, name: str, roles: list[tuple[str, nn.Module]]) -> Adapter | str:
+    """AdaLoRA's `scaling / (ranknum + 1e-5) * B (A * E)` as one adapter of A and B, as `_adapter`.
+
+    The factors go into A: ranknum is a tensor, and reading it would wait for a GPU.
+    """
+    children, scaling = layer._modules, layer.scaling[name]
+    if type(scaling) not in (float, int):
+        return f"scaling is a {type(scaling).__name__}, not a number"
+    dropout = children["lora_dropout"]._modules[name]
+    if (reason := _dropout_reason(dropout)) is not None:
+        return reason
+    roles.append(("the dropout module", dropout))
+    A, B, E = (children[part]._parameters[name] for part in ("lora_A", "lora_B", "lora_E"))
+    for role, tensor in (("lora_A", A), ("lora_E", E)):
+        if type(tensor) not in PLAIN or tensor.is_meta:
+            return f"the {role} is no plain tensor in memory"
+    factor = scaling / (children["ranknum"]._parameters[name] + 1e-5)
+    return Adapter(name, A * (E * factor), B, None, dropout, 1.0, None)
+
+
+def _dropout_reason(dropout: nn.Module) -> str | None:
+    if type(dropout) in (nn.Identity, nn.Dropout) and not getattr(dropout, "inplace", False):
+        return None
+    return f"the dropout module is a {type(dropout).__name__}, not a plain nn.Dropout"
 
 
 def _forward_is_plain(module: nn.Module) -> bool:
@@ -308,13 +344,13 @@ def casts(
     for tensor in tensors:
         if tensor is not None and tensor.device != device:
             return f"x is on {device} and the layer, or a part of it, on {tensor.device}"
-    reason = _backend_reason(
+    reason = backend_reason(
         parts.op, device, dtype=x_cast, adapter_dtype=adapter, compute_dtype=compute
     )
     return Casts(x_cast, adapter, compute) if reason is None else reason
 
 
-def _backend_reason(op: str, device: torch.device, **what: torch.dtype | None) -> str | None:
+def backend_reason(op: str, device: torch.device, **what: torch.dtype | None) -> str | None:
     """Why no backend is worth taking. One that the user asked for runs, or says why it can't."""
     if forced_backend() is not None:
         return None
@@ -333,13 +369,8 @@ def _backend_reason(op: str, device: torch.device, **what: torch.dtype | None) -
 # ---- the call --------------------------------------------------------------------------------
 
 
-def plan(layer: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan | str:
-    """How to run `layer(x, *args, **kwargs)` on fastlora, or why PEFT's own code has to run."""
-    if args:
-        return "the call has further positional arguments"
-    for key, value in kwargs.items():
-        if (value is not None or key not in _PEFT_KWARGS) and key != _MIXED:
-            return f"the call passes {key}"
+def call_reason() -> str | None:
+    """Why PEFT's code has to run in what surrounds the call (tracing, transforms), or None."""
     if torch.compiler.is_exporting() or is_tracing():
         return "torch.export or torch.jit.trace is recording a graph"
     if torch.compiler.is_compiling() and forced_backend() == "reference":
@@ -348,11 +379,23 @@ def plan(layer: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, A
         return "the call is inside a torch.func transform (vmap, grad, jvp)"
     if forward_ad._current_level >= 0:
         return "forward-mode AD is active"
+    return None
+
+
+def plan(layer: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan | str:
+    """How to run `layer(x, *args, **kwargs)` on fastlora, or why PEFT's own code has to run."""
+    if args:
+        return "the call has further positional arguments"
+    for key, value in kwargs.items():
+        if (value is not None or key not in _PEFT_KWARGS) and key != _MIXED:
+            return f"the call passes {key}"
+    if (reason := call_reason()) is not None:
+        return reason
     rows = kwargs.get(_MIXED)
     parts = layer_parts(layer, rows)
     if isinstance(parts, str):
         return parts
-    if type(x) not in _PLAIN:
+    if type(x) not in PLAIN:
         return f"x is a {type(x).__name__}, a tensor subclass"
     if x.layout is not torch.strided or x.is_nested:
         return "x is not a plain strided tensor"
@@ -401,14 +444,18 @@ def forward_or_stock(
     `__dict__`, for `explain`.
     """
     found = plan(layer, x, args, kwargs)
-    shared = None
-    if not torch.compiler.is_compiling():
-        shared = layer.__dict__.get(SHARED)
-        reason = found if isinstance(found, str) else ""
-        if isinstance(reason, Unserved) and layer.__dict__.get(LAST_REASON) != reason:
-            # Python shows one and the same warning once, however many layers give it.
-            warnings.warn(f"LoRA layers run on PEFT's own code: {reason}", stacklevel=1)
-        layer.__dict__[LAST_REASON] = str(reason)
+    record(layer, found if isinstance(found, str) else "")
     if isinstance(found, str):
         return stock(x, *args, **kwargs)
+    shared = None if torch.compiler.is_compiling() else layer.__dict__.get(SHARED)
     return found.run(x) if shared is None else shared.run(layer, found, x)
+
+
+def record(layer: nn.Module, reason: str) -> None:
+    """Keeps why the latest call ran PEFT's code, and warns of what the user did not ask for."""
+    if torch.compiler.is_compiling():
+        return
+    if isinstance(reason, Unserved) and layer.__dict__.get(LAST_REASON) != reason:
+        # Python shows one and the same warning once, however many layers give it.
+        warnings.warn(f"LoRA layers run on PEFT's own code: {reason}", stacklevel=1)
+    layer.__dict__[LAST_REASON] = str(reason)

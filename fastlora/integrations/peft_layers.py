@@ -8,11 +8,13 @@ from collections.abc import Iterable, Iterator
 from types import MethodType
 from typing import Any
 
-from peft.tuners.lora.layer import Linear
+from peft.tuners.adalora.layer import SVDLinear
+from peft.tuners.lora.layer import Linear, ParamWrapper
 from torch import Tensor, nn
 
 from .bitsandbytes import disable_cpu_repacking
 from .peft_guard import LAST_REASON, SHARED, forward_or_stock
+from .peft_params import FastParamWrapper
 
 # Set on a class made by `_rebased`: the class that it was made from.
 _MADE_FROM = "_fastlora_made_from"
@@ -28,6 +30,17 @@ class FastLoraLinear(Linear):
     def _get_name(self) -> str:
         # PEFT's name, so that a printed model looks as it did; `explain` tells them apart.
         return type(self).__name__.removeprefix("FastLora")
+
+
+class FastSVDLinear(SVDLinear):
+    """PEFT's `adalora.SVDLinear` with fastlora's forward; all else, and all state, is PEFT's."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """`y = x W^T + bias + s drop(x) (A * E)^T B^T`, or PEFT's own code; see `fast_path`."""
+        return forward_or_stock(self, super().forward, x, args, kwargs)
+
+    def _get_name(self) -> str:
+        return type(self).__name__.removeprefix("Fast")
 
 
 def swap_in(layer: nn.Module) -> None:
@@ -54,6 +67,15 @@ def fast_class(layer: nn.Module) -> type | None:
 def is_fast(layer: nn.Module) -> bool:
     """True for layers of our classes and of classes derived from them."""
     return any(isinstance(layer, fast) for _, fast in _pairs())
+
+
+def not_linear_reason(layer: nn.Module | None) -> str | None:
+    """Why a module is no fast layer around a linear one, as `peft_guard.plan` takes, or None."""
+    if layer is None or not is_fast(layer):
+        return "it is not on fastlora"
+    if isinstance(layer, ParamWrapper):
+        return "its adapter is on a parameter (target_parameters)"
+    return None
 
 
 def bypass_reason(layer: nn.Module) -> str | None:
@@ -85,6 +107,8 @@ def _change_class(layer: nn.Module, kind: Any) -> None:
 def _pairs() -> Iterator[tuple[type, type]]:
     """`(PEFT's class, ours)`; the 4-bit pair only where PEFT's class exists already."""
     yield Linear, FastLoraLinear
+    yield ParamWrapper, FastParamWrapper
+    yield SVDLinear, FastSVDLinear
     stock = getattr(sys.modules.get("peft.tuners.lora.bnb"), "Linear4bit", None)
     if stock is not None:
         # Its base class needs bitsandbytes, which is slow to import and absent on many machines.

@@ -13,7 +13,7 @@ from ..autograd import draw_seed
 from ..fused import gated_mlp
 from ..reference import ACTIVATIONS, activate
 from .peft_guard import LAST_REASON, plan
-from .peft_layers import bypass_reason, is_fast
+from .peft_layers import bypass_reason, not_linear_reason
 from .peft_run import Plan, autocast_off, cast
 from .peft_source import GatedSource
 
@@ -172,8 +172,8 @@ def separate_mlp(module: nn.Module) -> None:
 
 def _closed(layer: Any) -> str | None:
     """Why the call of a layer must be a call of its own, and can't be a part of its parent's."""
-    if layer is None or not is_fast(layer):
-        return "it is not on fastlora"
+    if (reason := not_linear_reason(layer)) is not None:
+        return reason
     if _has_hooks(layer):
         return "it has hooks, which fastlora would not call"
     if "_hf_hook" in layer.__dict__:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..backends import forced_backend
 from .peft_guard import SHARED, plan
-from .peft_layers import bypass_reason, is_fast
+from .peft_layers import FastSVDLinear, bypass_reason, not_linear_reason
 from .peft_run import Plan, run_together
 
 
@@ -131,6 +131,9 @@ def _alone_reason(layer: nn.Module, found: Plan) -> str | None:
     """Why a layer's call can't be one of several in a node."""
     if not found.one_launch:
         return "its adapters take more than one launch"
+    if isinstance(layer, FastSVDLinear):
+        # `_signature` would take the A of two calls for two adapters.
+        return "AdaLoRA makes its A anew at each call"
     if (reason := bypass_reason(layer)) is not None:
         return reason
     if layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
@@ -140,8 +143,8 @@ def _alone_reason(layer: nn.Module, found: Plan) -> str | None:
 
 def _join(other: nn.Module, first: Plan, x: Tensor) -> Plan | str:
     """The plan of a later call with the same x, or why it can't join that of the first layer."""
-    if not is_fast(other):
-        return "it is not on fastlora"
+    if (reason := not_linear_reason(other)) is not None:
+        return reason
     found = plan(other, x, (), {})
     if isinstance(found, str):
         return found

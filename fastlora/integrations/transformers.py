@@ -337,6 +337,25 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
+def make_savable(model: PreTrainedModel) -> None:
+    """Lets a model that was loaded in 4 bits from a 4-bit folder be saved.
+
+    Transformers 5 undoes on saving what it did to the weights on loading. It can't undo the
+    assembling of 4-bit weights, and needn't: their state dict has the names of the folder.
+    """
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is not None:
+        model._weight_conversions = [c for c in conversions if _is_reversible(c)]
+
+
+def _is_reversible(conversion: Any) -> bool:
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:
+        return False
+    return True
+
+
 # ---- evaluation ------------------------------------------------------------------------------
 
 

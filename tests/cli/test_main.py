@@ -16,7 +16,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"fastlora {fastlora.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["info", "verify", "bench", "finetune", "demo"])
+@pytest.mark.parametrize(
+    "command", ["info", "verify", "bench", "spectrum", "finetune", "merge", "demo"]
+)
 def test_help_fits_80_columns(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,8 +32,8 @@ COLUMNS = ("kernel", "arch", "registers", "stack", "spills", "instructions", "lo
 # Weights that a thread decodes in one turn of the main loop.
 WEIGHTS_A_TURN = {"qlora_gemm": 32, "decode_kernel_1": 128, "decode_kernel_2": 128,
                   "decode_kernel_4": 32}  # fmt: skip
-# Registers of two blocks of 256 threads on a multiprocessor, and bytes of stack.
-LIMITS = {"registers": 128, "stack": 8}
+# Registers of one block of 256 threads on a multiprocessor, bytes of stack, spilling instructions.
+LIMITS = {"registers": 255, "stack": 0, "spills": 0}
 
 
 def find_cuobjdump() -> str | None:

@@ -29,6 +29,9 @@ from peft.tuners.lora.config import (
 from peft.tuners.lora.eva import initialize_lora_eva_weights
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
+from transformers import GptOssConfig, MixtralConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.pytorch_utils import Conv1D
 
 import fastlora
@@ -51,9 +54,9 @@ IDS = torch.randint(0, VOCAB, (BATCH, LENGTH), generator=torch.Generator().manua
 
 
 class Net(nn.Module):
-    """An embedding, two linears, a convolution, GPT-2's Conv1D and a head."""
+    """An embedding, two linears, a convolution, GPT-2's Conv1D, a head, and experts if given."""
 
-    def __init__(self, four_bit: bool = False) -> None:
+    def __init__(self, four_bit: bool = False, experts: nn.Module | None = None) -> None:
         super().__init__()
         linear: Callable[[int, int], nn.Module] = linear4bit if four_bit else nn.Linear
         self.embed = nn.Embedding(VOCAB, WIDTH)
@@ -63,12 +66,33 @@ class Net(nn.Module):
         nn.init.normal_(self.gpt.weight, std=WIDTH**-0.5)
         self.head = nn.Linear(WIDTH, VOCAB)
         self.is_loaded_in_4bit = four_bit
+        self.experts = experts
+        if experts is not None:
+            for parameter in experts.parameters():
+                nn.init.normal_(parameter, std=WIDTH**-0.5)
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embed(ids)
         x = x + self.down(torch.nn.functional.silu(self.up(x)))
+        if self.experts is not None:
+            # Two of five experts for each token; the third one gets none.
+            chosen = torch.stack([ids % 2, 3 + ids % 2], -1).flatten(0, 1)
+            shares = torch.tensor([0.7, 0.3], dtype=x.dtype).expand(chosen.shape)
+            x = x + self.experts(x.flatten(0, 1), chosen, shares).view(x.shape)
         x = x + self.conv(x.mT).mT
         return self.head(torch.tanh(self.gpt(x)))
+
+
+def experts(kind: str, implementation: str = "grouped_mm") -> Callable[[], nn.Module]:
+    """Five experts of Mixtral, `[E, out, in]`, or of gpt-oss, `[E, in, out]` with biases."""
+
+    def make() -> nn.Module:
+        sizes = {"hidden_size": WIDTH, "intermediate_size": HIDDEN, "num_local_experts": 5}
+        config = MixtralConfig(**sizes) if kind == "Mixtral" else GptOssConfig(**sizes)
+        config._experts_implementation = implementation
+        return MixtralExperts(config) if kind == "Mixtral" else GptOssExperts(config)
+
+    return make
 
 
 Act = Callable[[nn.Module], Results]
@@ -95,6 +119,7 @@ class Case:
         act: what is done with the model.
         prepare: what PEFT does to the model once it is built.
         four_bit: `up` and `down` are bitsandbytes' Linear4bit.
+        experts: makes the experts of the model.
     """
 
     config: Mapping[str, Any] | AdaLoraConfig = field(default_factory=dict)
@@ -103,11 +128,12 @@ class Case:
     act: Act = step
     prepare: Callable[[nn.Module, Any], None] = lambda model, config: None
     four_bit: bool = False
+    experts: Callable[[], nn.Module] | None = None
 
     def trio(self) -> tuple[nn.Module, nn.Module, nn.Module]:
         """The model on fastlora, in float64 and on PEFT's code, its zeros replaced."""
         torch.manual_seed(0)
-        base = Net(self.four_bit)
+        base = Net(self.four_bit, self.experts and self.experts())
         config = self.config
         if not isinstance(config, AdaLoraConfig):
             settings = {"r": 4, "lora_alpha": 6, "target_modules": ["up", "down"], **config}
@@ -121,7 +147,11 @@ class Case:
             if "lora_" in name and not parameter.any():
                 parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
         fast = fastlora.accelerate(copy.deepcopy(stock), verbose=False)
-        return fast.train(), exact(stock).train(), replaying(stock).train()
+        wide = exact(stock)
+        for module in wide.modules():
+            if hasattr(module, "is_transposed"):
+                module.config._experts_implementation = "eager"  # torch's grouped_mm has no float64
+        return fast.train(), wide.train(), replaying(stock).train()
 
     def run(self) -> Outcome:
         """Runs it three times."""
@@ -236,6 +266,16 @@ def merged_and_unmerged(model: Any) -> Results:
     return step(model)
 
 
+def ranks_cut(model: Any) -> Results:
+    """Gradients after AdaLoRA's allocator has switched singular values off."""
+    step(model)
+    model.base_model.peft_config["default"].tinit = 0
+    model.base_model.update_and_allocate(4)
+    zeros = [int((layer.lora_E["default"] == 0).sum()) for layer in lora_layers(model)]
+    assert any(zeros), zeros
+    return step(model)
+
+
 def combined(kind: str, **options: Any) -> Act:
     def act(model: Any) -> Results:
         add(model, r=4)
@@ -314,7 +354,14 @@ def no_class(*kinds: str) -> frozenset[str]:
     return frozenset(f"fastlora has no layer for PEFT's {kind}" for kind in kinds)
 
 
+EXPERTS = {
+    "target_modules": [],
+    "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+}
 MERGED = why("the adapter is merged into the base weight")
+
+# Those combinations of adapters that keep only a part of their values.
+PRUNED = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 
 CASES: dict[str, Case] = {
     "LoRA": Case(),
@@ -368,9 +415,15 @@ CASES: dict[str, Case] = {
             "linear": {},
             "cat": {},
             "svd": {},
-            "ties": {"density": 0.5},
-            "dare_linear": {"density": 0.5},
-            "magnitude_prune": {"density": 0.5},
+            **{kind: {"density": 0.5} for kind in PRUNED},
+            **{f"{kind}_svd": {"density": 0.5} for kind in PRUNED},
+        }.items()
+    },
+    **{
+        f"add_weighted_adapter, {kind} on NF4": Case(act=combined(kind, **options), four_bit=True)
+        for kind, options in {
+            **{kind: {} for kind in ("linear", "cat", "svd")},
+            **{kind: {"density": 0.5} for kind in ("ties", "ties_svd", "dare_ties_svd")},
         }.items()
     },
     "modules_to_save": Case({"modules_to_save": ["head"]}),
@@ -410,13 +463,44 @@ CASES: dict[str, Case] = {
         {"target_modules": ["gpt"], "fan_in_fan_out": True},
         reasons=why("fan_in_fan_out: the base weight is stored transposed"),
     ),
-    "target_parameters": Case(
-        {"target_modules": [], "target_parameters": ["up.weight"]},
-        reasons=no_class("ParamWrapper"),
+    "target_parameters, a linear layer's weight": Case(
+        {"target_modules": [], "target_parameters": ["up.weight"]}
+    ),
+    "target_parameters, Mixtral's experts": Case(EXPERTS, experts=experts("Mixtral")),
+    "target_parameters, Mixtral's experts in a loop": Case(
+        EXPERTS, experts=experts("Mixtral", "eager")
+    ),
+    "target_parameters, Mixtral's experts, batched_mm": Case(
+        EXPERTS, experts=experts("Mixtral", "batched_mm")
+    ),
+    "target_parameters, gpt-oss's experts": Case(EXPERTS, experts=experts("gpt-oss")),
+    "target_parameters, gpt-oss's experts in a loop": Case(
+        EXPERTS, experts=experts("gpt-oss", "eager")
+    ),
+    "target_parameters, experts and linear layers": Case(
+        {**EXPERTS, "target_modules": ["up", "down"]}, experts=experts("Mixtral")
+    ),
+    "target_parameters, two active adapters": Case(
+        EXPERTS, experts=experts("Mixtral"), act=together(**EXPERTS)
+    ),
+    "target_parameters, merge_adapter": Case(
+        EXPERTS, experts=experts("gpt-oss"), act=merged(), reasons=MERGED
     ),
     "AdaLoRA": Case(
+        AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["up", "down"])
+    ),
+    "AdaLoRA with dropout": Case(
+        AdaLoraConfig(
+            init_r=4, target_r=2, total_step=10, target_modules=["up", "down"], lora_dropout=0.3
+        )
+    ),
+    "AdaLoRA, ranks cut": Case(
+        AdaLoraConfig(init_r=4, target_r=1, total_step=9, target_modules=["up", "down"]),
+        act=ranks_cut,
+    ),
+    "AdaLoRA, merge, unmerge": Case(
         AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["up", "down"]),
-        reasons=no_class("SVDLinear"),
+        act=merged_and_unmerged,
     ),
 }
 

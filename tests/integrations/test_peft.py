@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import fastlora
 from fastlora.backends import native
 from fastlora.integrations import peft as integration
+from fastlora.integrations.peft_params import FastParamWrapper
 from tests.integrations.conftest import BACKENDS
 from tests.integrations.models import (
     MLP,
@@ -491,7 +492,7 @@ def test_explain_says_why_not() -> None:
 
 
 def test_explain_knows_every_kind_of_lora_layer() -> None:
-    """Also those for which fastlora has no class, and AdaLoRA's, which count as LoRA layers."""
+    """Also those for which fastlora has no class, and parameters and AdaLoRA's, which have one."""
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -507,17 +508,17 @@ def test_explain_knows_every_kind_of_lora_layer() -> None:
     model = fastlora.accelerate(get_peft_model(Net(), config), verbose=False)
     rows = {row.name.removeprefix("base_model.model."): row for row in fastlora.explain(model).rows}
     assert rows["linear"].fast and rows["linear"].r == 2
+    assert rows["raw"].fast and (rows["raw"].base, rows["raw"].shape) == ("fp32", (8, 8))
     for name, kind in (
         ("embedding", "Embedding"),
         ("conv", "Conv2d"),
         ("attention", "MultiheadAttention"),
-        ("raw", "ParamWrapper"),
     ):
         assert rows[name].reason == f"fastlora has no layer for PEFT's {kind}"
     adalora = peft.AdaLoraConfig(target_modules=["up"], total_step=10)
     model = fastlora.accelerate(get_peft_model(MLP(), adalora), verbose=False)
     (row,) = fastlora.explain(model).rows
-    assert row.reason == "fastlora has no layer for PEFT's SVDLinear"
+    assert row.fast and (row.kind, row.shape, row.r) == ("FastSVDLinear", (53, 37), 12)
     assert str(fastlora.explain(model))
 
 
@@ -577,7 +578,7 @@ def test_the_compiled_backend_is_the_default(backend: str) -> None:
 
 
 def test_register_leaves_the_choice_of_layer_to_peft() -> None:
-    """8-bit and other subclasses of nn.Linear, embeddings and parameters keep PEFT's layers."""
+    """8-bit and other subclasses of nn.Linear and embeddings keep PEFT's layers."""
 
     class OddLinear(nn.Linear):
         pass
@@ -600,7 +601,7 @@ def test_register_leaves_the_choice_of_layer_to_peft() -> None:
     assert type(model.a) is integration.FastLoraLinear
     for name in "abcd":
         assert isinstance(getattr(model, name), type(getattr(plain, name)))
-    assert type(model.d) is type(plain.d) and type(model.c) is type(plain.c)
+    assert type(model.d) is FastParamWrapper and type(model.c) is type(plain.c)
 
 
 def test_register_keeps_other_custom_modules() -> None:

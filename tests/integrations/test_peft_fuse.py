@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -526,6 +526,34 @@ def test_dora_and_merged_layers_run_alone(nodes: Nodes) -> None:
     assert nodes.take() == [3]
 
 
+def adalora(model: nn.Module, targets: list[str]) -> nn.Module:
+    config = AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=targets)
+    model = fill_adapters(get_peft_model(model, config)).train()
+    for name, parameter in model.named_parameters():
+        if "lora_E" in name:  # zero at first, as lora_B is
+            parameter.data.normal_()
+    return model
+
+
+def test_adalora_runs_alone(nodes: Nodes) -> None:
+    """A joined node would be computed for nobody: the A of a call is not that of the next."""
+    stock = adalora(Trio(), ["q", "k", "v"])
+    fast = fused(stock, "inputs")
+    check(stock, fast)
+    assert nodes.take() == [] and last_reasons(fast) == {""}
+    assert "AdaLoRA" in fusions(fast)[0].note
+
+
+@pytest.mark.parametrize("example", [None, torch.ones(1, 20)], ids=["source", "example"])
+def test_layers_around_a_parameter_are_left_out(example: Tensor | None, nodes: Nodes) -> None:
+    config = LoraConfig(r=3, target_modules=["q", "v"], target_parameters=["k.weight"])
+    stock = fill_adapters(get_peft_model(Trio(), config)).train()
+    fast = fused(stock, "inputs", example=example)
+    check(stock, fast)
+    # The source has a new x for v, the example has not.
+    assert nodes.take() == ([] if example is None else [2]) and last_reasons(fast) == {""}
+
+
 # ---- MLPs --------------------------------------------------------------------------------------
 
 
@@ -649,6 +677,22 @@ def test_an_mlp_that_has_changed_runs_its_own_forward(nodes: Nodes) -> None:
     assert nodes.take() == [] and "disabled" in fusions(fast)[0].note
     torch.testing.assert_close(fast(x), stock(x))
     assert nodes.take() == [0] and fusions(fast)[0].note == ""
+
+
+def test_adalora_in_an_mlp(nodes: Nodes) -> None:
+    stock = adalora(Gated(), ["gate", "up", "down"])
+    check(stock, fused(stock))
+    assert nodes.take() == [0]
+
+
+def test_an_mlp_with_an_adapter_on_a_parameter_runs_its_own_forward(nodes: Nodes) -> None:
+    config = LoraConfig(r=3, target_modules=["up", "down"], target_parameters=["gate.weight"])
+    stock = fill_adapters(get_peft_model(Gated(), config)).train()
+    fast = fused(stock)
+    check(stock, fast)
+    assert nodes.take() == [] and last_reasons(fast) == {""}
+    (left,) = fusions(fast)
+    assert not left.fused
 
 
 def test_an_mlp_without_an_adapter_on_down() -> None:

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from ... import reference
 from ...quant import QuantState
 from ...reference import Projection
-from .. import sequence
+from .. import grouped, sequence
 from ..gpu import unsupported_gpu
 from ..native import _asked, _empty
 from ..native_cuda import state_args
@@ -26,7 +27,7 @@ NAME = "triton"
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _reason = (
-    "triton is not installed; `pip install fastlora[triton]` brings it."
+    "triton is not installed; `pip install triton` brings it."
     if importlib.util.find_spec("triton") is None
     else None
 )
@@ -49,6 +50,7 @@ def unsupported(
     adapter_dtype: torch.dtype | None = None,
     compute_dtype: torch.dtype | None = None,
     index: int | None = None,
+    dropout_p: float = 0.0,
 ) -> str | None:
     """One sentence that says why `op` can't run here, or None."""
     if op == "quantize_4bit":
@@ -67,7 +69,7 @@ def unsupported(
     for name, given in (("x", dtype), ("lora_A", adapter_dtype), ("compute_dtype", compute_dtype)):
         if given is not None and given not in _DTYPES:
             return f"{op} takes fp32, bf16 and fp16, got {name} in {given}."
-    return None
+    return grouped.unsupported(op, dropout_p)
 
 
 def lora_linear_fwd(
@@ -158,7 +160,7 @@ def shared_linear_fwd(
     x: Tensor, projections: Sequence[Projection]
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """`reference.shared_linear_fwd`."""
-    return sequence.shared_linear_fwd(sys.modules[__name__], x, projections)
+    return sequence.shared_linear_fwd(_self(), x, projections)
 
 
 def shared_linear_bwd(
@@ -170,9 +172,80 @@ def shared_linear_bwd(
     needs: Sequence[tuple[bool, bool, bool]],
 ) -> tuple[Tensor | None, tuple[tuple[Tensor | None, ...], ...]]:
     """`reference.shared_linear_bwd`."""
-    return sequence.shared_linear_bwd(
-        sys.modules[__name__], dys, x, projections, Ss, need_dx, needs
-    )
+    return sequence.shared_linear_bwd(_self(), dys, x, projections, Ss, need_dx, needs)
+
+
+def grouped_lora_linear_fwd(
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`reference.grouped_lora_linear_fwd`, one launch for each expert; no dropout."""
+    return grouped.forward(_self(), x, weight, None, offsets, lora_A, lora_B, scaling)
+
+
+def grouped_lora_linear_bwd(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    offsets: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    S: Tensor | None,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    needs: tuple[bool, bool, bool] = (True, True, True),
+) -> tuple[Tensor | None, ...]:
+    """`reference.grouped_lora_linear_bwd`, one launch for each expert; no dropout."""
+    lora = (lora_A, lora_B, S, scaling, None, needs)
+    return grouped.backward(_self(), dy, x, weight, None, offsets, *lora)
+
+
+def grouped_qlora_linear_fwd(
+    x: Tensor,
+    weight: Tensor,
+    quant_state: QuantState,
+    offsets: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`reference.grouped_qlora_linear_fwd`, one launch for each expert; no dropout."""
+    lora = (lora_A, lora_B, scaling, compute_dtype)
+    return grouped.forward(_self(), x, weight, quant_state, offsets, *lora)
+
+
+def grouped_qlora_linear_bwd(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    quant_state: QuantState,
+    offsets: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    S: Tensor | None,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+    needs: tuple[bool, bool, bool] = (True, True, True),
+) -> tuple[Tensor | None, ...]:
+    """`reference.grouped_qlora_linear_bwd`, one launch for each expert; no dropout."""
+    lora = (lora_A, lora_B, S, scaling, compute_dtype, needs)
+    return grouped.backward(_self(), dy, x, weight, quant_state, offsets, *lora)
+
+
+def _self() -> ModuleType:
+    return sys.modules[__name__]
 
 
 def dequantize_4bit(

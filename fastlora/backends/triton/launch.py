@@ -37,6 +37,13 @@ def tile_of(choice: tuning.Choice) -> Tile | None:
     return Tile(*(int(choice[field.name]) for field in fields(Tile)))
 
 
+def _is_whole(choice: tuning.Choice) -> bool:
+    """False for what someone else has written into the cache."""
+    if choice.get("way") == "vendor":
+        return True
+    return all(isinstance(choice.get(field.name), int) for field in fields(Tile))
+
+
 def choice_of(tile: Tile | None) -> tuning.Choice:
     """Undoes `tile_of`."""
     return {"way": "vendor"} if tile is None else {"way": "ours", **asdict(tile)}
@@ -82,7 +89,8 @@ class Launcher:
         """What `fastlora tune` kept for this op, dtype and class of sizes, or None."""
         if self.trial is not None:
             return self.trial
-        return tuning.lookup(self.key, op, shape_key(dtype, sizes))
+        choice = tuning.lookup(self.key, op, shape_key(dtype, sizes))
+        return choice if choice is not None and _is_whole(choice) else None
 
     def dense_tile(self, op: str, dtype: torch.dtype, sizes: Sizes) -> Tile | None:
         """The tile of op's dense product; None where the vendor's product is taken."""

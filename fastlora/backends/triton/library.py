@@ -32,7 +32,7 @@ SCHEMAS = (
     f"{_DROPOUT}) -> (Tensor y, Tensor S)",
     f"qlora_linear_bwd(Tensor dy, Tensor x, {_QUANT}, ScalarType compute_dtype, {_LORA}, "
     f"Tensor S, {_DROPOUT}, {_NEEDS}) -> {_GRADS}",
-    f"dequantize_4bit_out({_QUANT}, Tensor(a!) out) -> Tensor(a!)",
+    f"dequantize_4bit_out({_QUANT}, Tensor(a!) out) -> ()",
     "shrink(Tensor x, Tensor lora_A, float dropout_p, Tensor? seed) -> Tensor",
     f"skinny_bwd(Tensor dy, Tensor x, {_LORA}, Tensor S, {_DROPOUT}, bool need_dA, bool need_dB, "
     "bool need_dbias) -> (Tensor dS, Tensor dA, Tensor dB, Tensor dbias)",
@@ -82,14 +82,13 @@ def qlora_linear_bwd(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return _filled(qlora_linear.qlora_linear_bwd(launch.launcher(x), *args), x)
 
 
-def dequantize_4bit_out(weight: Tensor, *rest: Any) -> Tensor:
+def dequantize_4bit_out(weight: Tensor, *rest: Any) -> None:
     """`reference.dequantize_4bit` into `out`, the last argument."""
     from . import launch
     from .kernels import dequantize_4bit
 
     packed, out = dequantize_4bit.Packed(weight, *rest[:-1]), rest[-1]
     dequantize_4bit.dequantize_4bit(launch.launcher(weight), packed, out)
-    return out
 
 
 def shrink(x: Tensor, *rest: Any) -> Tensor:
@@ -149,7 +148,7 @@ def _(dy, x, *rest):  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("fastlora_triton::dequantize_4bit_out")
 def _(weight, *rest):  # type: ignore[no-untyped-def]
-    return rest[-1]
+    return None
 
 
 @torch.library.register_fake("fastlora_triton::shrink")

@@ -16,7 +16,7 @@ from torch.nn.functional import dropout
 
 from ... import reference, tuning
 from ...tolerance import exceeds
-from .. import native, tuned
+from .. import native, native_cuda, tuned
 from ..native_cuda import state_args
 from .kernels.base_product_4bit import fits
 from .kernels.dequantize_4bit import Packed, dequantize_4bit
@@ -116,7 +116,14 @@ class Trial:
         return [*others, *map(choice_of, tiles)]
 
     def _native_runs(self) -> bool:
+        """Whether the native backend has a kernel of its own for this op in this size."""
         problem, device = self.problem, self.x.device
+        if device.type == "cuda":
+            M, K = self.x.shape
+            most = native_cuda.fused_tokens(device)
+            way = native_cuda.plan(M, K, problem.blocksize, problem.dtype, most)
+            if way == "dequantize":
+                return False
         dtypes = (problem.dtype, problem.adapter_dtype, problem.dtype)
         return native.unsupported(problem.op, device.type, *dtypes, device.index) is None
 

@@ -123,6 +123,9 @@ void fiber() {
 #endif
   try {
     (*m.body)();
+    for (const auto& group : self().copies) {
+      if (!group.empty()) fail("a thread ends before a cp.async of its own");
+    }
   } catch (...) {
     m.error = std::current_exception();
   }

@@ -106,8 +106,9 @@ def dequantize_4bit_kernel(
     values = load_code(code, PERMUTE)
     weight = decode(words, scale, code, values, out.dtype.element_ty, PERMUTE)
     weight = weight.reshape([blocks, per_block * 8])
-    column = (start + tl.arange(0, blocks)[:, None] * per_block) * 8
-    column = column.to(tl.int64) + tl.arange(0, per_block * 8)[None, :]
+    # A weight without panels is one row, which may have 2^31 columns.
+    column = (start + tl.arange(0, blocks)[:, None] * per_block).to(tl.int64) * 8
+    column += tl.arange(0, per_block * 8)[None, :]
     at = row * words_per_row * 8 + column
     tl.store(out + at, weight, mask=(column // 8 < words_per_row) & (at < count))
 

@@ -16,6 +16,12 @@ const char* launch(void (*kernel)(Params), int64_t blocks, int threads, size_t s
   return nullptr;
 }
 
+inline const char* use(int) { return nullptr; }
+template <class Params>
+const char* fault_on(int, void (*)(Params)) {
+  return nullptr;
+}
+
 // Few, so that small layers are split too.
 inline int multiprocessors() { return 12; }
 

@@ -1,0 +1,225 @@
+"""`fastlora merge`: an adapter into the weights of its model, and what rounding makes of it."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from .errors import CliError
+from .finetune import DTYPES, positive
+from .terminal import layer_bar
+from .training import quiet_libraries
+
+# Tokens in an example of the text that --calibrate names.
+_LENGTH = 512
+_EXAMPLES_AT_ONCE = 4
+_WIDTH = 140
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "merge",
+        help="merge an adapter into its model, dense or 4-bit, with the rounding error",
+        description=(
+            "Merges a PEFT adapter into a causal LM and writes the merged model. Sums are in fp32 "
+            "and rounded once; a table says for each layer how much rounding takes."
+        ),
+    )
+    parser.add_argument("--model", metavar="FOLDER", required=True, help="model, dense or 4-bit")
+    parser.add_argument("--adapter", metavar="FOLDER", required=True, help="as PEFT saves it")
+    parser.add_argument("--out", metavar="FOLDER", required=True, help="must not exist")
+    parser.add_argument(
+        "--into", choices=("dense", "4bit"), default="dense", help="weights to write (dense)"
+    )
+    parser.add_argument(
+        "--quant",
+        choices=("nf4", "fp4"),
+        help="quantise a dense model first, as its training did: --into dense then writes the "
+        "decoded 4-bit weights plus the adapter; --into 4bit implies nf4",
+    )
+    parser.add_argument(
+        "--double-quant",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="absmax in 8 bits as well",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="of dense weights (the model's own)")
+    parser.add_argument(
+        "--base",
+        metavar="FOLDER",
+        help="16-bit weights that a 4-bit --model was made from; a dense --model has them itself",
+    )
+    parser.add_argument(
+        "--calibrate",
+        metavar="FILE",
+        help="text or JSONL: --into 4bit then rounds with the model's inputs on it in mind; of use "
+        "where the 16-bit weights are not at hand",
+    )
+    parser.add_argument(
+        "--examples", type=positive, default=32, metavar="N", help=f"of {_LENGTH} tokens (32)"
+    )
+    parser.add_argument("--layers", action="store_true", help="a line of the table for each layer")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Loads, merges, prints the table, writes."""
+    out = Path(args.out)
+    _check(args, out)
+    quiet_libraries()
+    console = Console()
+    if not console.is_terminal:
+        # In a file, a table as narrow as a terminal's default is hard to read.
+        console = Console(width=_WIDTH)
+    from peft import PeftModel
+
+    from ..integrations.peft_merge import merge_adapter
+
+    model, originals = _load(args)
+    tokenizer = _tokenizer(args.model)
+    try:
+        model = PeftModel.from_pretrained(model, args.adapter).eval()
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise CliError(f"--adapter: {error}") from error
+    moments = _moments(args, model, tokenizer) if args.calibrate else None
+    try:
+        with layer_bar(console, "merging") as progress:
+            report = merge_adapter(
+                model,
+                into=args.into,
+                dtype=_dtype(args.dtype),
+                base=originals,
+                moments=moments,
+                progress=progress,
+            )
+    except ValueError as error:
+        raise CliError(str(error)) from error
+    with warnings.catch_warnings():
+        # Everything is merged; that is what it would warn of.
+        warnings.simplefilter("ignore")
+        model = model.merge_and_unload()
+    if args.into == "dense":
+        from ..integrations.bitsandbytes import make_dense
+
+        make_dense(model, _dtype(args.dtype))
+    console.print(report.table(each=args.layers))
+    console.print(report.summary(), highlight=False)
+    _write(model, tokenizer, out)
+    console.print(f"written: {out}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _check(args: argparse.Namespace, out: Path) -> None:
+    """Everything that is wrong before a model is loaded."""
+    if out.exists():
+        raise CliError(f"--out: {out} exists; nothing is overwritten")
+    for flag, folder, file in (
+        ("--model", args.model, "config.json"),
+        ("--adapter", args.adapter, "adapter_config.json"),
+    ):
+        if not (Path(folder) / file).is_file():
+            raise CliError(f"{flag}: expected a folder with {file}, got {folder}")
+    if args.calibrate and args.into != "4bit":
+        raise CliError("--calibrate: only --into 4bit rounds by it")
+    if args.base and not list(Path(args.base).glob("*.safetensors")):
+        raise CliError(f"--base: expected a folder with *.safetensors files, got {args.base}")
+
+
+def _load(args: argparse.Namespace) -> tuple[Any, str | None]:
+    """The model, and where the weights lie that its 4-bit layers were made from."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from ..integrations.bitsandbytes import disable_cpu_repacking
+
+    stored = getattr(AutoConfig.from_pretrained(args.model), "quantization_config", None)
+    options: dict[str, Any] = {"dtype": _dtype(args.dtype) or "auto"}
+    originals = args.base
+    quant = args.quant or ("nf4" if args.into == "4bit" and stored is None else None)
+    if quant is not None:
+        if stored is not None:
+            raise CliError(f"--quant: {args.model} is stored quantised already")
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quant,
+            bnb_4bit_use_double_quant=args.double_quant,
+            bnb_4bit_compute_dtype=_dtype(args.dtype) or _stored_dtype(args.model),
+        )
+        if args.into == "4bit":
+            originals = originals or args.model
+    elif stored is None and args.base:
+        raise CliError("--base: --model is dense, and has these weights itself")
+    if quant is not None or stored is not None or torch.cuda.is_available():
+        options["device_map"] = {"": "cuda" if torch.cuda.is_available() else "cpu"}
+    model = AutoModelForCausalLM.from_pretrained(args.model, **options)
+    disable_cpu_repacking(model)
+    return model, originals
+
+
+def _stored_dtype(folder: str) -> Any:
+    import torch
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    return getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or torch.bfloat16
+
+
+def _dtype(name: str | None) -> Any:
+    import torch
+
+    return None if name is None else getattr(torch, name)
+
+
+def _tokenizer(folder: str) -> Any:
+    from ..integrations.transformers import load_tokenizer
+
+    try:
+        return load_tokenizer(folder)
+    except FileNotFoundError:
+        return None
+
+
+def _moments(args: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
+    from ..integrations.input_moments import InputMoments
+    from .data import Collator, batches, load_data
+
+    if tokenizer is None:
+        raise CliError(f"--calibrate: {args.model} has no tokenizer")
+    examples = load_data(args.calibrate, tokenizer, _LENGTH, 0.0).train[: args.examples]
+    kept = ("input_ids", "attention_mask")
+    return InputMoments(
+        model,
+        [
+            {name: batch[name].to(model.device) for name in kept}
+            for batch in batches(examples, Collator(tokenizer), _EXAMPLES_AT_ONCE)
+        ],
+    )
+
+
+def _write(model: Any, tokenizer: Any, out: Path) -> None:
+    """The folder appears by one rename, whole or not at all."""
+    from ..integrations.transformers import make_savable
+
+    make_savable(model)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        # mkdtemp's folder is for its owner alone.
+        partial.chmod(0o755)
+        model.save_pretrained(partial, safe_serialization=True)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        if out.exists():
+            raise CliError(f"--out: {out} has appeared meanwhile; nothing is overwritten")
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,254 @@
+"""Which linear layers of a model carry the most signal, as targets for adapters."""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from . import bitsandbytes as bnb
+from .layer_names import kind_of, numbers_of, plain_name
+from .original_weights import OriginalWeights
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# The interquartile range of a normal distribution, in standard deviations.
+_NORMAL_IQR = 1.349
+
+
+@dataclass(frozen=True)
+class SpectrumRow:
+    """One linear layer.
+
+    Args:
+        name: in the model.
+        kind: the name with `*` for its numbers; layers of one kind compete with each other.
+        shape: (out_features, in_features), as the weight lies in memory.
+        snr: see `signal_to_noise`.
+        chosen: whether it is in the top share of its kind.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, int]
+    snr: float
+    chosen: bool
+
+    @property
+    def numbers(self) -> str:
+        """The numbers in the name: "3", with two `*` in the kind "3.5", with none ""."""
+        return ".".join(numbers_of(self.name))
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The rows of `spectrum`, the best of each kind first; prints as a table."""
+
+    rows: list[SpectrumRow]
+    share: float
+
+    @property
+    def target_modules(self) -> list[str]:
+        """Full names of the chosen layers, for `LoraConfig(target_modules=...)`."""
+        return [row.name for row in self.rows if row.chosen]
+
+    @property
+    def regex(self) -> str:
+        """One regular expression that matches just the chosen layers, for the same argument."""
+        # (what stands before the number, the numbers) -> what stands after it
+        shared: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+        parts = []
+        for kind, group in groupby(self.rows, lambda row: row.kind):
+            chosen = [row for row in group if row.chosen]
+            if kind.count("*") == 1:
+                before, after = kind.split("*")
+                numbers = tuple(sorted(int(row.numbers) for row in chosen))
+                shared.setdefault((before, numbers), []).append(re.escape(after[1:]))
+            else:
+                parts.append(_one_of([re.escape(row.name) for row in chosen]))
+        parts += [
+            re.escape(before) + _one_of([str(n) for n in numbers]) + r"\." + _one_of(after)
+            for (before, numbers), after in shared.items()
+        ]
+        return "|".join(parts)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as JSON takes it; an infinite ratio is None."""
+        layers = [asdict(row) for row in self.rows]
+        for layer in layers:
+            layer["shape"] = list(layer["shape"])
+            layer["snr"] = layer["snr"] if math.isfinite(layer["snr"]) else None
+        return {
+            "share": self.share,
+            "layers": layers,
+            "target_modules": self.target_modules,
+            "regex": self.regex,
+        }
+
+    def __rich__(self) -> Table:
+        """A rich table, for `rich.print`: a line a kind, its layers from the best on."""
+        from rich.table import Table
+
+        chosen = len(self.target_modules)
+        title = f"{chosen} of {len(self.rows)} linear layers chosen, {self.share:.0%} of each kind"
+        table = Table(title=title, title_justify="left")
+        table.add_column("layers")
+        table.add_column("out x in", justify="right")
+        table.add_column("signal / noise", justify="right")
+        table.add_column("chosen, best first", overflow="fold")
+        for kind, group in groupby(self.rows, lambda row: row.kind):
+            rows = list(group)
+            before, _, after = kind.partition("*")
+            best = [
+                row.name[len(before) : len(row.name) - len(after)] for row in rows if row.chosen
+            ]
+            table.add_row(
+                f"{kind} (x{len(rows)})",
+                f"{rows[0].shape[0]} x {rows[0].shape[1]}",
+                f"{rows[0].snr:.3g} to {rows[-1].snr:.3g}"
+                if len(rows) > 1
+                else f"{rows[0].snr:.3g}",
+                ", ".join(best),
+            )
+        return table
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        buffer = io.StringIO()
+        Console(file=buffer, width=140).print(self)
+        return buffer.getvalue().rstrip()
+
+
+def spectrum(
+    source: nn.Module | str | os.PathLike[str],
+    share: float = 0.25,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Spectrum:
+    """Ranks linear layers by `signal_to_noise`, each kind for itself, and chooses the top share.
+
+    Args:
+        source: a model (4-bit and PEFT models too), or a folder with a Transformers model, whose
+            weights are then read one at a time. The output head of a folder's model is left out,
+            as PEFT does; 4-bit weights are decoded.
+        share: part of the layers of each kind to choose, rounded up.
+        progress: called with the number of layers done, and of all.
+
+    Raises:
+        TypeError: source is neither. ValueError: share is not in (0, 1], or there are no layers.
+
+    Source: Spectrum, arXiv:2406.06623.
+    """
+    if not 0.0 < share <= 1.0:
+        raise ValueError(f"share must be above 0 and at most 1, got {share}")
+    if isinstance(source, nn.Module):
+        layers = dict(_of_model(source))
+    elif isinstance(source, str | os.PathLike):
+        layers = _of_folder(Path(source))
+    else:
+        raise TypeError(f"source must be a model or a folder, got {type(source).__name__}")
+    if not layers:
+        raise ValueError("source must have linear layers, got none")
+    found: dict[str, list[tuple[float, str, tuple[int, int]]]] = {}
+    for done, (name, read) in enumerate(layers.items()):
+        weight = read()
+        entry = (signal_to_noise(weight), name, (weight.shape[0], weight.shape[1]))
+        found.setdefault(kind_of(name), []).append(entry)
+        if progress is not None:
+            progress(done + 1, len(layers))
+    rows = []
+    for kind, entries in found.items():
+        entries.sort(key=lambda entry: -entry[0])
+        top = math.ceil(share * len(entries))
+        rows += [
+            SpectrumRow(name, kind, shape, snr, rank < top)
+            for rank, (snr, name, shape) in enumerate(entries)
+        ]
+    return Spectrum(rows, share)
+
+
+@torch.no_grad()
+def signal_to_noise(weight: Tensor) -> float:
+    """`sum(s_i > t) / sum(s_i <= t) / max(s_i)` over the singular values s of a weight.
+
+        t = sigma (1 + sqrt(beta)),    sigma = IQR(s) / 1.349,    beta = min(N, K) / max(N, K)
+
+    t is where the singular values of a random matrix would end, by Marchenko and Pastur, with its
+    scale taken from the middle half of s. A weight without values up to t has an infinite ratio, a
+    zero weight 0.
+
+    Args:
+        weight: `[N, K]`, any float dtype.
+
+    Source: Spectrum, arXiv:2406.06623, section 3.
+    """
+    N, K = weight.shape
+    wide = weight.double()
+    # The eigenvalues of the smaller Gram matrix are s^2. In fp64, what squaring costs is 1e-8 of
+    # the largest s, and it takes a fraction of the time of a singular value decomposition.
+    gram = wide @ wide.mT if N <= K else wide.mT @ wide
+    s = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    low, high = s.quantile(torch.tensor([0.25, 0.75], dtype=s.dtype, device=s.device)).tolist()
+    beta = min(N, K) / max(N, K)
+    threshold = (high - low) / _NORMAL_IQR * (1 + math.sqrt(beta))
+    signal, noise = float(s[s > threshold].sum()), float(s[s <= threshold].sum())
+    if signal == 0:
+        return 0.0
+    return math.inf if noise == 0 else signal / noise / float(s[-1])
+
+
+def _of_model(model: nn.Module) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    for key, module in model.named_modules():
+        # Adapters lie inside the layers that PEFT has put around the linear layers.
+        if "lora_" not in key and "modules_to_save" not in key and _is_linear(module):
+            name = plain_name(key).removesuffix(".base_layer")
+            yield name, functools.partial(_weight, module)
+
+
+def _of_folder(folder: Path) -> dict[str, Callable[[], Tensor]]:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"source must be a folder with config.json, got {folder}")
+    config = AutoConfig.from_pretrained(folder)
+    weights = OriginalWeights(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    head = model.get_output_embeddings()
+    return {
+        name: functools.partial(weights.__getitem__, name)
+        for name, module in model.named_modules()
+        if module is not head and _is_linear(module)
+    }
+
+
+def _is_linear(module: nn.Module) -> bool:
+    if bnb.is_linear4bit(module):
+        return True
+    # GPT-2's Conv1D is a linear layer with its weight turned.
+    linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    return linear and module.weight.is_floating_point()  # type: ignore[operator]
+
+
+def _weight(module: nn.Module) -> Tensor:
+    if not bnb.is_linear4bit(module):
+        return module.weight.detach()  # type: ignore[operator]
+    weight, state, _, _ = bnb.parts(module, torch.float32)
+    return ops.dequantize_4bit(weight, state, torch.float32)
+
+
+def _one_of(choices: Sequence[str]) -> str:
+    return choices[0] if len(choices) == 1 else f"({'|'.join(choices)})"
