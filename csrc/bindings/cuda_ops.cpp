@@ -202,8 +202,8 @@ std::tuple<Tensor, Tensor> qlora_decode(Tensor x_any, Tensor weight, Tensor absm
   STD_TORCH_CHECK(M <= cuda::kDecodeTokens, "x must have at most ", cuda::kDecodeTokens, " rows");
   STD_TORCH_CHECK(K % 64 == 0 && blocksize % 64 == 0, "K and blocksize must be multiples of 64");
   // The kernel counts W in groups of 64 codes with 32 bits.
-  STD_TORCH_CHECK(N * (K / 64) >> 32 == 0, "weight must have fewer than 2^38 elements, got [", N,
-                  ", ", K, "]");
+  STD_TORCH_CHECK(N < (int64_t{1} << 31) && K < (int64_t{1} << 31) && N * (K / 64) >> 32 == 0,
+                  "weight must have fewer than 2^38 elements, got [", N, ", ", K, "]");
   check_matrix(lora_A, "lora_A", R, K);
   check_matrix(lora_B, "lora_B", N, R);
   check_dtype(lora_B, "lora_B", lora_A.scalar_type());

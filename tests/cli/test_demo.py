@@ -37,7 +37,12 @@ def test_it_runs_both_on_the_manual(
     cache = tmp_path / "cache"
     assert main(["demo", "--steps", "3", "--out", str(tmp_path), "--cache-dir", str(cache)]) == 0
     job = ran["job"]
+    # A folder that the user named is left alone, the demo's own and one given up are not.
+    assert not ran["overwrite"]
+    assert main(["demo", "--out", str(tmp_path), "--overwrite", "--cache-dir", str(cache)]) == 0
     assert ran["overwrite"]
+    assert main(["demo", "--cache-dir", str(cache)]) == 0
+    assert ran["overwrite"] and Path(ran["job"].out).name == "fastlora-demo"
     assert (job.backend, job.quant, job.double_quant, job.r) == ("both", "nf4", True, 16)
     assert (job.target_modules, job.dropout, job.steps) == ("all-linear", 0.05, 3)
     assert job.model == str(package)

@@ -57,7 +57,7 @@ DENSE = [
     "embedding",
     "Conv1d",
     "GPT-2's Conv1D (fan_in_fan_out)",
-    "target_parameters",
+    "target_parameters, a linear layer's weight",
     "AdaLoRA",
 ]
 FOUR_BIT = ["LoRA on NF4", "lora_bias on NF4", "DoRA on NF4"]

@@ -106,11 +106,10 @@ def dequantize_4bit_kernel(
     values = load_code(code, PERMUTE)
     weight = decode(words, scale, code, values, out.dtype.element_ty, PERMUTE)
     weight = weight.reshape([blocks, per_block * 8])
-    # A weight without panels is one row, which may have 2^31 columns.
-    column = (start + tl.arange(0, blocks)[:, None] * per_block).to(tl.int64) * 8
-    column += tl.arange(0, per_block * 8)[None, :]
-    at = row * words_per_row * 8 + column
-    tl.store(out + at, weight, mask=(column // 8 < words_per_row) & (at < count))
+    # A weight without panels is one row, which may have 2^31 codes: 64 bits for the first of them.
+    code_in_tile = tl.arange(0, blocks)[:, None] * (per_block * 8) + tl.arange(0, per_block * 8)
+    at = (row * words_per_row + start) * 8 + code_in_tile
+    tl.store(out + at, weight, mask=(start + code_in_tile // 8 < words_per_row) & (at < count))
 
 
 def dequantize_4bit(
