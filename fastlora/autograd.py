@@ -96,6 +96,7 @@ def lora_linear(
     Args:
         x: [..., K], fp32, bf16 or fp16.
         weight: [N, K] in x's dtype, or packed 4-bit bytes when quant_state is given. Frozen.
+            The transpose of a contiguous [K, N] is read as it lies.
         bias: [N] or None.
         lora_A: [R, K], fp32 or x's dtype. fp32 adapters get fp32 gradients.
         lora_B: [N, R], lora_A's dtype.

@@ -73,21 +73,24 @@ class Base:
     quant_type: str | None = None
     blocksize: int = 64
     nested: bool = False
+    turned: bool = False  # dense, stored [K, N]
 
     def __str__(self) -> str:
         if self.quant_type is None:
-            return "dense"
+            return "dense, turned" if self.turned else "dense"
         return f"{self.quant_type}-{self.blocksize}{'-nested' if self.nested else ''}"
 
 
 BASES = (
     Base(),
+    Base(turned=True),
     Base("nf4", 64, nested=True),
     Base("nf4", 64),
     Base("nf4", 32, nested=True),
     Base("nf4", 256),
     Base("fp4", 128, nested=True),
 )
+FOUR_BIT = tuple(base for base in BASES if base.quant_type is not None)
 
 
 @dataclass
@@ -130,6 +133,8 @@ def make_inputs(case: Case, base: Base, dtypes: tuple[Any, Any, Any]) -> Inputs:
     state = None
     if base.quant_type is None:
         weight = weight.to(x_dtype)
+        if base.turned:
+            weight = weight.T.contiguous().T
     else:
         weight, state = reference.quantize_4bit(
             weight, base.blocksize, base.quant_type, base.nested

@@ -14,7 +14,16 @@ import torch
 from fastlora import ops, reference
 from fastlora.backends import native, native_cuda, triton
 from tests import emulated
-from tests.cases import BASES, CASES, DTYPES, Base, Case, exact_results, make_inputs, plain_results
+from tests.cases import (
+    CASES,
+    DTYPES,
+    FOUR_BIT,
+    Base,
+    Case,
+    exact_results,
+    make_inputs,
+    plain_results,
+)
 from tests.conftest import poisoned_memory
 from tests.test_backends import run
 from tests.tolerance import assert_close_to_exact
@@ -40,7 +49,7 @@ EDGES = (
 RUNS = [
     (case, base, dtypes)
     for case in EDGES + CASES
-    for base in BASES[1:]
+    for base in FOUR_BIT
     for dtypes in DTYPES
     # Every dtype with one base, every base with one dtype.
     if base == NESTED or dtypes == "bf16, fp32 adapter"

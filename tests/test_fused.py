@@ -93,7 +93,7 @@ class Group:
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-@pytest.mark.parametrize("base", [Base(), NF4], ids=str)
+@pytest.mark.parametrize("base", [Base(), Base(turned=True), NF4], ids=str)
 @pytest.mark.parametrize("layers", GROUPS, ids=str)
 def test_against_definition(layers: str, base: Base, dtypes: str, backend: str) -> None:
     if base.quant_type is None and DTYPES[dtypes][2] is not None:
@@ -106,6 +106,16 @@ def test_against_definition(layers: str, base: Base, dtypes: str, backend: str) 
             got = group.run(ops, backend=backend)
         for name, want in exact.items():
             assert_close_to_exact(got[name], want, plain[name], what=f"{name}, M={M}, K={K}")
+
+
+def test_weights_stored_in_both_orders(backend: str) -> None:
+    group = Group(21, 100, GROUPS["some drop"], Base(), DTYPES["bf16, fp32 adapter"])
+    last = group.projections[-1]
+    group.projections[-1] = last._replace(weight=last.weight.T.contiguous().T)
+    exact, plain = group.results(exact_results), group.results(plain_results)
+    got = group.run(ops, backend=backend)
+    for name, want in exact.items():
+        assert_close_to_exact(got[name], want, plain[name], what=name)
 
 
 @pytest.mark.parametrize("base", [Base(), NF4], ids=str)

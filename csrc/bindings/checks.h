@@ -118,11 +118,21 @@ inline Quant4bit quant_of(const QuantTensors& t, int64_t elements) {
   return q;
 }
 
+// A dense weight as the kernels can read it: t itself where it is contiguous, or else its transpose.
+inline bool is_turned(const Tensor& t) {
+  return !t.is_contiguous() && t.stride(0) == 1 && t.stride(1) == t.size(0);
+}
+inline Tensor with_order(const Tensor& t) {
+  return is_turned(t) ? t : torch::stable::contiguous(t);
+}
+
+// `dense` comes from with_order.
 inline Weight weight_of(const Tensor& dense) {
   Weight weight{};
   weight.N = dense.size(0);
   weight.K = dense.size(1);
   weight.dense = dense.data_ptr();
+  weight.turned = is_turned(dense);
   weight.compute_dtype = dtype_of(dense, "weight");
   return weight;
 }

@@ -18,7 +18,7 @@ namespace {
 Tensor dense_weight(const Tensor& weight, const Tensor& x) {
   check_matrix(weight, "weight", weight.size(0), x.size(1));
   STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type(), "weight must have x's dtype");
-  return torch::stable::contiguous(weight);
+  return with_order(weight);
 }
 
 // One layer of a forward: what `params` points into, and what it writes.
@@ -242,6 +242,8 @@ struct Layers {
     if (!get(i, absmax).has_value()) {
       STD_TORCH_CHECK(!get(0, absmax).has_value(), "layers must be all dense or all 4-bit");
       dense.push_back(dense_weight(must(i, weight), x));
+      STD_TORCH_CHECK(is_turned(dense.back()) == is_turned(dense.front()),
+                      "layers must all be stored [N, K] or all [K, N]");
       return weight_of(dense.back());
     }
     STD_TORCH_CHECK(get(0, absmax).has_value(), "layers must be all dense or all 4-bit");

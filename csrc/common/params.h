@@ -34,6 +34,7 @@ struct Quant4bit {
 struct Weight {
   int64_t N, K;
   const void* dense;  // [N, K] in compute_dtype, or null: then `quant` holds it
+  bool turned;        // dense is stored [K, N]
   Quant4bit quant;
   DType compute_dtype;  // dtype of the base product's operands
 };

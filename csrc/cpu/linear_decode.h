@@ -2,11 +2,12 @@
 //
 // Lanes run along K, each row of W is read once, in its own order, and multiplied with all tokens; a
 // packed 4-bit row is never unpacked to memory. The LoRA term joins the lanes before they are summed.
+// Where W is stored [K, N], lanes run along N, a panel of columns at a time.
 #pragma once
 
 #include "scratch.h"
 #include "tiles.h"
-#include "weights.h"
+#include "turned.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {
@@ -227,6 +228,32 @@ struct Dot<Bf16Pair, FourBit> {
 
 #endif
 
+template <class Compute, class T>
+struct Dot<Compute, Turned<T>> {
+  using Unit = typename Compute::Unit;
+  static constexpr int64_t kUnits = 128;  // of a panel
+  static bool serves(const Turned<T>&) { return true; }
+  static int64_t size(int64_t K) { return round_up(K, 2 * kLanes) / Compute::kPerUnit; }
+  static float factor() { return 1.0f; }
+
+  template <class X>
+  static void pack(const X* x, int64_t K, int m, int, Unit* out) {
+    pack_rows(Compute{}, Block<X>{x, K, 1, K}, round_up(K, 2 * kLanes), out + m * size(K), 0);
+  }
+  // C[m][kPanel] = x[m] . W for rows [n, n + count) of W, at most kPanel; `panel` has kUnits units.
+  static void columns(const Turned<T>& w, int64_t n, int64_t count, int M, const Unit* x,
+                      Unit* panel, float* C) {
+    constexpr int64_t kStep = kUnits * Compute::kPerUnit;
+    const int mv = static_cast<int>(ceil_div(count, kLanes));
+    for (int64_t k = 0; k < w.K; k += kStep) {
+      const int64_t rows = min(kStep, w.K - k);
+      weight_panels(Compute{}, Dense<T>{w.data, w.N}, k, rows, n, count, Panels<Unit>{panel, 0});
+      multiply<Compute>(mv, M, x + k / Compute::kPerUnit, {size(w.K), 1}, panel, kPanel,
+                        ceil_div(rows, Compute::kPerUnit), C, kPanel, k > 0);
+    }
+  }
+};
+
 template <class Compute, class X, class Source>
 class LinearDecode {
   using Rows = Dot<Compute, Source>;
@@ -278,7 +305,11 @@ class LinearDecode {
       widen(x);
       each(R_lanes_, &LinearDecode::shrink);
     }
-    each(ceil_div(N_, tiles_.decode_rows), &LinearDecode::product, kNeighbours);
+    if constexpr (kStoredByRows<Source>) {
+      each(ceil_div(N_, tiles_.decode_rows), &LinearDecode::product, kNeighbours);
+    } else {
+      each(ceil_div(N_, kPanel), &LinearDecode::columns);
+    }
   }
 
  private:
@@ -408,6 +439,32 @@ class LinearDecode {
 #pragma GCC unroll 8
       for (int m = 0; m < M; m++) {
         from_float(sum(acc[i][m]) * Rows::factor() + bias, y[m * N_ + i]);
+      }
+    }
+  }
+
+  // Rows [n, n + kPanel) of a W that is stored [K, N].
+  void columns(int64_t tile) {
+    const int64_t n = tile * kPanel, count = min(kPanel, N_ - n);
+    Pieces local{static_cast<char*>(
+        scratch(Scratch::local, Pieces::bytes<Unit>(Rows::kUnits * kPanel) +
+                                    Pieces::bytes<float>((R_ + M_ + 1) * kPanel)))};
+    Unit* panel = local.take<Unit>(Rows::kUnits * kPanel);
+    float* B = local.take<float>((R_ + M_ + 1) * kPanel);  // [R][kPanel], then C and the bias
+    float *C = B + R_ * kPanel, *bias = C + M_ * kPanel;
+    Rows::columns(w_, n, count, M_, x_, panel, C);
+    if (R_ > 0) {
+      with_type(p_.adapter_dtype, [&](auto* type) {
+        turn(static_cast<decltype(type)>(p_.lora_B) + n * R_, R_, count, R_, B, kPanel);
+      });
+      multiply<F32>(static_cast<int>(ceil_div(count, kLanes)), M_, S_, {R_lanes_, 1}, B, kPanel, R_,
+                    C, kPanel, true);
+    }
+    for (int64_t i = 0; i < kPanel; i++) bias[i] = i < count ? bias_of(n + i) : 0;
+    for (int m = 0; m < M_; m++) {
+      X* y = static_cast<X*>(p_.y) + m * N_ + n;
+      for (int64_t i = 0; i < count; i += kLanes) {
+        store(y + i, add(load(C + m * kPanel + i), load(bias + i)), count - i);
       }
     }
   }

@@ -13,7 +13,7 @@
 
 #include "scratch.h"
 #include "tiles.h"
-#include "weights.h"
+#include "turned.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {
@@ -81,6 +81,11 @@ class LinearFwd {
     chunk_ = tiles_.fwd_strip_rows * (panels_ == 1 ? 2 : 1);
     const int64_t few_rows = tiles_.fwd_few_rows ? tiles_.fwd_few_rows : kTileRows[vectors(0)];
     strip_rows_ = panels_ == 1 ? few_rows : chunk_;
+    if constexpr (!kStoredByRows<Source>) {
+      constexpr int64_t kLine = 64 / sizeof(*w_.data);  // cache lines run across the strip
+      chunk_ = round_up(chunk_, kLine);
+      strip_rows_ = round_up(strip_rows_, kLine);
+    }
     partial_ = pieces.take<float>(max_splits(p_) * R_ * token_lanes_);
     S_lanes_ = pieces.take<float>(R_ * token_lanes_);
     float* A = pieces.take<float>(R_ * K_);
@@ -177,7 +182,7 @@ class LinearFwd {
 
   // Rows of a dense weight as they lie in memory, if they are made of whole units.
   const Unit* rows_in_place(int64_t n, int64_t k) const {
-    if constexpr (!std::is_same_v<Source, FourBit>) {
+    if constexpr (kStoredByRows<Source> && !std::is_same_v<Source, FourBit>) {
       if constexpr (sizeof(*w_.data) * kPer == sizeof(Unit)) {
         if (K_ % kPer == 0) return reinterpret_cast<const Unit*>(w_.data + n * K_ + k);
       }

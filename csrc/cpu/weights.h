@@ -16,6 +16,17 @@ struct Dense {
   int64_t K;
 };
 
+// Stored [K, N]; see turned.h.
+template <class T>
+struct Turned {
+  const T* data;
+  int64_t N, K;
+};
+template <class Source>
+constexpr bool kStoredByRows = true;
+template <class T>
+constexpr bool kStoredByRows<Turned<T>> = false;
+
 // A weight as the kernels read it, and the look-up tables of its absmax.
 //   absmax   of a 4-bit weight in fp32, or null: nested statistics are then decoded row by row
 template <class Source>
@@ -25,6 +36,12 @@ struct Operand<Dense<T>> {
   Dense<T> source;
   Operand(const Weight& weight, const float*)
       : source{static_cast<const T*>(weight.dense), weight.K} {}
+};
+template <class T>
+struct Operand<Turned<T>> {
+  Turned<T> source;
+  Operand(const Weight& weight, const float*)
+      : source{static_cast<const T*>(weight.dense), weight.N, weight.K} {}
 };
 template <>
 struct Operand<FourBit> {
@@ -195,16 +212,16 @@ static void weight_panels(F32, const Dense<T>& w, int64_t n, int64_t rows, int64
   decoded.absmax = memory - begin;
   return decoded;
 }
-template <class T>
-FASTLORA_INLINE const Dense<T>& with_absmax(const Dense<T>& w, int64_t, int64_t, float*) {
+template <class Source>
+FASTLORA_INLINE const Source& with_absmax(const Source& w, int64_t, int64_t, float*) {
   return w;
 }
 
 FASTLORA_INLINE int64_t absmax_count(const FourBit& w, int64_t rows) {
   return w.absmax ? 0 : ((rows * w.K) >> w.shift) + 2;  // a row may begin and end within a block
 }
-template <class T>
-FASTLORA_INLINE int64_t absmax_count(const Dense<T>&, int64_t) {
+template <class Source>
+FASTLORA_INLINE int64_t absmax_count(const Source&, int64_t) {
   return 0;
 }
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "scratch.h"
-#include "weights.h"
+#include "turned.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {
@@ -16,7 +16,9 @@ template <class F>
 static void with_weight(const Weight& weight, DType x_dtype, const F& f) {
   const auto with_source = [&](auto compute, auto* x, auto* dense_type) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(dense_type)>>;
-    if (weight.dense) {
+    if (weight.turned) {
+      f(compute, x, static_cast<const Turned<T>*>(nullptr));
+    } else if (weight.dense) {
       f(compute, x, static_cast<const Dense<T>*>(nullptr));
     } else {
       f(compute, x, static_cast<const FourBit*>(nullptr));

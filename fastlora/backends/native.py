@@ -242,7 +242,7 @@ def shared_linear_fwd(
     x: Tensor, projections: Sequence[Projection]
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """`reference.shared_linear_fwd`."""
-    if x.is_cuda or any(_empty(x, p.lora_B) for p in projections):
+    if x.is_cuda or not _one_call(x, projections):
         return sequence.shared_linear_fwd(sys.modules[__name__], x, projections)
     ys, Ss = ops.shared_linear_fwd(x, *_layers(x, projections), *_numbers(projections))
     return tuple(ys), tuple(Ss)
@@ -257,7 +257,7 @@ def shared_linear_bwd(
     needs: Sequence[tuple[bool, bool, bool]],
 ) -> tuple[Tensor | None, tuple[tuple[Tensor | None, ...], ...]]:
     """`reference.shared_linear_bwd`."""
-    if x.is_cuda or any(_empty(x, p.lora_B) for p in projections):
+    if x.is_cuda or not _one_call(x, projections):
         return sequence.shared_linear_bwd(
             sys.modules[__name__], dys, x, projections, Ss, need_dx, needs
         )
@@ -278,6 +278,12 @@ def shared_linear_bwd(
     for place, i in enumerate(given):
         grads[i] = _asked(tuple(flat[3 * place : 3 * place + 3]), needs[i])
     return dx if need_dx else None, tuple(grads)
+
+
+def _one_call(x: Tensor, projections: Sequence[Projection]) -> bool:
+    """Whether one kernel takes them all: none is empty, and all are stored in one order."""
+    orders = {p.weight.is_contiguous() for p in projections}
+    return len(orders) == 1 and not any(_empty(x, p.lora_B) for p in projections)
 
 
 def _layers(x: Tensor, projections: Sequence[Projection]) -> tuple[Any, ...]:

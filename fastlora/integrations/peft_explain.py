@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from .. import __version__
 from ..backends import choose
@@ -272,7 +273,8 @@ def _base(layer: Any) -> tuple[str, tuple[int, int] | None]:
         weight = getattr(base, layer.parameter_name)
         experts = f" x {layer.num_experts} experts" if weight.dim() == 3 else ""
         return _dtype(weight.dtype) + experts, (layer.out_features, layer.in_features)
-    shape = (base.out_features, base.in_features) if isinstance(base, nn.Linear) else None
+    known = isinstance(base, nn.Linear | Conv1D)
+    shape = (layer.out_features, layer.in_features) if known else None
     return base_name(base), shape
 
 
@@ -284,8 +286,8 @@ def base_name(base: nn.Module) -> str:
             return "4-bit, not quantised"
         return f"{state.quant_type}/{state.blocksize}" + (" nested" if state.nested else "")
     weight = getattr(base, "weight", None)
-    if type(base) is nn.Linear and weight is not None:
-        return _dtype(weight.dtype)
+    if type(base) in (nn.Linear, Conv1D) and weight is not None:
+        return _dtype(weight.dtype) + (" Conv1D" if type(base) is Conv1D else "")
     return type(base).__name__
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.jit._trace import is_tracing
 from torch.nn.modules import module as nn_module
+from transformers.pytorch_utils import Conv1D
 
 from ..backends import BACKENDS, DEVICE_ORDER, forced_backend
 from ..quant import NESTED_BLOCKSIZE, QUANT_TYPES
@@ -54,7 +55,8 @@ def fast_path(
     """Whether `layer(x, *args, **kwargs)` may run on fastlora, and why not, in one sentence.
 
     Args:
-        layer: one of PEFT's LoRA layers around `nn.Linear` or bitsandbytes' `Linear4bit`.
+        layer: one of PEFT's LoRA layers around `nn.Linear`, transformers' `Conv1D` or bitsandbytes'
+            `Linear4bit`.
         x: its input.
         args, kwargs: the other arguments of the call.
 
@@ -80,8 +82,6 @@ def layer_parts(layer: Any, names: Iterable[str] | None = None) -> Parts | str:
         return reason
     if not state.get("cast_input_dtype_enabled", True) or "_cast_input_dtype" in state:
         return "PEFT's cast of the input to the adapter's dtype is switched off"
-    if state.get("fan_in_fan_out"):
-        return "fan_in_fan_out: the base weight is stored transposed"
 
     children: dict[str, Any] = layer._modules
     by_svd = isinstance(children["lora_A"], nn.ParameterDict)
@@ -103,9 +103,11 @@ def layer_parts(layer: Any, names: Iterable[str] | None = None) -> Parts | str:
         return "DoRA is active together with other adapters"
     base = children["base_layer"]
 
-    four_bit = bnb.is_linear4bit(base)
-    if type(base) is not nn.Linear and not four_bit:
-        return f"the base layer is a {type(base).__name__}, not nn.Linear or Linear4bit"
+    four_bit, turned = bnb.is_linear4bit(base), type(base) is Conv1D
+    if type(base) is not nn.Linear and not four_bit and not turned:
+        return f"the base layer is a {type(base).__name__}, not nn.Linear, Linear4bit or Conv1D"
+    if bool(state.get("fan_in_fan_out")) != turned:
+        return "fan_in_fan_out does not say how the base weight is stored"
     for role, module in roles:
         inner = module.__dict__
         if (
@@ -150,7 +152,9 @@ def layer_parts(layer: Any, names: Iterable[str] | None = None) -> Parts | str:
         if A.dtype != B.dtype:
             return f"lora_A is in {_name(A.dtype)} and lora_B in {_name(B.dtype)}"
 
-    N, K = base.out_features, base.in_features
+    if turned and weight.dim() == 2:
+        weight = weight.t()  # Conv1D stores [K, N]
+    N, K = layer.out_features, layer.in_features
     if four_bit:
         if (reason := _quant_state_reason(base, weight, quant_state, (N, K))) is not None:
             return reason
@@ -399,7 +403,7 @@ def plan(layer: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, A
         return f"x is a {type(x).__name__}, a tensor subclass"
     if x.layout is not torch.strided or x.is_nested:
         return "x is not a plain strided tensor"
-    K = parts.base.in_features
+    _, K = parts.shape
     if x.dim() == 0 or x.shape[-1] != K:
         return f"x has shape {tuple(x.shape)}, the layer takes [..., {K}]"
     if rows is not None and (reason := _mixed_reason(parts, x, rows)) is not None:

@@ -104,7 +104,7 @@ class GatedMLP:
             plans.append(found)
             if len(plans) == 2:
                 # What down is called with: only its dtype, device and width are looked at.
-                dtype, width = plans[0].casts.x, layer.get_base_layer().out_features
+                dtype, width = plans[0].casts.x, plans[0].parts.shape[0]
                 x = x.new_empty((0, width), dtype=dtype)
         gate, up, down = plans
         if (gate.parts.quant_state is None) != (up.parts.quant_state is None):

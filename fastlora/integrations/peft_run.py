@@ -43,13 +43,22 @@ class Adapter(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What the fast path reads from a layer; `quant_state` is bitsandbytes', None when dense."""
+    """What the fast path reads from a layer; `quant_state` is bitsandbytes', None when dense.
+
+    A dense weight is [N, K], for Conv1D a view of what is stored.
+    """
 
     base: nn.Module
     weight: Tensor
     quant_state: Any
     bias: Tensor | None
     adapters: tuple[Adapter, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(N, K)` of the base weight."""
+        N, K = self.weight.shape if self.quant_state is None else self.quant_state.shape
+        return N, K
 
     @property
     def op(self) -> str:
@@ -197,9 +206,9 @@ class Plan(NamedTuple):
 
     def _no_adapter(self, x: Tensor) -> Adapter:
         """Zeros of rank 1: the kernels' base product alone."""
-        base: Any = self.parts.base
-        zeros = torch.zeros(1, base.in_features, dtype=self.casts.adapter, device=x.device)
-        column = torch.zeros(base.out_features, 1, dtype=self.casts.adapter, device=x.device)
+        N, K = self.parts.shape
+        zeros = torch.zeros(1, K, dtype=self.casts.adapter, device=x.device)
+        column = torch.zeros(N, 1, dtype=self.casts.adapter, device=x.device)
         return Adapter(NO_ADAPTER, zeros, column, None, nn.Identity(), 0.0, None)
 
     def _dora(self, x: Tensor, adapter: Adapter) -> Tensor:

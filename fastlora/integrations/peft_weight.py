@@ -279,18 +279,11 @@ def _product(x: Any, weight: AdaptedWeight, bias: Any) -> Any:
         bias = bias.to(cast.dtype)
     if bias is not None and bias.dtype != cast.dtype:
         return NotImplemented
-    A, B = _factors(weight)
-    if weight.base.mT.is_contiguous():
-        with torch.autocast(cast.device.type, enabled=False):
-            return lora_linear(cast, weight.base.mT, bias, A, B, weight.scaling)
-    if not weight.base.is_contiguous():
+    if not (weight.base.mT.is_contiguous() or weight.base.is_contiguous()):
         return NotImplemented
-    rows = cast.reshape(cast.shape[:-1].numel(), cast.shape[-1])
-    stack = (weight.base[None], torch.tensor([len(rows)], device=x.device), A[None], B[None])
+    A, B = _factors(weight)
     with torch.autocast(cast.device.type, enabled=False):
-        y = grouped_lora_linear(rows, *stack, weight.scaling, transposed=True)
-    y = y.view(*cast.shape[:-1], y.shape[-1])
-    return y if bias is None else y + bias
+        return lora_linear(cast, weight.base.mT, bias, A, B, weight.scaling)
 
 
 def _picked_product(x: Any, weight: AdaptedWeight) -> Any:

@@ -142,6 +142,7 @@ Weight read_weight(Call& call) {
   weight.N = call.integer();
   weight.K = call.integer();
   weight.dense = call.array<void>();
+  weight.turned = call.integer() != 0;
   weight.quant = read_quant(call);
   weight.compute_dtype = call.dtype();
   return weight;

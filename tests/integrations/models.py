@@ -9,13 +9,13 @@ import bitsandbytes
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
-from tolerance import assert_close_to_exact
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastlora.integrations.peft_guard import LAST_REASON
 from fastlora.quant import as_quant_state
 from fastlora.reference import dequantize_4bit, dropout_mask, dropout_threshold
+from tests.tolerance import assert_close_to_exact
 
 VOCAB = 61
 

@@ -3,7 +3,7 @@
 `test_peft_table.py` holds every case to the error policy. Run as a program, this module writes
 docs/peft.md from the same cases:
 
-    PYTHONPATH=tests python -m tests.integrations.peft_table
+    python -m tests.integrations.peft_table
 """
 
 from __future__ import annotations
@@ -461,7 +461,12 @@ CASES: dict[str, Case] = {
     "Conv1d": Case({"target_modules": ["conv"]}, reasons=no_class("Conv1d")),
     "GPT-2's Conv1D (fan_in_fan_out)": Case(
         {"target_modules": ["gpt"], "fan_in_fan_out": True},
-        reasons=why("fan_in_fan_out: the base weight is stored transposed"),
+    ),
+    "GPT-2's Conv1D, bf16 base, fp32 adapters, dropout": Case(
+        {"target_modules": ["gpt"], "fan_in_fan_out": True, "lora_dropout": 0.3}, prepare=narrow
+    ),
+    "GPT-2's Conv1D, DoRA": Case(
+        {"target_modules": ["gpt"], "fan_in_fan_out": True, "use_dora": True},
     ),
     "target_parameters, a linear layer's weight": Case(
         {"target_modules": [], "target_parameters": ["up.weight"]}

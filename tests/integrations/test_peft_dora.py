@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tolerance import assert_close_to_exact
 from torch import Tensor
 
 from fastlora import ops
 from fastlora.integrations.peft_dora import apply_magnitude, weight_norms
 from fastlora.quant import QuantState
+from tests.tolerance import assert_close_to_exact
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 N, K, R, SCALING = 41, 72, 3, 0.7

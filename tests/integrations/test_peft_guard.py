@@ -183,7 +183,7 @@ def input_casting_replaced() -> Call:
     return call
 
 
-@case("fan_in_fan_out: the base weight is stored transposed")
+@case("fan_in_fan_out does not say how the base weight is stored")
 def fan_in_fan_out() -> Call:
     call = dense()
     call.layer.fan_in_fan_out = True
@@ -306,14 +306,14 @@ def bias_on_lora_A() -> Call:
     return call
 
 
-@case("the base layer is a MyLinear, not nn.Linear or Linear4bit")
+@case("the base layer is a MyLinear, not nn.Linear, Linear4bit or Conv1D")
 def other_base() -> Call:
     call = dense()
     call.base.__class__ = MyLinear
     return call
 
 
-@case("the base layer is a Linear8bitLt, not nn.Linear or Linear4bit")
+@case("the base layer is a Linear8bitLt, not nn.Linear, Linear4bit or Conv1D")
 def eight_bit_base() -> Call:
     call = dense()
     call.layer.base_layer = bitsandbytes.nn.Linear8bitLt(37, 53)

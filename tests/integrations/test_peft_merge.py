@@ -16,7 +16,6 @@ import torch
 from peft import IA3Config, LNTuningConfig, LoKrConfig, LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear
 from safetensors.torch import save_file
-from tolerance import assert_close_to_exact
 from torch import Tensor, nn
 
 import fastlora
@@ -38,6 +37,7 @@ from tests.integrations.models import (
     train_step,
 )
 from tests.integrations.peft_table import CASES, IDS, Net, add
+from tests.tolerance import assert_close_to_exact
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

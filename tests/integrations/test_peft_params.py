@@ -16,7 +16,6 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
-from tolerance import assert_close_to_exact
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -42,6 +41,7 @@ from tests.integrations.models import (
     lora_layers,
     train_step,
 )
+from tests.tolerance import assert_close_to_exact
 
 IDS = torch.randint(0, VOCAB, (2, 9), generator=torch.Generator().manual_seed(1))
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]

@@ -52,7 +52,7 @@ def test_compiled(name: str) -> None:
 
 
 def test_the_page_lists_every_configuration() -> None:
-    """`PYTHONPATH=tests python -m tests.integrations.peft_table` writes it."""
+    """`python -m tests.integrations.peft_table` writes it."""
     text = PAGE.read_text()
     for name, case in CASES.items():
         assert f"| {name} | {served(case)} |" in text
