@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import ops
 from .backends import forced_backend
@@ -18,7 +18,8 @@ class LoraLinearFunction(torch.autograd.Function):
     lora_A and lora_B, each only where asked for.
 
     Saves x, S = drop(x) A^T [M, R], the adapters and the dropout seed: no mask, no copy of x.
-    The formulas are those of `reference.lora_linear_fwd` and `reference.lora_linear_bwd`.
+    The formulas are those of `reference.lora_linear_fwd` and `reference.lora_linear_bwd`. A
+    backward that is differentiated itself (`create_graph=True`) runs in plain torch.
     """
 
     @staticmethod
@@ -46,13 +47,23 @@ class LoraLinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, S, seed, *stats = ctx.saved_tensors
         scaling, dropout_p, compute_dtype, backend = ctx.options
         need_x, _, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
         needs = (need_x, need_A, need_B, need_bias)
-        if ctx.state is None:
+        dbias: Tensor | None
+        if torch.is_grad_enabled():
+            state = None if ctx.state is None else ctx.state.with_tensors(*stats)
+            options = (scaling, dropout_p, state, compute_dtype, "reference")
+            dx, dA, dB = differentiable_gradients(
+                lambda: _forward(x, weight, None, lora_A, lora_B, seed, *options)[:1],
+                (x, lora_A, lora_B),
+                needs[:3],
+                (dy,),
+            )
+            dbias = dy.float().sum(0) if need_bias else None
+        elif ctx.state is None:
             dx, dA, dB, dbias = ops.lora_linear_bwd(
                 dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, needs, backend=backend
             )
@@ -74,6 +85,26 @@ class LoraLinearFunction(torch.autograd.Function):
             )
         dbias = None if dbias is None else dbias.to(ctx.bias_dtype)
         return dx, None, dbias, dA, dB, None, None, None, None, None, None
+
+
+def differentiable_gradients(
+    run: Callable[[], Sequence[Tensor]],
+    inputs: Sequence[Tensor],
+    needs: Sequence[bool],
+    dys: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """Gradients that have a graph, for a backward that is differentiated in its turn.
+
+    Args:
+        run: the forward in plain torch, on the reference backend.
+        inputs: what to differentiate by, each where `needs` says so; the others give None.
+        dys: the gradient of each result of `run`.
+    """
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+    if not wanted:
+        return [None] * len(inputs)
+    found = iter(torch.autograd.grad(run(), wanted, dys, create_graph=True, allow_unused=True))
+    return [next(found) if need else None for need in needs]
 
 
 def lora_linear(

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import ops
-from .autograd import draw_seed
+from .autograd import differentiable_gradients, draw_seed
 from .backends import forced_backend
 from .quant import as_quant_state
 from .reference import Projection, gated_bwd, gated_fwd
@@ -124,26 +124,51 @@ class SharedLinearFunction(torch.autograd.Function):
         return ys
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> _Gradients:
         (x, *Ss), projections = ctx.saved.restore(ctx)
-        dx, grads = ops.shared_linear_bwd(
-            dys,
-            x,
-            projections,
-            Ss,
-            ctx.needs_input_grad[0],
-            _needs(ctx, 3, projections),
-            backend=ctx.saved.backend,
-        )
+        need_dx, needs = ctx.needs_input_grad[0], _needs(ctx, 3, projections)
+        dx: Tensor | None
+        grads: Sequence[_Gradients]
+        if torch.is_grad_enabled():
+            dx, grads = _differentiable_bwd(dys, x, projections, need_dx, needs)
+        else:
+            dx, grads = ops.shared_linear_bwd(
+                dys, x, projections, Ss, need_dx, needs, backend=ctx.saved.backend
+            )
         return dx, None, None, *ctx.saved.gradients(grads)
+
+
+def _differentiable_bwd(
+    dys: Sequence[Tensor | None],
+    x: Tensor,
+    projections: Sequence[Projection],
+    need_dx: bool,
+    needs: Sequence[_Needs],
+) -> tuple[Tensor | None, Sequence[_Gradients]]:
+    """`ops.shared_linear_bwd` with a graph, in plain torch."""
+    given = [i for i, dy in enumerate(dys) if dy is not None]
+
+    def run() -> list[Tensor]:
+        ys, _ = ops.shared_linear_fwd(x, projections, backend="reference")
+        return [ys[i] for i in given]
+
+    inputs = [x, *(t for p in projections for t in (p.lora_A, p.lora_B))]
+    flags = [need_dx, *(flag for need in needs for flag in need[:2])]
+    some = [dy for dy in dys if dy is not None]
+    dx, *flat = differentiable_gradients(run, inputs, flags, some)
+    grads = [
+        (*flat[2 * i : 2 * i + 2], dy.float().sum(0) if need[2] and dy is not None else None)
+        for i, (dy, need) in enumerate(zip(dys, needs, strict=True))
+    ]
+    return dx, grads
 
 
 class GatedMLPFunction(torch.autograd.Function):
     """`down(act(gate(x)) * up(x))` with gradients for x and each bias, lora_A and lora_B.
 
     Saves x, the outputs of gate and up, each S [M, R], the adapters and the dropout seeds. The
-    other two [M, I] that autograd would keep, act(gate) and the product, are computed anew.
+    other two [M, I] that autograd would keep, act(gate) and the product, are computed anew. Its
+    gradients can't be differentiated again.
     """
 
     @staticmethod

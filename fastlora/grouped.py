@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import ops
+from .autograd import differentiable_gradients
 from .backends import forced_backend
 from .quant import QuantState, as_quant_state
 
@@ -45,14 +45,23 @@ class GroupedLoraLinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, offsets, lora_A, lora_B, S, seed, *stats = ctx.saved_tensors
         scaling, dropout_p, compute_dtype, backend = ctx.options
         state = None if ctx.state is None else ctx.state.with_tensors(*stats)
         need_x, _, _, need_A, need_B = ctx.needs_input_grad[:5]
-        options = (scaling, dropout_p, seed, compute_dtype, (need_x, need_A, need_B), backend)
-        dx, dA, dB = _bwd(dy, x, weight, state, offsets, lora_A, lora_B, S, *options)
+        needs = (need_x, need_A, need_B)
+        layer = (weight, state, offsets, lora_A, lora_B)
+        options = (scaling, dropout_p, seed, compute_dtype)
+        if torch.is_grad_enabled():
+            dx, dA, dB = differentiable_gradients(
+                lambda: _fwd(x, *layer, *options, "reference")[:1],
+                (x, lora_A, lora_B),
+                needs,
+                (dy,),
+            )
+        else:
+            dx, dA, dB = _bwd(dy, x, *layer, S, *options, needs, backend)
         return dx, None, None, dA, dB, *(None,) * 6
 
 
@@ -77,29 +86,38 @@ class TransposedLoraLinearFunction(torch.autograd.Function):
         compute_dtype: torch.dtype | None,
         backend: str | None,
     ) -> Tensor:
-        A, B = lora_B.mT.contiguous(), lora_A.mT.contiguous()
-        options = (scaling, 0.0, None, compute_dtype, (True, False, False), backend)
-        y, *_ = _bwd(x, None, weight, state, offsets, A, B, None, *options)
-        ctx.save_for_backward(x, weight, offsets, A, B, *_tensors(state))
+        y = _transposed_fwd(
+            x, weight, state, offsets, lora_A, lora_B, scaling, compute_dtype, backend
+        )
+        ctx.save_for_backward(x, weight, offsets, lora_A, lora_B, *_tensors(state))
         ctx.state = None if state is None else state.without_tensors()
         ctx.options = (scaling, compute_dtype, backend)
-        assert y is not None
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, offsets, A, B, *stats = ctx.saved_tensors
+        x, weight, offsets, lora_A, lora_B, *stats = ctx.saved_tensors
         scaling, compute_dtype, backend = ctx.options
         state = None if ctx.state is None else ctx.state.with_tensors(*stats)
+        need_x, _, _, need_A, need_B = ctx.needs_input_grad[:5]
+        if torch.is_grad_enabled():
+            layer = (weight, state, offsets, lora_A, lora_B, scaling, compute_dtype, "reference")
+            dx, *grads = differentiable_gradients(
+                lambda: (_transposed_fwd(x, *layer),),
+                (x, lora_A, lora_B),
+                (need_x, need_A, need_B),
+                (dy,),
+            )
+            return dx, None, None, *grads, *(None,) * 4
+        A, B = lora_B.mT.contiguous(), lora_A.mT.contiguous()
         options = (scaling, 0.0, None, compute_dtype)
         dx, S = _fwd(dy, weight, state, offsets, A, B, *options, backend)
-        needs = (False, ctx.needs_input_grad[4], ctx.needs_input_grad[3])
+        needs = (False, need_B, need_A)
         dA = dB = None
         if any(needs):
             _, dA, dB = _bwd(x, dy, weight, state, offsets, A, B, S, *options, needs, backend)
-        grads = (None if dB is None else dB.mT, None if dA is None else dA.mT)
-        return dx if ctx.needs_input_grad[0] else None, None, None, *grads, *(None,) * 4
+        turned = (None if dB is None else dB.mT, None if dA is None else dA.mT)
+        return dx if need_x else None, None, None, *turned, *(None,) * 4
 
 
 def grouped_lora_linear(
@@ -199,6 +217,25 @@ def _fwd(
     if state is None:
         return ops.grouped_lora_linear_fwd(x, weight, *lora, backend=backend)
     return ops.grouped_qlora_linear_fwd(x, weight, state, *lora, compute_dtype, backend=backend)
+
+
+def _transposed_fwd(
+    x: Tensor,
+    weight: Tensor,
+    state: QuantState | None,
+    offsets: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    compute_dtype: torch.dtype | None,
+    backend: str | None,
+) -> Tensor:
+    """y of a stack that is stored transposed, by the backward op."""
+    A, B = lora_B.mT.contiguous(), lora_A.mT.contiguous()
+    options = (scaling, 0.0, None, compute_dtype, (True, False, False), backend)
+    y, *_ = _bwd(x, None, weight, state, offsets, A, B, None, *options)
+    assert y is not None
+    return y
 
 
 def _bwd(

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import ops
 from ..quant import QuantState
@@ -117,12 +116,14 @@ class MagnitudeFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         z, factor = ctx.saved_tensors
         need_z, need_factor, need_rest = ctx.needs_input_grad
         dz = dfactor = drest = None
-        if need_z or need_factor:
+        if torch.is_grad_enabled():  # create_graph: without writing in place
+            wide = dy.to(factor.dtype)
+            dz, dfactor = (wide * factor).to(z.dtype), (wide * z).sum(0)
+        elif need_z or need_factor:
             dz, dfactor = torch.empty_like(z), torch.zeros_like(factor)
             rows = _rows(z)
             for dy_rows, z_rows, out in zip(*(t.split(rows) for t in (dy, z, dz)), strict=True):

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
 from ..autograd import lora_linear
@@ -130,7 +129,6 @@ class _Adapt(torch.autograd.Function):
         return AdaptedWeight(base)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dW: Tensor) -> tuple[Tensor | None, ...]:
         left, right = ctx.saved_tensors
         dleft = dright = None

@@ -232,19 +232,27 @@ def test_result_can_be_changed_in_place() -> None:
     assert torch.equal(x.grad, doubled)
 
 
-def test_differentiating_twice_raises() -> None:
-    """Better than a wrong result: PEFT's own layer can do it, after `restore`."""
-    fast, _, _ = threesome(Case())
-    x = torch.randn(5, 37, requires_grad=True)
+@pytest.mark.parametrize(
+    "case", [Case(), Case(p=0.3, bias="all"), Case("nf4", p=0.3, **SIZES)], ids=str
+)
+def test_differentiating_twice(case: Case) -> None:
+    """A gradient penalty has PEFT's gradients; its first backward runs in plain torch."""
+    x = torch.randn(*case.shape, case.K)
+    fast, reference, stock = threesome(case)
 
-    def penalty() -> Tensor:
-        (dx,) = torch.autograd.grad(fast(x).square().sum(), x, create_graph=True)
-        return dx.square().sum()
+    def penalty(model: nn.Module) -> dict[str, Tensor]:
+        torch.manual_seed(1)
+        dtype = torch.float64 if model is reference else x.dtype
+        inputs = x.clone().to(dtype).requires_grad_()
+        y = model(inputs)
+        (dx,) = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
+        (dx.square().sum() + y.sum()).backward()
+        assert inputs.grad is not None
+        return {"dx": dx.detach(), "ddx": inputs.grad, **gradients(model)}
 
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        penalty().backward()
-    fastlora.restore(fast)
-    penalty().backward()
+    results = [penalty(model) for model in (fast, reference, stock)]
+    assert last_reasons(fast) == {""}
+    assert_all_close(*results)
 
 
 # ---- autocast ----------------------------------------------------------------------------------

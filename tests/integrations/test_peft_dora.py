@@ -66,5 +66,6 @@ def test_magnitude_gradients(rest: str) -> None:
     factor.requires_grad_()
     added = None if shape is None else torch.randn(shape, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(apply_magnitude, (z, factor, added))
+    assert torch.autograd.gradgradcheck(apply_magnitude, (z, factor, added))
     out = apply_magnitude(z, factor, added)
     torch.testing.assert_close(out, z * factor + (0 if added is None else added))

@@ -1,0 +1,85 @@
+"""Gradients of gradients: every autograd Function beside the same formula in plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastlora import grouped_lora_linear, lora_linear
+from fastlora.fused import shared_linear
+from fastlora.reference import Projection, dropout_mask, dropout_threshold
+
+M, N, K, R, SCALING, P = 12, 10, 14, 3, 1.5, 0.25
+SEED = torch.tensor([5])
+ENDS = torch.tensor([5, 5, 12])
+
+Run = Callable[..., Tensor | Sequence[Tensor]]
+
+
+def plain(x: Tensor, W: Tensor, A: Tensor, B: Tensor, p: float = 0.0) -> Tensor:
+    dropped = x * dropout_mask(*x.shape, p, SEED) * dropout_threshold(p)[1]
+    return x @ W.T + SCALING * dropped @ A.T @ B.T
+
+
+def second_order(run: Run, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of the squared gradients of a function that is not quadratic."""
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    result = run(*leaves)
+    ys = [result] if isinstance(result, Tensor) else result
+    first = torch.autograd.grad(sum(y.sin().sum() for y in ys), leaves, create_graph=True)
+    squares = sum((i + 1) * g.square().sum() for i, g in enumerate(first))
+    return list(torch.autograd.grad(squares, leaves))
+
+
+def check(run: Run, same: Run, *tensors: Tensor) -> None:
+    for got, want in zip(second_order(run, tensors), second_order(same, tensors), strict=True):
+        largest = want.abs().max()
+        assert largest > 0.1
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5 * float(largest))
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(*shape) / shape[-1] ** 0.5
+
+
+@pytest.mark.parametrize("p", [0.0, P])
+def test_one_layer(p: float) -> None:
+    W, bias = randn(N, K), torch.randn(N)
+    check(
+        lambda x, A, B, b: lora_linear(x, W, b, A, B, SCALING, dropout_p=p, seed=SEED),
+        lambda x, A, B, b: plain(x, W, A, B, p) + b,
+        *(torch.randn(M, K), randn(R, K), randn(N, R), bias),
+    )
+
+
+def test_layers_of_one_input() -> None:
+    W, V = randn(N, K), randn(N + 3, K)
+
+    def shared(x: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Sequence[Tensor]:
+        some = Projection(W, None, A, B, SCALING, dropout_p=P, seed=SEED)
+        return shared_linear(x, [some, Projection(V, None, C, D, SCALING)])
+
+    check(
+        shared,
+        lambda x, A, B, C, D: (plain(x, W, A, B, P), plain(x, V, C, D)),
+        *(torch.randn(M, K), randn(R, K), randn(N, R), randn(R, K), randn(N + 3, R)),
+    )
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_experts(transposed: bool) -> None:
+    W = randn(3, N, K)
+    stored = W.mT.contiguous() if transposed else W
+
+    def experts(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        parts = zip(x.tensor_split(ENDS[:-1]), W, A, B, strict=True)
+        return torch.cat([plain(rows, *layer) for rows, *layer in parts])
+
+    check(
+        lambda x, A, B: grouped_lora_linear(x, stored, ENDS, A, B, SCALING, transposed=transposed),
+        experts,
+        *(torch.randn(M, K), randn(3, R, K), randn(3, N, R)),
+    )
