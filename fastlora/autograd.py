@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -52,37 +53,28 @@ class LoraLinearFunction(torch.autograd.Function):
         scaling, dropout_p, compute_dtype, backend = ctx.options
         need_x, _, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
         needs = (need_x, need_A, need_B, need_bias)
+        state = None if ctx.state is None else ctx.state.with_tensors(*stats)
+        lora = (lora_A, lora_B, S, scaling, dropout_p, seed)
         dbias: Tensor | None
-        if torch.is_grad_enabled():
-            state = None if ctx.state is None else ctx.state.with_tensors(*stats)
-            options = (scaling, dropout_p, state, compute_dtype, "reference")
-            dx, dA, dB = differentiable_gradients(
-                lambda: _forward(x, weight, None, lora_A, lora_B, seed, *options)[:1],
-                (x, lora_A, lora_B),
-                needs[:3],
-                (dy,),
-            )
-            dbias = dy.float().sum(0) if need_bias else None
-        elif ctx.state is None:
-            dx, dA, dB, dbias = ops.lora_linear_bwd(
-                dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, needs, backend=backend
-            )
-        else:
-            dx, dA, dB, dbias = ops.qlora_linear_bwd(
-                dy,
-                x,
-                weight,
-                ctx.state.with_tensors(*stats),
-                lora_A,
-                lora_B,
-                S,
-                scaling,
-                dropout_p,
-                seed,
-                compute_dtype,
-                needs,
-                backend=backend,
-            )
+        with autocast_off(dy.device):
+            if torch.is_grad_enabled():
+                options = (scaling, dropout_p, state, compute_dtype, "reference")
+                dx, dA, dB = differentiable_gradients(
+                    lambda: _forward(x, weight, None, lora_A, lora_B, seed, *options)[:1],
+                    (x, lora_A, lora_B),
+                    needs[:3],
+                    (dy,),
+                )
+                dbias = dy.float().sum(0) if need_bias else None
+            elif state is None:
+                weight = weight.to(compute_dtype or weight.dtype)
+                dx, dA, dB, dbias = ops.lora_linear_bwd(
+                    dy, x, weight, *lora, needs, backend=backend
+                )
+            else:
+                dx, dA, dB, dbias = ops.qlora_linear_bwd(
+                    dy, x, weight, state, *lora, compute_dtype, needs, backend=backend
+                )
         dbias = None if dbias is None else dbias.to(ctx.bias_dtype)
         return dx, None, dbias, dA, dB, None, None, None, None, None, None
 
@@ -134,6 +126,8 @@ def lora_linear(
         scaling: factor of the LoRA term, lora_alpha / r in PEFT (rsLoRA: lora_alpha / sqrt(r)).
         quant_state: fastlora's or bitsandbytes' QuantState of a 4-bit weight.
         compute_dtype: of a 4-bit base product, as bitsandbytes' Linear4bit; x's dtype when None.
+            A dense weight is cast to it, in the forward and again in the backward, which keeps none
+            of the copies.
         dropout_p: probability of dropping an element of x on the LoRA path.
         training: False switches dropout off.
         seed: int64, one element, the dropout's key. Drawn with torch.randint when None, so that
@@ -153,12 +147,12 @@ def lora_linear(
     if weight.requires_grad:
         raise ValueError("weight must be frozen (requires_grad=False): fastlora never trains it")
     state = None if quant_state is None else as_quant_state(quant_state)
-    if autocast := torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, lora_A, lora_B = x.to(dtype), lora_A.to(dtype), lora_B.to(dtype)
         bias = None if bias is None else bias.to(dtype)
         if state is None:
-            weight = weight.to(dtype)
+            compute_dtype = dtype
     if not training:
         dropout_p = 0.0
     seed = draw_seed(x, dropout_p, seed)
@@ -166,12 +160,16 @@ def lora_linear(
     backend = forced_backend(backend)
     tensors = (x.reshape(x.shape[:-1].numel(), x.shape[-1]), weight, bias, lora_A, lora_B, seed)
     options = (scaling, dropout_p, state, compute_dtype, backend)
-    if autocast:
-        with torch.autocast(x.device.type, enabled=False):
-            y = _apply(*tensors, *options)
-    else:
+    with autocast_off(x.device):
         y = _apply(*tensors, *options)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def autocast_off(device: torch.device) -> AbstractContextManager[Any]:
+    """Leaves the autocast region around a call or a backward, if there is one."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def draw_seed(x: Tensor, dropout_p: float, seed: Tensor | None = None) -> Tensor | None:
@@ -216,5 +214,6 @@ def _forward(
     """The forward op of the base's kind: y and S."""
     lora = (bias, lora_A, lora_B, scaling, dropout_p, seed)
     if state is None:
+        weight = weight.to(compute_dtype or weight.dtype)
         return ops.lora_linear_fwd(x, weight, *lora, backend=backend)
     return ops.qlora_linear_fwd(x, weight, state, *lora, compute_dtype, backend=backend)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import ops
-from .autograd import differentiable_gradients, draw_seed
+from .autograd import autocast_off, differentiable_gradients, draw_seed
 from .backends import forced_backend
 from .quant import as_quant_state
 from .reference import Projection, gated_bwd, gated_fwd
@@ -129,12 +129,13 @@ class SharedLinearFunction(torch.autograd.Function):
         need_dx, needs = ctx.needs_input_grad[0], _needs(ctx, 3, projections)
         dx: Tensor | None
         grads: Sequence[_Gradients]
-        if torch.is_grad_enabled():
-            dx, grads = _differentiable_bwd(dys, x, projections, need_dx, needs)
-        else:
-            dx, grads = ops.shared_linear_bwd(
-                dys, x, projections, Ss, need_dx, needs, backend=ctx.saved.backend
-            )
+        with autocast_off(x.device):
+            if torch.is_grad_enabled():
+                dx, grads = _differentiable_bwd(dys, x, projections, need_dx, needs)
+            else:
+                dx, grads = ops.shared_linear_bwd(
+                    dys, x, projections, Ss, need_dx, needs, backend=ctx.saved.backend
+                )
         return dx, None, None, *ctx.saved.gradients(grads)
 
 
@@ -191,6 +192,11 @@ class GatedMLPFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> _Gradients:
+        with autocast_off(dy.device):
+            return GatedMLPFunction._backward(ctx, dy)
+
+    @staticmethod
+    def _backward(ctx: Any, dy: Tensor) -> _Gradients:
         (x, gate, up, S_gate, S_up, S_down), projections = ctx.saved.restore(ctx)
         needs, backend = _needs(ctx, 4, projections), ctx.saved.backend
         need_dx = ctx.needs_input_grad[0]

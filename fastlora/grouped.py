@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .autograd import differentiable_gradients
+from .autograd import autocast_off, differentiable_gradients, draw_seed
 from .backends import forced_backend
 from .quant import QuantState, as_quant_state
 
@@ -53,15 +52,14 @@ class GroupedLoraLinearFunction(torch.autograd.Function):
         needs = (need_x, need_A, need_B)
         layer = (weight, state, offsets, lora_A, lora_B)
         options = (scaling, dropout_p, seed, compute_dtype)
-        if torch.is_grad_enabled():
-            dx, dA, dB = differentiable_gradients(
-                lambda: _fwd(x, *layer, *options, "reference")[:1],
-                (x, lora_A, lora_B),
-                needs,
-                (dy,),
-            )
-        else:
-            dx, dA, dB = _bwd(dy, x, *layer, S, *options, needs, backend)
+        with autocast_off(dy.device):
+            if torch.is_grad_enabled():
+                inputs = (x, lora_A, lora_B)
+                dx, dA, dB = differentiable_gradients(
+                    lambda: _fwd(x, *layer, *options, "reference")[:1], inputs, needs, (dy,)
+                )
+            else:
+                dx, dA, dB = _bwd(dy, x, *layer, S, *options, needs, backend)
         return dx, None, None, dA, dB, *(None,) * 6
 
 
@@ -100,22 +98,23 @@ class TransposedLoraLinearFunction(torch.autograd.Function):
         scaling, compute_dtype, backend = ctx.options
         state = None if ctx.state is None else ctx.state.with_tensors(*stats)
         need_x, _, _, need_A, need_B = ctx.needs_input_grad[:5]
-        if torch.is_grad_enabled():
-            layer = (weight, state, offsets, lora_A, lora_B, scaling, compute_dtype, "reference")
-            dx, *grads = differentiable_gradients(
-                lambda: (_transposed_fwd(x, *layer),),
-                (x, lora_A, lora_B),
-                (need_x, need_A, need_B),
-                (dy,),
-            )
-            return dx, None, None, *grads, *(None,) * 4
-        A, B = lora_B.mT.contiguous(), lora_A.mT.contiguous()
-        options = (scaling, 0.0, None, compute_dtype)
-        dx, S = _fwd(dy, weight, state, offsets, A, B, *options, backend)
-        needs = (False, need_B, need_A)
-        dA = dB = None
-        if any(needs):
-            _, dA, dB = _bwd(x, dy, weight, state, offsets, A, B, S, *options, needs, backend)
+        with autocast_off(dy.device):
+            if torch.is_grad_enabled():
+                layer = (weight, state, offsets, lora_A, lora_B, scaling, compute_dtype)
+                dx, *grads = differentiable_gradients(
+                    lambda: (_transposed_fwd(x, *layer, "reference"),),
+                    (x, lora_A, lora_B),
+                    (need_x, need_A, need_B),
+                    (dy,),
+                )
+                return dx, None, None, *grads, *(None,) * 4
+            A, B = lora_B.mT.contiguous(), lora_A.mT.contiguous()
+            options = (scaling, 0.0, None, compute_dtype)
+            dx, S = _fwd(dy, weight, state, offsets, A, B, *options, backend)
+            needs = (False, need_B, need_A)
+            dA = dB = None
+            if any(needs):
+                _, dA, dB = _bwd(x, dy, weight, state, offsets, A, B, S, *options, needs, backend)
         turned = (None if dB is None else dB.mT, None if dA is None else dA.mT)
         return dx if need_x else None, None, None, *turned, *(None,) * 4
 
@@ -170,23 +169,20 @@ def grouped_lora_linear(
     if weight.requires_grad:
         raise ValueError("weight must be frozen (requires_grad=False): fastlora never trains it")
     state = None if quant_state is None else as_quant_state(quant_state)
-    if autocast := torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, lora_A, lora_B = x.to(dtype), lora_A.to(dtype), lora_B.to(dtype)
         if state is None:
-            weight = weight.to(dtype)
+            compute_dtype = dtype
     if not training:
         dropout_p = 0.0
     if transposed and dropout_p > 0.0:
         raise ValueError(f"dropout_p must be 0 for transposed experts, got {dropout_p}")
-    if dropout_p == 0.0:
-        seed = None
-    elif seed is None:
-        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    seed = draw_seed(x, dropout_p, seed)
     # The backend is settled now: the backward may run outside of a `use_backend` block.
     backend = forced_backend(backend)
     tensors = (x, weight, offsets, lora_A, lora_B)
-    with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
+    with autocast_off(x.device):
         if transposed:
             return TransposedLoraLinearFunction.apply(
                 *tensors, state, scaling, compute_dtype, backend
@@ -215,6 +211,7 @@ def _fwd(
     """The forward op of the stack's kind: y and S."""
     lora = (offsets, lora_A, lora_B, scaling, dropout_p, seed)
     if state is None:
+        weight = weight.to(compute_dtype or weight.dtype)
         return ops.grouped_lora_linear_fwd(x, weight, *lora, backend=backend)
     return ops.grouped_qlora_linear_fwd(x, weight, state, *lora, compute_dtype, backend=backend)
 
@@ -257,6 +254,7 @@ def _bwd(
     """The backward op of the stack's kind: dx, dA and dB."""
     lora = (offsets, lora_A, lora_B, S, scaling, dropout_p, seed)
     if state is None:
+        weight = weight.to(compute_dtype or weight.dtype)
         return ops.grouped_lora_linear_bwd(dy, x, weight, *lora, needs, backend=backend)
     return ops.grouped_qlora_linear_bwd(
         dy, x, weight, state, *lora, compute_dtype, needs, backend=backend

@@ -165,6 +165,30 @@ def test_autocast_casts_as_linear_does(base: Base) -> None:
         )
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_backward_is_the_same_inside_autocast(backend: str) -> None:
+    inputs = make_inputs(CASE, Base(), DTYPES["fp32"])
+    grads = []
+    for enabled in (False, True):
+        tensors = leaves(inputs)
+        y = layer(inputs, *tensors, backend=backend)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            y.backward(inputs.dy)
+        grads.append([t.grad for t in tensors])
+    for outside, inside in zip(*grads, strict=True):
+        assert torch.equal(outside, inside)
+
+
+def test_autocast_keeps_no_copy_of_the_weight() -> None:
+    inputs = make_inputs(CASE, Base(), DTYPES["fp32"])
+    saved: list[torch.Tensor] = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
+    with hooks, torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(inputs, *leaves(inputs))
+    sized = [t for t in saved if t.shape == inputs.weight.shape]
+    assert [t.data_ptr() for t in sized] == [inputs.weight.data_ptr()]
+
+
 def test_no_graph_where_nothing_needs_a_gradient() -> None:
     inputs = make_inputs(CASE, NF4, DTYPES["fp32"])
     assert layer(inputs, inputs.x, inputs.bias, inputs.lora_A, inputs.lora_B).grad_fn is None

@@ -297,8 +297,9 @@ def casts(
     """The dtypes of a call that has x in `x_dtype` on `device`, or why PEFT's own code has to run.
 
     PEFT's policy. Dense: x and the base weight share a dtype, which autocast replaces by its own
-    for all operands. 4-bit: the base product is done in `compute_dtype` and y comes back in x's
-    dtype, under autocast too. Adapters are read in their own dtype, or in autocast's. Where that is
+    for all operands, the weight's in a copy made at each call. 4-bit: the base product is done in
+    `compute_dtype` and y comes back in x's dtype, under autocast too, which takes the place of an
+    fp32 `compute_dtype`. Adapters are read in their own dtype, or in autocast's. Where that is
     neither x's nor fp32, they are read in fp32: PEFT rounds x to the adapter's dtype instead, which
     costs a copy of x and is no more exact.
 
@@ -316,12 +317,11 @@ def casts(
     if parts.quant_state is None:
         x_cast = autocast or x_dtype
         if weight.dtype != x_cast:
-            if autocast is not None:
-                return (
-                    f"autocast to {_name(autocast)} copies the {_name(weight.dtype)} base weight "
-                    f"at every call; load the base model in {_name(autocast)} to avoid that"
-                )
-            return f"x is in {_name(x_dtype)} and the base weight in {_name(weight.dtype)}"
+            if autocast is None:
+                return f"x is in {_name(x_dtype)} and the base weight in {_name(weight.dtype)}"
+            if weight.dtype not in SUPPORTED_DTYPES:
+                return f"the base weight is in {_name(weight.dtype)}"
+            compute = autocast
         if bias is not None and bias.dtype != x_cast and autocast is None:
             return f"x is in {_name(x_dtype)} and the bias in {_name(bias.dtype)}"
         narrow = autocast
@@ -330,6 +330,8 @@ def casts(
         compute = bnb.compute_dtype(parts.base, x_dtype)
         if compute not in SUPPORTED_DTYPES:
             return f"compute_dtype is {_name(compute)}; fastlora takes fp32, bf16 and fp16"
+        if autocast is not None and compute == torch.float32:
+            compute = autocast
         if autocast is not None and compute != autocast:
             return (
                 f"compute_dtype is {_name(compute)} under autocast to {_name(autocast)}; set "

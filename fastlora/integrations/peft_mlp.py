@@ -98,7 +98,7 @@ class GatedMLP:
             reason = _closed(layer)
             found: Plan | str = reason if reason is not None else plan(layer, x, (), {})
             if not isinstance(found, str) and not found.one_launch:
-                found = "its adapters take more than one launch"
+                found = "it takes more than one launch"
             if isinstance(found, str):
                 return f"{name}: {found}"
             plans.append(found)

@@ -67,7 +67,7 @@ class Parts(NamedTuple):
 
 
 class Casts(NamedTuple):
-    """The dtypes of one call: of x and of the adapters, and of a 4-bit base product."""
+    """The dtypes of one call: of x, of the adapters, and of a base product that W is cast for."""
 
     x: torch.dtype
     adapter: torch.dtype
@@ -108,6 +108,8 @@ class Plan(NamedTuple):
     @property
     def one_launch(self) -> bool:
         """True when `projection` is all of the call."""
+        if self.parts.quant_state is None and self.casts.compute is not None:
+            return False  # W has to be cast first
         if self.rows is not None or self.parts.adapters[0].magnitude is not None:
             return False
         return len(self._together()) == len(self.parts.adapters)

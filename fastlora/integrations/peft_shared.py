@@ -130,7 +130,7 @@ class SharedInput:
 def _alone_reason(layer: nn.Module, found: Plan) -> str | None:
     """Why a layer's call can't be one of several in a node."""
     if not found.one_launch:
-        return "its adapters take more than one launch"
+        return "it takes more than one launch"
     if isinstance(layer, FastSVDLinear):
         # `_signature` would take the A of two calls for two adapters.
         return "AdaLoRA makes its A anew at each call"

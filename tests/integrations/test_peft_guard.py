@@ -700,22 +700,20 @@ def bias_of_another_dtype() -> Call:
     return call
 
 
-@case(
-    "autocast to bfloat16 copies the float32 base weight at every call; "
-    "load the base model in bfloat16 to avoid that"
-)
-def autocast_of_an_fp32_weight() -> Call:
+@case("the base weight is in float8_e4m3fn")
+def autocast_of_an_fp8_weight() -> Call:
     call = dense()
+    call.base.weight.data = call.base.weight.data.to(torch.float8_e4m3fn)
     call.around = lambda: torch.autocast(**BF16_AUTOCAST)
     return call
 
 
 @case(
-    "compute_dtype is float32 under autocast to bfloat16; "
+    "compute_dtype is float16 under autocast to bfloat16; "
     "set bnb_4bit_compute_dtype to autocast's dtype"
 )
 def autocast_away_from_compute_dtype() -> Call:
-    call = four_bit(compute_dtype=FP32)
+    call = four_bit(compute_dtype=FP16)
     call.around = lambda: torch.autocast(**BF16_AUTOCAST)
     return call
 
@@ -918,8 +916,8 @@ def test_devices() -> None:
 
 
 def test_what_a_user_would_rather_know_is_said_once() -> None:
-    call = dense()
-    with pytest.warns(UserWarning, match="own code: autocast to bfloat16 copies") as record:
+    call = four_bit(compute_dtype=FP16)
+    with pytest.warns(UserWarning, match="own code: compute_dtype is float16") as record:
         for _ in range(3):
             with torch.autocast(**BF16_AUTOCAST):
                 call.layer(call.x)
@@ -984,7 +982,7 @@ def test_float64_compute_dtype() -> None:
 
 
 def test_autocast_that_is_off_is_none() -> None:
-    call = dense()
+    call = four_bit(compute_dtype=FP16)
     with torch.autocast("cpu", dtype=BF16, enabled=False):
         assert fast_path(call.layer, call.x) == (True, "")
     with torch.autocast("cpu", dtype=BF16):
