@@ -41,7 +41,6 @@ _SHOWN = {
     "4bit": '`into="4bit"`',
     "4bit, moments": '`into="4bit"`, `moments`',
     "4bit, base": '`into="4bit"`, `base`',
-    "4bit, base, moments": '`into="4bit"`, `base`, `moments`',
     "dense": '`into="dense"`',
 }
 
@@ -64,7 +63,6 @@ def ways(folder: Path, calibration: list[Any]) -> dict[str, Callable[[Any], Any]
         "4bit": ours(),
         "4bit, moments": ours(moments=True),
         "4bit, base": ours(base=folder),
-        "4bit, base, moments": ours(base=folder, moments=True),
         "dense": ours(into="dense"),
     }
 

@@ -59,8 +59,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--calibrate",
         metavar="FILE",
-        help="text or JSONL: --into 4bit then rounds with the model's inputs on it in mind; of use "
-        "where the 16-bit weights are not at hand",
+        help="text or JSONL: --into 4bit of a 4-bit --model then rounds with the model's inputs on "
+        "it in mind, where the 16-bit weights are not at hand",
     )
     parser.add_argument(
         "--examples", type=positive, default=32, metavar="N", help=f"of {_LENGTH} tokens (32)"
@@ -128,23 +128,34 @@ def _check(args: argparse.Namespace, out: Path) -> None:
             raise CliError(f"{flag}: expected a folder with {file}, got {folder}")
     if args.calibrate and args.into != "4bit":
         raise CliError("--calibrate: only --into 4bit rounds by it")
+    if args.calibrate and (args.base or not _is_stored_in_4bit(args.model)):
+        raise CliError(
+            "--calibrate: with 16-bit weights, those of --base or a dense --model, plain rounding "
+            "makes the better model"
+        )
     if args.base and not list(Path(args.base).glob("*.safetensors")):
         raise CliError(f"--base: expected a folder with *.safetensors files, got {args.base}")
+
+
+def _is_stored_in_4bit(folder: str) -> bool:
+    from transformers import AutoConfig
+
+    return getattr(AutoConfig.from_pretrained(folder), "quantization_config", None) is not None
 
 
 def _load(args: argparse.Namespace) -> tuple[Any, str | None]:
     """The model, and where the weights lie that its 4-bit layers were made from."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from ..integrations.bitsandbytes import disable_cpu_repacking
 
-    stored = getattr(AutoConfig.from_pretrained(args.model), "quantization_config", None)
+    stored = _is_stored_in_4bit(args.model)
     options: dict[str, Any] = {"dtype": _dtype(args.dtype) or "auto"}
     originals = args.base
-    quant = args.quant or ("nf4" if args.into == "4bit" and stored is None else None)
+    quant = args.quant or ("nf4" if args.into == "4bit" and not stored else None)
     if quant is not None:
-        if stored is not None:
+        if stored:
             raise CliError(f"--quant: {args.model} is stored quantised already")
         from transformers import BitsAndBytesConfig
 
@@ -156,9 +167,9 @@ def _load(args: argparse.Namespace) -> tuple[Any, str | None]:
         )
         if args.into == "4bit":
             originals = originals or args.model
-    elif stored is None and args.base:
+    elif args.base and not stored:
         raise CliError("--base: --model is dense, and has these weights itself")
-    if quant is not None or stored is not None or torch.cuda.is_available():
+    if quant is not None or stored or torch.cuda.is_available():
         options["device_map"] = {"": "cuda" if torch.cuda.is_available() else "cpu"}
     model = AutoModelForCausalLM.from_pretrained(args.model, **options)
     disable_cpu_repacking(model)

@@ -67,6 +67,7 @@ def four_bit(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """The tiny model as a 4-bit folder."""
     folder = tmp_path_factory.mktemp("four_bit")
     load_4bit(tiny_model).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
     return folder
 
 
@@ -114,15 +115,18 @@ def test_quantised_then_dense(tiny_model: Path, adapter: Path, tmp_path: Path) -
 
 
 @torch.no_grad()
-def test_4_bit(tiny_model: Path, adapter: Path, tmp_path: Path, text_file: Path) -> None:
-    """From a dense model, its own weights are the base; calibration lowers the error further."""
-    dense = PeftModel.from_pretrained(load(tiny_model), adapter).merge_and_unload()
+def test_calibration_lowers_the_error(
+    four_bit: Path, tiny_model: Path, adapter: Path, tmp_path: Path, text_file: Path
+) -> None:
+    out = tmp_path / "dense"
+    assert merge(four_bit, adapter, out) == 0
+    dense = load(out)
     ids = AutoTokenizer.from_pretrained(tiny_model)(text_file.read_text()).input_ids
     ids = torch.tensor(ids[-512:])[None]
     errors = []
     for name, more in {"plain": (), "calibrated": ("--calibrate", str(text_file))}.items():
         out = tmp_path / name
-        assert merge(tiny_model, adapter, out, "--into", "4bit", "--examples", "4", *more) == 0
+        assert merge(four_bit, adapter, out, "--into", "4bit", "--examples", "4", *more) == 0
         model = load(out)
         assert len(list(linear4bit_modules(model))) == 14
         assert torch.equal(model.model.norm.weight, dense.model.norm.weight)
@@ -154,6 +158,10 @@ def test_a_4_bit_model(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (
+            {"--calibrate": "x.txt", "--into": "4bit"},
+            r"--calibrate: with 16-bit weights, .* plain rounding makes the better model",
+        ),
         ({"--out": "."}, r"--out: \. exists; nothing is overwritten"),
         ({"--adapter": "/nowhere"}, r"--adapter: expected a folder with adapter_config\.json"),
         ({"--model": "/nowhere"}, r"--model: expected a folder with config\.json"),
