@@ -217,8 +217,9 @@ def free_with_the_thread(threads: int) -> None:
         caller.start()
         caller.join()
         sizes.append(resident())
+    # Kept memory would be 14 times 16 MiB.
     grown = sizes[-1] - sizes[1]
-    assert grown <= 8 * MIB, [f"{size / MIB:.0f} MiB" for size in sizes]
+    assert grown <= 64 * MIB, [f"{size / MIB:.0f} MiB" for size in sizes]
 
 
 @pytest.mark.slow
