@@ -105,6 +105,28 @@ def test_one_launch_shrinks_for_several_adapters(p: float) -> None:
     assert len(recorder.launches) == 1
 
 
+@pytest.mark.parametrize("case", [c for c in CASES if c.M > 64], ids=str)
+def test_tokens_in_slabs(case: Case, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Partial sums of dB that would need too much memory at once."""
+    from fastlora.backends.triton.kernels import grad_b
+
+    monkeypatch.setattr(grad_b, "_MOST_PARTS", 4 * case.N * case.R)
+    inputs = make_inputs(case, Base(), DTYPES["bf16, fp32 adapter"])
+    lora = (inputs.lora_A, inputs.lora_B, torch.randn(case.M, case.R))
+    options = (inputs.scaling, case.dropout_p, inputs.seed, (False, True, True, True))
+    call = (inputs.dy, inputs.x, inputs.weight, *lora, *options)
+    slabs: list[int] = []
+    one = grad_b._slab
+    monkeypatch.setattr(grad_b, "_slab", lambda *a: slabs.append(len(a[2])) or one(*a))
+    _, *got = ops.lora_linear_bwd(*call, backend=backend)
+    assert len(slabs) == -(-case.M // 64) and sum(slabs) == case.M
+    wide = [t.double() if t.is_floating_point() else t for t in call[:6]]
+    _, *exact = reference.lora_linear_bwd(*wide, *options)
+    _, *plain = reference.lora_linear_bwd(*call)
+    for name, *three in zip(("dA", "dB", "dbias"), got, exact, plain, strict=True):
+        test_backends.assert_close_to_exact(*three, what=name)
+
+
 def test_same_call_same_bits(backend: str) -> None:
     case = Case("", M=70, N=80, K=300, R=16, dropout_p=0.1)
     inputs = make_inputs(case, Base("nf4", 32, nested=True), DTYPES["bf16, fp32 adapter"])

@@ -8,8 +8,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import Launcher
+from ..tiles import Tile
 from .products import column_sums, dot_wide
 from .sum_partials import sum_partials
+
+# Of dB's partial sums in memory at a time, in bytes. More tokens than that go slab by slab.
+_MOST_PARTS = 64 << 20
 
 
 @triton.jit(do_not_specialize=["M", "steps"])
@@ -93,6 +97,39 @@ def grad_b(
     """
     (M, N), R = dy.shape, lora_B.shape[1]
     tile = gpu.tile("grad_b", dy.dtype, M=M, K=N, R=R)
+    rows = tile.BM * max(1, _MOST_PARTS // (4 * N * R))
+    if M <= rows or not needs[1]:
+        return _slab(gpu, tile, dy, lora_B, S, scaling, needs, lora_B.dtype)
+    slabs = [
+        _slab(gpu, tile, dy_rows, lora_B, S_rows, scaling, needs, torch.float32)
+        for dy_rows, S_rows in zip(dy.split(rows), S.split(rows), strict=True)
+    ]
+    dSs, dBs, dbiases = (
+        [part for part in parts if part is not None] for parts in zip(*slabs, strict=True)
+    )
+
+    def together(parts: list[Tensor], dtype: torch.dtype) -> Tensor | None:
+        if not parts:
+            return None
+        stacked = torch.stack(parts)
+        return sum_partials(gpu, stacked, stacked.new_empty(stacked.shape[1:], dtype=dtype), 1.0)
+
+    dS = torch.cat(dSs) if dSs else None
+    return dS, together(dBs, lora_B.dtype), together(dbiases, torch.float32)
+
+
+def _slab(
+    gpu: Launcher,
+    tile: Tile,
+    dy: Tensor,
+    lora_B: Tensor,
+    S: Tensor,
+    scaling: float,
+    needs: tuple[bool, bool, bool],
+    dB_dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`grad_b` for tokens whose partial sums fit."""
+    (M, N), R = dy.shape, lora_B.shape[1]
     tiles, chunks = triton.cdiv(M, tile.BM), triton.cdiv(R, tile.BN)
     steps, splits = gpu.split(tiles * chunks, triton.cdiv(N, tile.BK))
     need_dS, need_dB, need_dbias = needs
@@ -136,6 +173,6 @@ def grad_b(
 
     return (
         total(dS, scaling, torch.float32),
-        total(dB, scaling, lora_B.dtype),
+        total(dB, scaling, dB_dtype),
         total(dbias, 1.0, torch.float32),
     )
