@@ -38,6 +38,8 @@ COMBINATIONS = [
     for dtypes in DTYPES
     if base.quant_type is not None or DTYPES[dtypes][2] is None
 ]
+# Layers of one x run one after the other here.
+OPS = [op for op in test_backends._op_arguments() if not op.startswith("shared_linear")]
 
 
 def chosen(index: int, count: int = 3) -> list[tuple[Base, str]]:
@@ -292,7 +294,7 @@ def test_opcheck_of_the_skinny_products(M: int, R: int) -> None:
             assert set(result.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("op", test_backends._op_arguments())
+@pytest.mark.parametrize("op", OPS)
 def test_opcheck(op: str) -> None:
     if op == "quantize_4bit":
         assert backends.BACKENDS["triton"].unsupported(op, "cuda") == (
@@ -307,7 +309,7 @@ def test_opcheck(op: str) -> None:
     assert set(result.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("op", test_backends._op_arguments())
+@pytest.mark.parametrize("op", OPS)
 def test_schemas_are_the_native_ones(op: str) -> None:
     if reason := native.unavailable_reason():
         pytest.skip(reason)
