@@ -47,6 +47,12 @@ def changes(before: Iterable[Row], after: Iterable[Row], by: str = "ratio") -> l
     return sorted(found, key=lambda change: change.slowdown, reverse=True)
 
 
+def missing(before: Iterable[Row], after: Iterable[Row]) -> list[Row]:
+    """Rows of `before` that `after` does not have."""
+    old, new = _newest(before), _newest(after)
+    return [old[key] for key in sorted(old.keys() - new.keys())]
+
+
 def _newest(rows: Iterable[Row]) -> dict[tuple[str, ...], Row]:
     timed = sorted((row for row in rows if row["ms_p50"]), key=lambda row: row["date"])
     return {tuple(row[name] for name in _KEY): row for row in timed}
@@ -80,9 +86,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--provider", default="fastlora", help="names that begin so (fastlora)")
     parser.add_argument("--all", action="store_true", help="show what did not change, too")
     args = parser.parse_args(argv)
+    before, after = read(args.before), read(args.after)
     found = [
         change
-        for change in changes(read(args.before), read(args.after), args.by)
+        for change in changes(before, after, args.by)
         if change.after["provider"].startswith(args.provider)
     ]
     if not found:
@@ -99,6 +106,9 @@ def main(argv: list[str] | None = None) -> int:
     console.print(
         f"{len(found)} compared, {len(slower)} slower by more than {args.threshold - 1:.0%}."
     )
+    gone = [row for row in missing(before, after) if row["provider"].startswith(args.provider)]
+    if gone:
+        console.print(f"{len(gone)} rows of {args.before} have no counterpart in {args.after}.")
     return 1 if slower else 0
 
 

@@ -27,7 +27,7 @@ README_TOKENS = (1, 16, 128, 512, 2048)
 # Two cores of the machine of RESULTS, GFLOP/s: loops of vdpbf16ps and of fp32 FMA in registers.
 PEAK_BF16, PEAK_FP32 = 455.0, 230.0
 # Reading and writing memory on them, GB/s: the best of the rows of providers `read` and `write`.
-BANDWIDTH = 45.0
+BANDWIDTH = 64.0
 
 Group = Mapping[str, Row]
 

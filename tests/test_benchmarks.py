@@ -314,6 +314,14 @@ def test_compare_knows_noise_and_slow_days(tmp_path: Path) -> None:
     assert compared(tmp_path, before, today, "--by", "time") == 1
 
 
+def test_compare_counts_what_is_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = a_row("fastlora", [5.0])
+    rows.append(tmp_path / "before.csv", [row, {**row, "M": "17"}, {**row, "provider": "peft"}])
+    rows.append(tmp_path / "after.csv", [row])
+    assert compare.main([str(tmp_path / "before.csv"), str(tmp_path / "after.csv")]) == 0
+    assert "1 rows of" in capsys.readouterr().out.replace("\n", " ")
+
+
 def test_compare_needs_something_to_compare(tmp_path: Path) -> None:
     before = a_row("fastlora", [5.0])
     with pytest.raises(SystemExit, match="2"):
