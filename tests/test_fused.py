@@ -108,10 +108,14 @@ def test_against_definition(layers: str, base: Base, dtypes: str, backend: str) 
             assert_close_to_exact(got[name], want, plain[name], what=f"{name}, M={M}, K={K}")
 
 
-def test_weights_stored_in_both_orders(backend: str) -> None:
+def test_weights_stored_in_every_order(backend: str) -> None:
     group = Group(21, 100, GROUPS["some drop"], Base(), DTYPES["bf16, fp32 adapter"])
-    last = group.projections[-1]
-    group.projections[-1] = last._replace(weight=last.weight.T.contiguous().T)
+    *_, second, last = group.projections
+    spread = second.weight.repeat_interleave(2, dim=1)[:, ::2]
+    group.projections[-2:] = [
+        second._replace(weight=spread),
+        last._replace(weight=last.weight.T.contiguous().T),
+    ]
     exact, plain = group.results(exact_results), group.results(plain_results)
     got = group.run(ops, backend=backend)
     for name, want in exact.items():

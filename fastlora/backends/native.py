@@ -282,8 +282,8 @@ def shared_linear_bwd(
 
 def _one_call(x: Tensor, projections: Sequence[Projection]) -> bool:
     """Whether one kernel takes them all: none is empty, and all are stored in one order."""
-    orders = {p.weight.is_contiguous() for p in projections}
-    return len(orders) == 1 and not any(_empty(x, p.lora_B) for p in projections)
+    turned = {not p.weight.is_contiguous() and p.weight.t().is_contiguous() for p in projections}
+    return len(turned) == 1 and not any(_empty(x, p.lora_B) for p in projections)
 
 
 def _layers(x: Tensor, projections: Sequence[Projection]) -> tuple[Any, ...]:
