@@ -18,6 +18,7 @@ _EXPORTS = {
     "QLoraLinear": ".nn",
     "LoraLinearFunction": ".autograd",
     "lora_linear": ".autograd",
+    "lora_embedding": ".embedding",
     "grouped_lora_linear": ".grouped",
     "quantize_4bit": ".ops",
     "dequantize_4bit": ".ops",
@@ -39,6 +40,7 @@ __all__ = ["__version__", *_EXPORTS]
 if TYPE_CHECKING:
     from .autograd import LoraLinearFunction, lora_linear
     from .backends import use_backend
+    from .embedding import lora_embedding
     from .grouped import grouped_lora_linear
     from .integrations.peft import (
         accelerate,

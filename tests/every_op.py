@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastlora import grouped_lora_linear, lora_linear, ops, reference
+from fastlora import grouped_lora_linear, lora_embedding, lora_linear, ops, reference
 from fastlora.backends import BACKENDS, native
 from fastlora.fused import shared_linear
 from fastlora.reference import Projection
@@ -181,6 +181,32 @@ def check_experts(quantized: bool, backend: str) -> None:
         assert report.ok, f"{name} of experts, quantized={quantized}: {report}"
 
 
+def check_embedding(size: tuple[int, int, int, int], dtypes: tuple[torch.dtype, ...]) -> None:
+    """Forward and gradients of LoRA on an embedding, on the backend that the device chooses."""
+    M, N, V, R = size
+    dtype, adapter_dtype = dtypes
+    torch.manual_seed(M)
+    ids, weight = torch.randint(0, V, (M,)), torch.randn(V, N).to(dtype)
+    inputs = {
+        "lora_A": torch.randn(R, V).to(adapter_dtype),
+        "lora_B": (torch.randn(N, R) / R**0.5).to(adapter_dtype),
+    }
+    dy, padding = torch.randn(M, N).to(dtype), int(ids[0]) if M > 1 else None
+    mine, usual, wide = leaves(inputs), leaves(inputs), leaves(inputs, torch.float64)
+
+    def sequence(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        S = F.embedding(ids, lora_A.T, padding)
+        return (weight[ids] + S @ lora_B.T * SCALING).to(weight.dtype)
+
+    y = lora_embedding(ids, weight, scaling=SCALING, padding_idx=padding, **mine)
+    out = results(y, dy, mine)
+    exact = results(sequence(weight.double(), **wide), dy, wide)
+    base = results(sequence(weight, **usual), dy, usual)
+    for name in out:
+        report = exceeds(out[name], exact[name], base[name])
+        assert report.ok, f"embedding {name}, {size}, {dtypes}: {report}"
+
+
 def check_4bit(backend: str) -> None:
     """Quantise and dequantise, bit by bit."""
     for quant_type in ("nf4", "fp4"):
@@ -201,6 +227,7 @@ def main() -> None:
             check_experts(quantized, backend)
     for size in SIZES:
         for dtypes in DTYPES:
+            check_embedding(size, dtypes)
             for quantized in (False, True):
                 check_layer(size, dtypes, quantized, backend)
                 check_shared(size, dtypes, quantized, backend)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastlora import reference
 from fastlora.quant import QuantState, quantize_bounds
+from tests import embedding_cases
 from tests.cases import (
     BASES,
     CASES,
@@ -32,7 +33,14 @@ from tests.cases import (
 from tests.tolerance import assert_close_to_exact
 
 # Positions in the runner's list of kernels, and of dtypes in csrc/common/params.h.
-KERNELS = ("lora_linear_fwd", "lora_linear_bwd", "quantize_4bit", "dequantize_4bit")
+KERNELS = (
+    "lora_linear_fwd",
+    "lora_linear_bwd",
+    "lora_embedding_fwd",
+    "lora_embedding_bwd",
+    "quantize_4bit",
+    "dequantize_4bit",
+)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -165,6 +173,43 @@ def layer_calls(case: Case, base: Base, dtypes: str) -> Iterator[Call]:
     yield Call(f"backward: {name}", record, (x_dtype, f32, f32, f32), check_backward)
 
 
+def embedding_calls(case: embedding_cases.Case, dtypes: str) -> Iterator[Call]:
+    """Forward and backward of LoRA on an embedding, held to the error policy."""
+    torch.manual_seed(0)
+    inputs = embedding_cases.make_inputs(case, *embedding_cases.DTYPES[dtypes])
+    exact = embedding_cases.peft_results(case, inputs, torch.float64)
+    plain = embedding_cases.peft_results(case, inputs)
+
+    def record(op: str) -> Record:
+        start = Record()
+        start.integers(KERNELS.index(op), case.M, case.N, case.R, case.V)
+        start.integers(FLOATS.index(inputs.weight.dtype), FLOATS.index(inputs.lora_A.dtype))
+        return start
+
+    def check(*names: str) -> Callable[[list[Tensor]], None]:
+        def compare(outputs: list[Tensor]) -> None:
+            for name, out in zip(names, outputs, strict=True):
+                got = out.view(exact[name].shape).to(plain[name].dtype)
+                assert_close_to_exact(got, exact[name], plain[name], what=name)
+
+        return compare
+
+    forward, backward = record("lora_embedding_fwd"), record("lora_embedding_bwd")
+    for tensor in (inputs.ids, inputs.weight, inputs.lora_A, inputs.lora_B):
+        forward.array(tensor)
+    forward.real(case.weight_scale)
+    forward.real(case.scaling)
+    forward.integers(1)
+    backward.rows(inputs.dy)
+    for tensor in (inputs.ids, inputs.lora_A, inputs.lora_B):
+        backward.array(tensor)
+    backward.real(case.scaling)
+    backward.integers(-1 if case.padding_idx is None else case.padding_idx, 1, 1)
+    name, f32 = f"{case}, {dtypes}", torch.float32
+    yield Call(f"embedding forward: {name}", forward, (inputs.weight.dtype,), check("y"))
+    yield Call(f"embedding backward: {name}", backward, (f32, f32), check("dA", "dB"))
+
+
 def mask_call(M: int, p: float) -> Call:
     """With A = B = identity and W = 0, y is drop(x): its zeros are the mask's, bit by bit."""
     K = 300
@@ -226,6 +271,10 @@ def make_calls() -> list[Call]:
             if base.quant_type is None and DTYPES[dtypes][2] is not None:
                 dtypes = names[i % 5]  # a dense weight has no compute dtype of its own
             calls += layer_calls(case, base, dtypes)
+    for i, embedding in enumerate(embedding_cases.CASES):
+        kinds = list(embedding_cases.DTYPES)
+        for dtypes in (kinds[i % len(kinds)], kinds[(i + 2) % len(kinds)]):
+            calls += embedding_calls(embedding, dtypes)
     calls += [mask_call(M, p) for M, p in ((5, 0.05), (37, 0.5), (37, 0.999))]
     shapes = ((7, 33), (64, 128), (1, 1), (130, 577), (3, 1, 5))
     for i, shape in enumerate(shapes):

@@ -18,10 +18,10 @@ PACKAGE = ROOT / "fastlora"
 # __version__ and _C; its lazy exports and __main__ are above all.
 LEVELS = (
     ("quant", "tolerance", "tuning"),
-    ("reference",),
+    ("reference", "embedding_reference"),
     ("backends",),
-    ("ops",),
-    ("autograd", "fused", "grouped"),
+    ("ops", "embedding_ops"),
+    ("autograd", "embedding", "fused", "grouped"),
     ("nn",),
     ("integrations",),
     ("cli",),

@@ -112,6 +112,38 @@ struct LoraLinearBwd {
   float* dbias;       // [N]
 };
 
+// y[m] = weight_scale * E[id] + scaling * S[m] B^T,  S[m] = A[:, id],  id = ids[m]
+struct LoraEmbeddingFwd {
+  int64_t M, N, R;
+  int64_t V;            // rows of the table
+  DType dtype;          // of E and y
+  DType adapter_dtype;  // of A and B
+  const int64_t* ids;   // [M], 0 <= id < V
+  const void* weight;   // E [V, N]
+  const void* lora_A;   // [R, V]
+  const void* lora_B;   // [N, R]
+  float weight_scale;
+  float scaling;
+  void* y;  // [M, N]
+};
+
+// dS = scaling * dy B, dA[:, v] = sum over m with ids[m] = v of dS[m], dB = scaling * dy^T S.
+// A null output is not computed.
+struct LoraEmbeddingBwd {
+  int64_t M, N, R, V;
+  DType dtype;  // of dy
+  DType adapter_dtype;
+  const void* dy;  // [M, N], row stride lddy
+  int64_t lddy;
+  const int64_t* ids;
+  const void* lora_A;
+  const void* lora_B;
+  float scaling;
+  int64_t padding_idx;  // the id that adds nothing to dA, or -1
+  float* dA;            // [R, V]
+  float* dB;            // [N, R]
+};
+
 // q = argmin over the code of |w / absmax - code|, packed; absmax = max of |w| over a block.
 struct Quantize4bit {
   int64_t elements;

@@ -128,6 +128,14 @@ void lora_linear_bwd(LoraLinearBwd* layers, int64_t count, const ParallelFor& pa
   avx512_bf16::kTable.lora_linear_bwd(layers, count, parallel);
 }
 
+void lora_embedding_fwd(const LoraEmbeddingFwd& p, const ParallelFor& parallel) {
+  avx512_bf16::kTable.lora_embedding_fwd(p, parallel);
+}
+
+void lora_embedding_bwd(const LoraEmbeddingBwd& p, const ParallelFor& parallel) {
+  avx512_bf16::kTable.lora_embedding_bwd(p, parallel);
+}
+
 void quantize_4bit(const Quantize4bit& p, const ParallelFor& parallel) {
   avx512_bf16::kTable.quantize_4bit(p, parallel);
 }
@@ -139,7 +147,9 @@ void dequantize_4bit(const Dequantize4bit& p, const ParallelFor& parallel) {
 }  // namespace
 
 extern const Kernels kTable;
-const Kernels kTable = {"amx", lora_linear_fwd, lora_linear_bwd, quantize_4bit, dequantize_4bit};
+const Kernels kTable = {
+    "amx",         lora_linear_fwd, lora_linear_bwd, lora_embedding_fwd, lora_embedding_bwd,
+    quantize_4bit, dequantize_4bit};
 
 }  // namespace FASTLORA_ISA
 }  // namespace fastlora

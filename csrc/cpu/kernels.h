@@ -11,6 +11,8 @@ struct Kernels {
   // 4-bit. The layers of a backward have one dx, the sum of what each adds to it.
   void (*lora_linear_fwd)(LoraLinearFwd* layers, int64_t count, const ParallelFor&);
   void (*lora_linear_bwd)(LoraLinearBwd* layers, int64_t count, const ParallelFor&);
+  void (*lora_embedding_fwd)(const LoraEmbeddingFwd&, const ParallelFor&);
+  void (*lora_embedding_bwd)(const LoraEmbeddingBwd&, const ParallelFor&);
   void (*quantize_4bit)(const Quantize4bit&, const ParallelFor&);
   void (*dequantize_4bit)(const Dequantize4bit&, const ParallelFor&);
 };

@@ -8,6 +8,8 @@ namespace FASTLORA_ISA {
 
 void lora_linear_fwd(LoraLinearFwd* layers, int64_t count, const ParallelFor& parallel);
 void lora_linear_bwd(LoraLinearBwd* layers, int64_t count, const ParallelFor& parallel);
+void lora_embedding_fwd(const LoraEmbeddingFwd& p, const ParallelFor& parallel);
+void lora_embedding_bwd(const LoraEmbeddingBwd& p, const ParallelFor& parallel);
 void quantize_4bit(const Quantize4bit& p, const ParallelFor& parallel);
 void dequantize_4bit(const Dequantize4bit& p, const ParallelFor& parallel);
 

@@ -16,6 +16,8 @@ from ..quant import QuantState, code_table, quantize_bounds
 from ..reference import Projection
 from . import cpu, native_cuda, sequence
 from .native_cuda import state_args
+from .native_embedding import lora_embedding_bwd, lora_embedding_fwd
+from .native_embedding import register_fakes as register_embedding_fakes
 from .native_grouped import (
     grouped_lora_linear_bwd,
     grouped_lora_linear_fwd,
@@ -31,6 +33,8 @@ __all__ = [
     "grouped_lora_linear_fwd",
     "grouped_qlora_linear_bwd",
     "grouped_qlora_linear_fwd",
+    "lora_embedding_bwd",
+    "lora_embedding_fwd",
     "lora_linear_bwd",
     "lora_linear_fwd",
     "qlora_linear_bwd",
@@ -405,3 +409,4 @@ def _register_fakes() -> None:
 if _build is not None:
     _register_fakes()
     register_grouped_fakes()
+    register_embedding_fakes()

@@ -147,7 +147,8 @@ def register(lora_config: LoraConfig) -> LoraConfig:
     """
     if not isinstance(lora_config, LoraConfig):
         raise TypeError(f"lora_config must be a peft.LoraConfig, got {type(lora_config).__name__}")
-    lora_config._register_custom_module({nn.Linear: _LayerBuilder(lora_config)})
+    builder = _LayerBuilder(lora_config)
+    lora_config._register_custom_module({nn.Linear: builder, nn.Embedding: builder})
     return lora_config
 
 

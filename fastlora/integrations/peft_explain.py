@@ -11,14 +11,15 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.tuners.lora.layer import Conv1D, Embedding, LoraLayer, ParamWrapper
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from .. import __version__
 from ..backends import choose
 from . import bitsandbytes as bnb
 from .layer_names import kind_of
+from .peft_embedding import OP as EMBEDDING_OP
+from .peft_embedding import EmbeddingParts, embedding_casts, embedding_parts
 from .peft_fuse import Fusion, fusions
 from .peft_guard import LAST_REASON, casts, layer_parts
 from .peft_layers import bypass_reason, fast_class, is_fast
@@ -192,10 +193,11 @@ def explain(model: nn.Module) -> Explanation:
 def _row(name: str, layer: Any) -> Row:
     found = _served(layer) if is_fast(layer) else _stock_reason(layer)
     reason, (backend, kernel) = (found, (None, "")) if isinstance(found, str) else ("", found)
-    active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
+    As = layer.lora_embedding_A if isinstance(layer, Embedding) else layer.lora_A
+    active = [adapter for adapter in layer.active_adapters if adapter in As]
     adapter = active[0] if active else None
-    lora_A = layer.lora_A[adapter] if adapter else None
-    weight = getattr(lora_A, "weight", None)
+    lora_A = As[adapter] if adapter else None
+    weight = lora_A if isinstance(lora_A, torch.Tensor) else getattr(lora_A, "weight", None)
     base, shape = _base(layer)
     return Row(
         name=name,
@@ -214,8 +216,13 @@ def _row(name: str, layer: Any) -> Row:
 
 def _served(layer: Any) -> tuple[str, str] | str:
     """`(backend, its ops)` that train a fast layer, or why none does."""
-    on_parameter = isinstance(layer, ParamWrapper)
-    parts = param_parts(layer) if on_parameter else layer_parts(layer)
+    parts: ParamParts | EmbeddingParts | Parts | str
+    if isinstance(layer, ParamWrapper):
+        parts = param_parts(layer)
+    elif isinstance(layer, Embedding):
+        parts = embedding_parts(layer)
+    else:
+        parts = layer_parts(layer)
     if isinstance(parts, str):
         return parts
     if (reason := bypass_reason(layer)) is not None:
@@ -224,7 +231,18 @@ def _served(layer: Any) -> tuple[str, str] | str:
         dtype, device = parts.weight.dtype, parts.weight.device
         backend = choose(parts.op, device.type, dtype=dtype, index=device.index)
         return _named(backend, parts.op, device.type)
+    if isinstance(parts, EmbeddingParts):
+        return _embedding(parts)
     return _kernel(parts)
+
+
+def _embedding(parts: EmbeddingParts) -> tuple[str, str] | str:
+    """`_served` of an embedding."""
+    device, dtype = parts.weight.device, parts.weight.dtype
+    if (reason := embedding_casts(parts, device)) is not None:
+        return reason
+    what: dict[str, Any] = {"dtype": dtype, "adapter_dtype": parts.dtype, "index": device.index}
+    return _named(choose(EMBEDDING_OP, device.type, **what), EMBEDDING_OP, device.type)
 
 
 def _kernel(parts: Parts) -> tuple[str, str] | str:
@@ -273,7 +291,7 @@ def _base(layer: Any) -> tuple[str, tuple[int, int] | None]:
         weight = getattr(base, layer.parameter_name)
         experts = f" x {layer.num_experts} experts" if weight.dim() == 3 else ""
         return _dtype(weight.dtype) + experts, (layer.out_features, layer.in_features)
-    known = isinstance(base, nn.Linear | Conv1D)
+    known = isinstance(base, nn.Linear | Conv1D | nn.Embedding)
     shape = (layer.out_features, layer.in_features) if known else None
     return base_name(base), shape
 
@@ -288,6 +306,8 @@ def base_name(base: nn.Module) -> str:
     weight = getattr(base, "weight", None)
     if type(base) in (nn.Linear, Conv1D) and weight is not None:
         return _dtype(weight.dtype) + (" Conv1D" if type(base) is Conv1D else "")
+    if isinstance(base, nn.Embedding) and weight is not None:
+        return _dtype(weight.dtype) + " Embedding"
     return type(base).__name__
 
 

@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import Conv1D
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.jit._trace import is_tracing
 from torch.nn.modules import module as nn_module
-from transformers.pytorch_utils import Conv1D
 
 from ..backends import BACKENDS, DEVICE_ORDER, forced_backend
 from ..quant import NESTED_BLOCKSIZE, QUANT_TYPES
@@ -33,11 +33,15 @@ LAST_REASON = "_fastlora_reason"
 # The group of layers that share an input with this one; see `peft_shared`.
 SHARED = "_fastlora_shared"
 # Arguments that PEFT's layers take out of the call themselves; as None they mean nothing.
-_MIXED = "adapter_names"
-_PEFT_KWARGS = (_MIXED, "alora_offsets")
+_MIXED, _OFFSETS = "adapter_names", "alora_offsets"
+_PEFT_KWARGS = (_MIXED, _OFFSETS)
 PLAIN = (Tensor, nn.Parameter)
 # PEFT's variants that differ from LoRA in their initial values and in what trains, not in forward.
 _PLAIN_VARIANTS = ("MiCALinearVariant",)
+# Those that make their A or B of other tensors, and are LoRA from there on.
+_MADE_VARIANTS = ("KasaLinearVariant", "BdLoraLinearVariant")
+# Activated LoRA, which serves the tokens from an invocation sequence on.
+_INVOKED = "ALoraLinearVariant"
 
 
 class Unserved(str):
@@ -108,20 +112,8 @@ def layer_parts(layer: Any, names: Iterable[str] | None = None) -> Parts | str:
         return f"the base layer is a {type(base).__name__}, not nn.Linear, Linear4bit or Conv1D"
     if bool(state.get("fan_in_fan_out")) != turned:
         return "fan_in_fan_out does not say how the base weight is stored"
-    for role, module in roles:
-        inner = module.__dict__
-        if (
-            inner["_forward_hooks"]
-            or inner["_forward_pre_hooks"]
-            or inner["_backward_hooks"]
-            or inner["_backward_pre_hooks"]
-        ):
-            return f"{role} has hooks, which fastlora would not call"
-        if ("forward" in inner or "_hf_hook" in inner) and not _forward_is_plain(module):
-            return f"{role} has a forward of its own (accelerate's offloading, or another patch)"
-    if nn_module._has_any_global_hook():
-        return "global module hooks are registered, which fastlora would not call"
-
+    if (reason := modules_reason(roles)) is not None:
+        return reason
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
     if weight is None or any(a.lora_A is None or a.lora_B is None for a in adapters):
         return "a weight is no parameter of its layer (parametrised or pruned)"
@@ -135,16 +127,8 @@ def layer_parts(layer: Any, names: Iterable[str] | None = None) -> Parts | str:
     for adapter in adapters:
         tensors += [("lora_A", adapter.lora_A), ("lora_B", adapter.lora_B)]
         tensors += [("lora_B's bias", adapter.bias), ("magnitude", adapter.magnitude)]
-    for role, tensor in tensors:
-        if tensor is None:
-            continue
-        if type(tensor) not in PLAIN:
-            kind = type(tensor).__name__
-            if kind == "DTensor":
-                return f"the {role} is sharded (a DTensor; FSDP2 gathers it during the forward)"
-            return f"the {role} is a {kind}, a tensor subclass"
-        if tensor.is_meta:
-            return f"the {role} is on the meta device (offloaded or not loaded)"
+    if (reason := tensors_reason(tensors)) is not None:
+        return reason
     if weight.requires_grad:
         return "the base weight is being trained (requires_grad); fastlora needs it frozen"
     for adapter in adapters:
@@ -178,12 +162,46 @@ def state_reason(layer: Any) -> str | None:
     return None
 
 
+def modules_reason(roles: Iterable[tuple[str, nn.Module]]) -> str | None:
+    """Why modules, each with its role, can't be bypassed, or None."""
+    for role, module in roles:
+        inner = module.__dict__
+        if (
+            inner["_forward_hooks"]
+            or inner["_forward_pre_hooks"]
+            or inner["_backward_hooks"]
+            or inner["_backward_pre_hooks"]
+        ):
+            return f"{role} has hooks, which fastlora would not call"
+        if ("forward" in inner or "_hf_hook" in inner) and not _forward_is_plain(module):
+            return f"{role} has a forward of its own (accelerate's offloading, or another patch)"
+    if nn_module._has_any_global_hook():
+        return "global module hooks are registered, which fastlora would not call"
+    return None
+
+
+def tensors_reason(tensors: Iterable[tuple[str, Tensor | None]]) -> str | None:
+    """Why tensors, each with its role, can't be read as plain memory, or None."""
+    for role, tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in PLAIN:
+            kind = type(tensor).__name__
+            if kind == "DTensor":
+                return f"the {role} is sharded (a DTensor; FSDP2 gathers it during the forward)"
+            return f"the {role} is a {kind}, a tensor subclass"
+        if tensor.is_meta:
+            return f"the {role} is on the meta device (offloaded or not loaded)"
+    return None
+
+
 def _adapter(layer: Any, name: str, roles: list[tuple[str, nn.Module]]) -> Adapter | str:
     """One adapter, its modules added to `roles`; or why PEFT's code has to run."""
     state, children = layer.__dict__, layer._modules
     lora_A, lora_B = children["lora_A"]._modules[name], children["lora_B"]._modules[name]
     dropout = children["lora_dropout"]._modules[name]
     magnitude: nn.Module | None = None
+    invoked = made = False
     if name in state.get("lora_variant", ()) or state.get("use_dora", {}).get(name):
         variant = state.get("lora_variant", {}).get(name)
         kind = "DoRA" if variant is None else type(variant).__name__
@@ -192,6 +210,14 @@ def _adapter(layer: Any, name: str, roles: list[tuple[str, nn.Module]]) -> Adapt
             if type(magnitude).__name__ != "DoraLinearLayer":
                 return f"the magnitude is a {type(magnitude).__name__}, not a DoraLinearLayer"
             roles.append(("the magnitude", magnitude))
+        elif kind == _INVOKED:
+            invoked = True
+        elif kind in _MADE_VARIANTS:
+            made = True
+        elif kind == "VeloraLinearVariant":
+            # Without gradients it is plain LoRA.
+            if layer.training and torch.is_grad_enabled():
+                return "VeLoRA trains A on compressed activations, which fastlora does not make"
         elif kind not in _PLAIN_VARIANTS:
             return f"the adapter is a LoRA variant ({kind})"
     scaling = state["scaling"][name]
@@ -199,12 +225,12 @@ def _adapter(layer: Any, name: str, roles: list[tuple[str, nn.Module]]) -> Adapt
         return f"scaling is a {type(scaling).__name__}, not a number"
     if (reason := _dropout_reason(dropout)) is not None:
         return reason
-    if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear:
-        odd = lora_A if type(lora_A) is not nn.Linear else lora_B
-        return f"lora_A or lora_B is a {type(odd).__name__}, not a plain nn.Linear"
-    if lora_A._parameters["bias"] is not None:
+    for part in (lora_A, lora_B):
+        if type(part) is not nn.Linear and not (made and _is_block_diagonal(part)):
+            return f"lora_A or lora_B is a {type(part).__name__}, not a plain nn.Linear"
+    if lora_A._parameters.get("bias") is not None:
         return "lora_A has a bias"
-    bias = lora_B._parameters["bias"]
+    bias = lora_B._parameters.get("bias")
     if magnitude is not None:
         if bias is not None:
             return "DoRA with lora_bias: PEFT counts lora_B's bias into the norm"
@@ -212,8 +238,40 @@ def _adapter(layer: Any, name: str, roles: list[tuple[str, nn.Module]]) -> Adapt
             return "DoRA with lora_dropout=1 has no scale for what is kept"
     roles += [("lora_A", lora_A), ("lora_B", lora_B), ("the dropout module", dropout)]
     A, B = lora_A._parameters.get("weight"), lora_B._parameters.get("weight")
+    if made:
+        found = _made(layer, name, A, B)
+        if isinstance(found, str):
+            return found
+        A, B = found
     vector = None if magnitude is None else magnitude._parameters["weight"]
-    return Adapter(name, A, B, bias, dropout, scaling, vector)  # type: ignore[arg-type]
+    return Adapter(name, A, B, bias, dropout, scaling, vector, invoked, made)
+
+
+def _made(
+    layer: Any, name: str, A: Tensor | None, B: Tensor | None
+) -> tuple[Tensor | None, Tensor | None] | str:
+    """A and B of a variant that makes them: KaSA's `diag * A`, the diagonal blocks of BD-LoRA."""
+    children = layer._modules
+    if (reason := tensors_reason([("lora_A", A), ("lora_B", B)])) is not None:
+        return reason
+    parts = [children[side]._modules[name] for side in ("lora_A", "lora_B")]
+    A, B = (
+        part.weight_as_blockdiagonal_matrix() if _is_block_diagonal(part) else weight
+        for part, weight in zip(parts, (A, B), strict=True)
+    )
+    if type(layer.__dict__["lora_variant"][name]).__name__ != "KasaLinearVariant":
+        return A, B
+    if name in layer.__dict__.get("_lora_kasa_truncation_deferred", ()):
+        return "KaSA truncates the base weight in the first call after loading"
+    diagonal = children["lora_diag"]._parameters[name]
+    if (reason := tensors_reason([("lora_diag", diagonal)])) is not None:
+        return reason
+    return None if A is None else A * diagonal[:, None], B
+
+
+def _is_block_diagonal(part: nn.Module) -> bool:
+    """True for the layer of BD-LoRA's A or B, which older PEFTs do not have."""
+    return type(part).__name__ == "BlockDiagonalLinear"
 
 
 def _svd_adapter(layer: Any, name: str, roles: list[tuple[str, nn.Module]]) -> Adapter | str:
@@ -233,7 +291,7 @@ def _svd_adapter(layer: Any, name: str, roles: list[tuple[str, nn.Module]]) -> A
         if type(tensor) not in PLAIN or tensor.is_meta:
             return f"the {role} is no plain tensor in memory"
     factor = scaling / (children["ranknum"]._parameters[name] + 1e-5)
-    return Adapter(name, A * (E * factor), B, None, dropout, 1.0, None)
+    return Adapter(name, A * (E * factor), B, None, dropout, 1.0, None, made=True)
 
 
 def _dropout_reason(dropout: nn.Module) -> str | None:
@@ -392,8 +450,8 @@ def plan(layer: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, A
     """How to run `layer(x, *args, **kwargs)` on fastlora, or why PEFT's own code has to run."""
     if args:
         return "the call has further positional arguments"
-    for key, value in kwargs.items():
-        if (value is not None or key not in _PEFT_KWARGS) and key != _MIXED:
+    for key in kwargs:
+        if key not in _PEFT_KWARGS:
             return f"the call passes {key}"
     if (reason := call_reason()) is not None:
         return reason
@@ -410,6 +468,14 @@ def plan(layer: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, A
         return f"x has shape {tuple(x.shape)}, the layer takes [..., {K}]"
     if rows is not None and (reason := _mixed_reason(parts, x, rows)) is not None:
         return reason
+    invoked: tuple[int, ...] = ()
+    if any(adapter.invoked for adapter in parts.adapters):
+        found = _invoked_tokens(parts, x, kwargs.get(_OFFSETS))
+        if isinstance(found, str):
+            return found
+        if not (invoked := found):
+            everywhere = tuple(adapter._replace(invoked=False) for adapter in parts.adapters)
+            parts = parts._replace(adapters=everywhere)
     device = x.device
     if device.type == "meta":
         return "x is on the meta device"
@@ -419,7 +485,30 @@ def plan(layer: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, A
     )
     if isinstance(dtypes, str):
         return Unserved(dtypes)
-    return Plan(parts, dtypes, autocast, rows)
+    return Plan(parts, dtypes, autocast, rows, invoked)
+
+
+def _invoked_tokens(parts: Parts, x: Tensor, offsets: Any) -> tuple[int, ...] | str:
+    """How many tokens at the end of each row of x aLoRA's adapters serve; () when they serve all.
+
+    An offset of None or less than 1 invokes none of a row, and one beyond its length all of it. A
+    call without offsets invokes nothing.
+    """
+    if x.dim() not in (2, 3):
+        return f"aLoRA takes x [rows, tokens, {parts.shape[1]}], got {tuple(x.shape)}"
+    if torch.compiler.is_compiling():
+        return "torch.compile does not trace which tokens aLoRA serves"
+    rows, length = x.shape[0], x.shape[1:-1].numel()
+    if offsets is None:
+        return (0,) * rows
+    if not isinstance(offsets, list | tuple) or not all(
+        o is None or type(o) is int for o in offsets
+    ):
+        return "alora_offsets is no list of ints and None"
+    if len(offsets) != rows:
+        return f"alora_offsets has {len(offsets)} entries for an x of shape {tuple(x.shape)}"
+    invoked = tuple(0 if o is None else max(0, min(o, length)) for o in offsets)
+    return () if all(count == length for count in invoked) else invoked
 
 
 def _mixed_reason(parts: Parts, x: Tensor, rows: Sequence[str]) -> str | None:

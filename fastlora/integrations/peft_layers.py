@@ -9,10 +9,11 @@ from types import MethodType
 from typing import Any
 
 from peft.tuners.adalora.layer import SVDLinear
-from peft.tuners.lora.layer import Linear, ParamWrapper
+from peft.tuners.lora.layer import Embedding, Linear, ParamWrapper
 from torch import Tensor, nn
 
 from .bitsandbytes import disable_cpu_repacking
+from .peft_embedding import FastLoraEmbedding
 from .peft_guard import LAST_REASON, SHARED, forward_or_stock
 from .peft_params import FastParamWrapper
 
@@ -75,6 +76,8 @@ def not_linear_reason(layer: nn.Module | None) -> str | None:
         return "it is not on fastlora"
     if isinstance(layer, ParamWrapper):
         return "its adapter is on a parameter (target_parameters)"
+    if isinstance(layer, Embedding):
+        return "its adapter is on an embedding"
     return None
 
 
@@ -108,6 +111,7 @@ def _pairs() -> Iterator[tuple[type, type]]:
     """`(PEFT's class, ours)`; the 4-bit pair only where PEFT's class exists already."""
     yield Linear, FastLoraLinear
     yield ParamWrapper, FastParamWrapper
+    yield Embedding, FastLoraEmbedding
     yield SVDLinear, FastSVDLinear
     stock = getattr(sys.modules.get("peft.tuners.lora.bnb"), "Linear4bit", None)
     if stock is not None:

@@ -26,7 +26,11 @@ NO_ADAPTER = "__base__"
 
 
 class Adapter(NamedTuple):
-    """One adapter of a layer; `bias` is lora_B's, `magnitude` that of DoRA, or None."""
+    """One adapter of a layer; `bias` is lora_B's, `magnitude` that of DoRA, or None.
+
+    `invoked` says that it serves the invoked tokens alone, as aLoRA does; `made`, that A or B is no
+    parameter but was made for this call.
+    """
 
     name: str
     lora_A: Tensor
@@ -35,6 +39,8 @@ class Adapter(NamedTuple):
     dropout: nn.Module
     scaling: float
     magnitude: Tensor | None
+    invoked: bool = False
+    made: bool = False
 
     @property
     def drops(self) -> bool:
@@ -75,12 +81,16 @@ class Casts(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """One call on the fast path; `rows` names the adapter of each row of a mixed batch."""
+    """One call on the fast path; `rows` names the adapter of each row of a mixed batch.
+
+    `invoked` has, where an adapter is `invoked`, how many tokens at each row's end that means.
+    """
 
     parts: Parts
     casts: Casts
     autocast: bool
     rows: Sequence[str] | None = None
+    invoked: tuple[int, ...] = ()
 
     def run(self, x: Tensor) -> Tensor:
         """`y = x W^T + bias + sum of scaling * drop(x) A^T B^T`, in the dtypes of PEFT's code."""
@@ -99,11 +109,30 @@ class Plan(NamedTuple):
         if adapters[0].magnitude is not None:
             return self._dora(x, adapters[0])
         together = self._together()
-        y = _lora_linear(x, self._fused(together))
+        y = _lora_linear(x, self._fused(together) if together else self._base(x))
         for adapter in adapters:
-            if adapter.drops and adapter is not together[0]:
+            if adapter.invoked:
+                y = self._invoke(y, x, adapter)
+            elif adapter.drops and adapter is not together[0]:
                 y = (y + self._term(x, adapter)).to(y.dtype)
         return y
+
+    def _invoke(self, y: Tensor, x: Tensor, adapter: Adapter) -> Tensor:
+        """`y[m] += scaling * drop(x[m]) A^T B^T` for the invoked tokens m alone, into y itself.
+
+        Without any, A and B get gradients of zeros, as in PEFT's code.
+        """
+        index = on_device(self._is_invoked(x).view(-1).nonzero().view(-1), x.device)
+        rows = x.reshape(-1, x.shape[-1]).index_select(0, index)
+        flat = y.view(-1, y.shape[-1])
+        sums = flat.index_select(0, index) + self._term(rows, adapter)
+        flat.index_copy_(0, index, sums.to(y.dtype))
+        return y
+
+    def _is_invoked(self, x: Tensor) -> Tensor:
+        """bool [rows, tokens] on the CPU: whether a token is an invoked one."""
+        tokens = x.shape[1:-1].numel()
+        return torch.arange(tokens) >= tokens - torch.tensor(self.invoked)[:, None]
 
     @property
     def one_launch(self) -> bool:
@@ -122,8 +151,8 @@ class Plan(NamedTuple):
 
     def _together(self) -> list[Adapter]:
         """What drops nothing shares one launch; each dropout has a mask of its own."""
-        adapters = self.parts.adapters
-        return [a for a in adapters if not a.drops] or [adapters[0]]
+        adapters = [adapter for adapter in self.parts.adapters if not adapter.invoked]
+        return [a for a in adapters if not a.drops] or adapters[:1]
 
     def _fused(self, adapters: Sequence[Adapter]) -> Projection:
         """The base product, the bias and adapters with one mask.
@@ -179,6 +208,10 @@ class Plan(NamedTuple):
         S = linear(dropped, cast(adapter.lora_A, dtype))
         return linear(S, cast(adapter.lora_B, dtype), bias) * adapter.scaling
 
+    def _base(self, x: Tensor) -> Projection:
+        """The base product alone, which the kernels take as one with zeros of rank 1."""
+        return self._projection(self._base_bias(), self._no_adapter(x))
+
     def _mixed(self, x: Tensor, rows: Sequence[str]) -> Tensor:
         """`y[i] = x[i] W^T + bias + s_a (x[i] A_a^T B_a^T + bias_a)`, `a` the adapter of row i.
 
@@ -186,14 +219,18 @@ class Plan(NamedTuple):
         padded by zeros: their work does not grow with the number of adapters.
         """
         adapters, dtype = self.parts.adapters, self.casts.adapter
-        y = _lora_linear(x, self._projection(self._base_bias(), self._no_adapter(x)))
+        y = _lora_linear(x, self._base(x))
         if not adapters:
             return y
         place = {adapter.name: i for i, adapter in enumerate(adapters)}
         # A row without an adapter takes the first one, times zero.
-        index = torch.tensor([place.get(name, 0) for name in rows], device=x.device)
+        index = on_device(torch.tensor([place.get(name, 0) for name in rows]), x.device)
         scalings = [adapters[place[name]].scaling if name in place else 0.0 for name in rows]
-        scale = torch.tensor(scalings, dtype=dtype, device=x.device)[:, None, None]
+        scale = torch.tensor(scalings, dtype=dtype)[:, None, None]
+        if self.invoked:
+            everywhere = [name not in place or not adapters[place[name]].invoked for name in rows]
+            scale = scale * (self._is_invoked(x) | torch.tensor(everywhere)[:, None])[..., None]
+        scale = on_device(scale, x.device)
         R = max(adapter.lora_A.shape[0] for adapter in adapters)
         As = [pad(cast(a.lora_A, dtype), (0, 0, 0, R - a.lora_A.shape[0])) for a in adapters]
         Bs = [pad(cast(a.lora_B, dtype), (0, R - a.lora_B.shape[1])) for a in adapters]
@@ -236,7 +273,7 @@ class Plan(NamedTuple):
         masked = self._projection(None, adapter._replace(dropout=nn.Identity()))
         z = _lora_linear(x * kept, masked)
         rest = torch.where(kept, x * (1.0 - scale), x)
-        base = _lora_linear(rest, self._projection(bias, self._no_adapter(x)))
+        base = _lora_linear(rest, self._base(x))
         return apply_magnitude(z, scale * factor, base)
 
 
@@ -264,6 +301,13 @@ def _lora_linear(x: Tensor, p: Projection) -> Tensor:
         compute_dtype=p.compute_dtype,
         dropout_p=p.dropout_p,
     )
+
+
+def on_device(values: Tensor, device: torch.device) -> Tensor:
+    """A small CPU tensor on `device`; from pinned memory, so that no GPU is waited for."""
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

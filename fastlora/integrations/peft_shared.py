@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..backends import forced_backend
 from .peft_guard import SHARED, plan
-from .peft_layers import FastSVDLinear, bypass_reason, not_linear_reason
+from .peft_layers import bypass_reason, not_linear_reason
 from .peft_run import Plan, run_together
 
 
@@ -131,9 +131,9 @@ def _alone_reason(layer: nn.Module, found: Plan) -> str | None:
     """Why a layer's call can't be one of several in a node."""
     if not found.one_launch:
         return "it takes more than one launch"
-    if isinstance(layer, FastSVDLinear):
+    if any(adapter.made for adapter in found.parts.adapters):
         # `_signature` would take the A of two calls for two adapters.
-        return "AdaLoRA makes its A anew at each call"
+        return "its A or B is made anew at each call"
     if (reason := bypass_reason(layer)) is not None:
         return reason
     if layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
@@ -179,4 +179,5 @@ def _signature(found: Plan) -> tuple[Any, ...]:
         else (t.data_ptr(), None if t.is_inference() else t._version, t.requires_grad)
         for t in tensors
     ]
-    return found.casts, found.autocast, found.rows, id(parts.quant_state), *identity, *numbers
+    call = (found.casts, found.autocast, found.rows, found.invoked)
+    return *call, id(parts.quant_state), *identity, *numbers

@@ -201,6 +201,44 @@ void lora_linear_bwd(Call& call) {
   table->lora_linear_bwd(&p, 1, kBackwards);
 }
 
+void lora_embedding_fwd(Call& call) {
+  LoraEmbeddingFwd p{};
+  p.M = call.integer();
+  p.N = call.integer();
+  p.R = call.integer();
+  p.V = call.integer();
+  p.dtype = call.dtype();
+  p.adapter_dtype = call.dtype();
+  p.ids = call.array<int64_t>();
+  p.weight = call.array<void>();
+  p.lora_A = call.array<void>();
+  p.lora_B = call.array<void>();
+  p.weight_scale = call.real();
+  p.scaling = call.real();
+  p.y = call.output<void>(p.M * p.N, size_of(p.dtype));
+  table->lora_embedding_fwd(p, kBackwards);
+}
+
+void lora_embedding_bwd(Call& call) {
+  LoraEmbeddingBwd p{};
+  p.M = call.integer();
+  p.N = call.integer();
+  p.R = call.integer();
+  p.V = call.integer();
+  p.dtype = call.dtype();
+  p.adapter_dtype = call.dtype();
+  p.dy = call.array<void>();
+  p.lddy = call.integer();
+  p.ids = call.array<int64_t>();
+  p.lora_A = call.array<void>();
+  p.lora_B = call.array<void>();
+  p.scaling = call.real();
+  p.padding_idx = call.integer();
+  p.dA = call.output<float>(p.R * p.V, sizeof(float));
+  p.dB = call.output<float>(p.N * p.R, sizeof(float));
+  table->lora_embedding_bwd(p, kBackwards);
+}
+
 void quantize_4bit(Call& call) {
   Quantize4bit p{};
   p.elements = call.integer();
@@ -223,7 +261,8 @@ void dequantize_4bit(Call& call) {
   table->dequantize_4bit(p, kBackwards);
 }
 
-void (*const kRun[])(Call&) = {lora_linear_fwd, lora_linear_bwd, quantize_4bit, dequantize_4bit};
+void (*const kRun[])(Call&) = {lora_linear_fwd,    lora_linear_bwd, lora_embedding_fwd,
+                               lora_embedding_bwd, quantize_4bit,   dequantize_4bit};
 
 void choose(bool emulated_amx) {
   table = &kernels();

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,18 @@ from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from peft.tuners.lora.config import (
     BdLoraConfig,
+    CordaConfig,
     EvaConfig,
     KasaConfig,
+    LoftQConfig,
     LoraGAConfig,
     VeloraConfig,
 )
+from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.eva import initialize_lora_eva_weights
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import GptOssConfig, MixtralConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
@@ -95,6 +100,19 @@ def experts(kind: str, implementation: str = "grouped_mm") -> Callable[[], nn.Mo
     return make
 
 
+class OnCPU(TorchFunctionMode):
+    """PEFT's LoftQ computes on a GPU whatever there is; here what it moves there stays."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = kwargs or {}
+        if function is Tensor.to:
+            args = (args[0], *("cpu" if str(arg) == "cuda" else arg for arg in args[1:]))
+            named = {name: "cpu" if str(arg) == "cuda" else arg for name, arg in named.items()}
+        return function(*args, **named)
+
+
 Act = Callable[[nn.Module], Results]
 
 
@@ -140,7 +158,10 @@ class Case:
             config = LoraConfig(**copy.deepcopy(settings))
         if getattr(config, "lora_ga_config", None) is not None:
             preprocess_loraga(base, config, lambda: base(IDS).square().sum().backward())
-        stock = get_peft_model(base, config)
+        if getattr(config, "corda_config", None) is not None:
+            preprocess_corda(base, config, run_model=lambda: [base(row[None]) for row in IDS])
+        with OnCPU() if config.init_lora_weights == "loftq" else nullcontext():
+            stock = get_peft_model(base, config)
         self.prepare(stock, config)
         generator = torch.Generator().manual_seed(2)
         for name, parameter in stock.named_parameters():
@@ -195,7 +216,7 @@ def add(model: Any, name: str = "other", **options: Any) -> None:
     model.add_adapter(name, LoraConfig(**settings))
     generator = torch.Generator().manual_seed(3)
     for parameter_name, parameter in model.named_parameters():
-        if f".{name}." in parameter_name:
+        if f".{name}." in f"{parameter_name}.":
             values = torch.randn(parameter.shape, generator=generator) * 0.1
             parameter.data.copy_(values)
     for layer in lora_layers(model):
@@ -306,8 +327,27 @@ def evaluated(model: nn.Module) -> Results:
         return {"logits": model.eval()(IDS)}
 
 
-def alora(model: nn.Module) -> Results:
-    return step(model, alora_offsets=[3] * BATCH)
+def invoked(*offsets: int | None, further: bool = False, training: bool = True) -> Act:
+    """aLoRA with an offset for each row, and with a plain adapter beside it."""
+
+    def act(model: Any) -> Results:
+        if further:
+            add(model, alora_invocation_tokens=None)
+            model.base_model.set_adapter(["default", "other"])
+        if training:
+            return step(model, alora_offsets=list(offsets))
+        with torch.no_grad():
+            return {"logits": model.eval()(IDS, alora_offsets=list(offsets))}
+
+    return act
+
+
+def invoked_in_mixed_batches(model: Any) -> Results:
+    """Rows with an aLoRA adapter, with a plain one, and with none."""
+    add(model, alora_invocation_tokens=None)
+    options = {"adapter_names": ["default", "other", "__base__"], "alora_offsets": [4, 2, 3]}
+    with torch.no_grad():
+        return {"logits": model.eval()(IDS, **options)}
 
 
 # ---- what PEFT does to a model once it is built -------------------------------------------------
@@ -330,6 +370,13 @@ def narrow(model: Any, config: LoraConfig) -> None:
     for layer in lora_layers(model):
         layer.base_layer.to(torch.bfloat16)
         layer.register_forward_pre_hook(to_weight_dtype)
+        layer.register_forward_hook(from_bf16)
+
+
+def narrow_table(model: nn.Module, config: LoraConfig) -> None:
+    """A bf16 table under fp32 adapters."""
+    for layer in lora_layers(model):
+        layer.base_layer.to(torch.bfloat16)
         layer.register_forward_hook(from_bf16)
 
 
@@ -358,6 +405,8 @@ EXPERTS = {
     "target_modules": [],
     "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
 }
+ALORA = {"alora_invocation_tokens": [1]}
+VELORA = why("VeLoRA trains A on compressed activations, which fastlora does not make")
 MERGED = why("the adapter is merged into the base weight")
 
 # Those combinations of adapters that keep only a part of their values.
@@ -385,6 +434,11 @@ CASES: dict[str, Case] = {
     "OLoRA": Case({"init_lora_weights": "olora"}),
     "EVA": Case({"init_lora_weights": "eva", "eva_config": EvaConfig(rho=1.0)}, prepare=by_eva),
     "LoRA-GA": Case({"init_lora_weights": "lora_ga", "lora_ga_config": LoraGAConfig()}),
+    "CorDA, IPM": Case({"init_lora_weights": "corda", "corda_config": CordaConfig()}),
+    "CorDA, KPM": Case(
+        {"init_lora_weights": "corda", "corda_config": CordaConfig(corda_method="kpm")}
+    ),
+    "LoftQ": Case({"init_lora_weights": "loftq", "loftq_config": LoftQConfig()}),
     "LoRA-FA (optimizer)": Case(act=optimised(create_lorafa_optimizer, r=4, lora_alpha=6)),
     "LoRA+ (optimizer)": Case(
         act=optimised(
@@ -441,23 +495,44 @@ CASES: dict[str, Case] = {
     ),
     "DoRA, merge, unmerge": Case({"use_dora": True}, act=merged_and_unmerged),
     "MiCA": Case({"init_lora_weights": "mica"}),
-    "KaSA": Case({"kasa_config": KasaConfig()}, reasons=variant("KasaLinearVariant")),
-    "VeLoRA": Case({"velora_config": VeloraConfig()}, reasons=variant("VeloraLinearVariant")),
-    "aLoRA": Case(
-        {"alora_invocation_tokens": [1]},
-        act=alora,
-        reasons=why("the call passes alora_offsets"),
-        explained=variant("ALoraLinearVariant"),
-    ),
+    "KaSA": Case({"kasa_config": KasaConfig()}),
+    "KaSA with dropout": Case({"kasa_config": KasaConfig(), "lora_dropout": 0.3}),
+    "KaSA, bf16 base, fp32 adapters": Case({"kasa_config": KasaConfig()}, prepare=narrow),
+    "VeLoRA": Case({"velora_config": VeloraConfig()}, reasons=VELORA),
+    "VeLoRA, evaluated": Case({"velora_config": VeloraConfig()}, act=evaluated),
+    "aLoRA": Case(ALORA, act=invoked(3, 3, 3)),
+    "aLoRA, ragged offsets": Case(ALORA, act=invoked(None, 2, LENGTH + 5)),
+    "aLoRA, nothing invoked but one token": Case(ALORA, act=invoked(0, None, 1)),
+    "aLoRA, every token": Case(ALORA, act=invoked(LENGTH, LENGTH, LENGTH + 1)),
+    "aLoRA with dropout": Case({**ALORA, "lora_dropout": 0.3}, act=invoked(None, 2, LENGTH)),
+    "aLoRA with lora_bias": Case({**ALORA, "lora_bias": True}, act=invoked(1, 5, None)),
+    "aLoRA, bf16 base, fp32 adapters": Case(ALORA, act=invoked(1, 5, None), prepare=narrow),
+    # In training, PEFT changes bitsandbytes' output in place, which autograd refuses.
+    "aLoRA on NF4": Case(ALORA, act=invoked(1, 5, None, training=False), four_bit=True),
+    "aLoRA beside LoRA": Case(ALORA, act=invoked(1, 5, None, further=True)),
+    "aLoRA, adapter_names": Case(ALORA, act=invoked_in_mixed_batches),
     "BD-LoRA": Case(
         {
             "use_bdlora": BdLoraConfig(
                 target_modules_bd_a=["up"], target_modules_bd_b=["down"], nblocks=2
             )
         },
-        reasons=variant("BdLoraLinearVariant"),
     ),
-    "embedding": Case({"target_modules": ["embed"]}, reasons=no_class("Embedding")),
+    "embedding": Case({"target_modules": ["embed"]}),
+    "embedding, bf16 table, fp32 adapters": Case(
+        {"target_modules": ["embed"]}, prepare=narrow_table
+    ),
+    "embedding and linear layers": Case({"target_modules": ["embed", "up", "down"]}),
+    "embedding, MiCA": Case({"target_modules": ["embed"], "init_lora_weights": "mica"}),
+    "embedding, DoRA": Case(
+        {"target_modules": ["embed"], "use_dora": True}, reasons=variant("DoraEmbeddingVariant")
+    ),
+    "embedding, two active adapters": Case(
+        {"target_modules": ["embed"]},
+        act=together(target_modules=["embed"]),
+        reasons=why("several adapters are active on an embedding"),
+    ),
+    "embedding, merge, unmerge": Case({"target_modules": ["embed"]}, act=merged_and_unmerged),
     "Conv1d": Case({"target_modules": ["conv"]}, reasons=no_class("Conv1d")),
     "GPT-2's Conv1D (fan_in_fan_out)": Case(
         {"target_modules": ["gpt"], "fan_in_fan_out": True},

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import fastlora
 from fastlora.backends import native
 from fastlora.integrations import peft as integration
+from fastlora.integrations.peft_embedding import FastLoraEmbedding
 from fastlora.integrations.peft_params import FastParamWrapper
 from tests.integrations.conftest import BACKENDS
 from tests.integrations.models import (
@@ -483,10 +484,11 @@ def test_explain_rows(backend: str) -> None:
     assert up.backend == backend and up.kernel.startswith("qlora_linear")
     assert (up.reason, up.last_call) == ("", None)
     model(torch.randn(2, 64))
-    model.base_model.model.down(torch.randn(2, 128), alora_offsets=[None, None])
+    with model.disable_adapter():
+        model.base_model.model.down(torch.randn(2, 128))
     up, down = fastlora.explain(model).rows
     assert up.last_call == ""
-    assert down.last_call == "the call passes alora_offsets" and down.fast
+    assert down.last_call == "the adapters are disabled" and down.fast
 
 
 def test_explain_says_why_not() -> None:
@@ -497,15 +499,15 @@ def test_explain_says_why_not() -> None:
     explained = fastlora.explain(peft_model(MLP()).merge_and_unload())
     assert explained.rows == []
     model = get_peft_model(
-        nn.ModuleDict({"up": nn.Embedding(5, 4)}), LoraConfig(target_modules=["up"])
+        nn.ModuleDict({"up": nn.Conv1d(5, 4, 3)}), LoraConfig(target_modules=["up"])
     )
     (row,) = fastlora.explain(fastlora.accelerate(model, verbose=False)).rows
-    assert row.reason == "fastlora has no layer for PEFT's Embedding"
-    assert (row.base, row.shape, row.fast) == ("Embedding", None, False)
+    assert row.reason == "fastlora has no layer for PEFT's Conv1d"
+    assert (row.base, row.shape, row.fast) == ("Conv1d", None, False)
 
 
 def test_explain_knows_every_kind_of_lora_layer() -> None:
-    """Also those for which fastlora has no class, and parameters and AdaLoRA's, which have one."""
+    """Also those without a class, and parameters, embeddings and AdaLoRA's, which have one."""
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -522,11 +524,10 @@ def test_explain_knows_every_kind_of_lora_layer() -> None:
     rows = {row.name.removeprefix("base_model.model."): row for row in fastlora.explain(model).rows}
     assert rows["linear"].fast and rows["linear"].r == 2
     assert rows["raw"].fast and (rows["raw"].base, rows["raw"].shape) == ("fp32", (8, 8))
-    for name, kind in (
-        ("embedding", "Embedding"),
-        ("conv", "Conv2d"),
-        ("attention", "MultiheadAttention"),
-    ):
+    row = rows["embedding"]
+    assert (row.base, row.shape, row.r, row.adapter) == ("fp32 Embedding", (8, 5), 2, "fp32")
+    assert row.kernel.startswith("lora_embedding")
+    for name, kind in (("conv", "Conv2d"), ("attention", "MultiheadAttention")):
         assert rows[name].reason == f"fastlora has no layer for PEFT's {kind}"
     adalora = peft.AdaLoraConfig(target_modules=["up"], total_step=10)
     model = fastlora.accelerate(get_peft_model(MLP(), adalora), verbose=False)
@@ -591,7 +592,7 @@ def test_the_compiled_backend_is_the_default(backend: str) -> None:
 
 
 def test_register_leaves_the_choice_of_layer_to_peft() -> None:
-    """8-bit and other subclasses of nn.Linear and embeddings keep PEFT's layers."""
+    """8-bit and other subclasses of nn.Linear keep PEFT's layers; embeddings do not."""
 
     class OddLinear(nn.Linear):
         pass
@@ -614,7 +615,7 @@ def test_register_leaves_the_choice_of_layer_to_peft() -> None:
     assert type(model.a) is integration.FastLoraLinear
     for name in "abcd":
         assert isinstance(getattr(model, name), type(getattr(plain, name)))
-    assert type(model.d) is FastParamWrapper and type(model.c) is type(plain.c)
+    assert type(model.d) is FastParamWrapper and type(model.c) is FastLoraEmbedding
 
 
 def test_register_keeps_other_custom_modules() -> None:
@@ -630,7 +631,7 @@ def test_register_keeps_other_custom_modules() -> None:
     model = get_peft_model(net, config).base_model.model
     assert type(model["a"]) is integration.FastLoraLinear
     assert type(model["b"]) is OddLora
-    assert set(config._custom_modules) == {nn.Linear, OddLinear}
+    assert set(config._custom_modules) == {nn.Linear, nn.Embedding, OddLinear}
 
 
 def test_register_is_not_saved(tmp_path: Path) -> None:

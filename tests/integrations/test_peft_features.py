@@ -164,7 +164,7 @@ def dora(model: nn.Module) -> Results:
     return train_step(model.train(), IDS)
 
 
-@feature("the call passes alora_offsets", alora_invocation_tokens=[3])
+@feature(alora_invocation_tokens=[3])
 def activated_lora(model: nn.Module) -> Results:
     # Of the second row, only what follows the last invocation token gets the adapter.
     ids = IDS.clone()

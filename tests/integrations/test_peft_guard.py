@@ -138,10 +138,25 @@ def adapter_names_with_dora() -> Call:
     return call
 
 
-@case("the call passes alora_offsets")
-def alora_offsets() -> Call:
-    call = dense()
-    call.kwargs = {"alora_offsets": [1, None]}
+@case("alora_offsets has 1 entries for an x of shape (2, 5, 37)")
+def too_few_offsets() -> Call:
+    call = alora()
+    call.kwargs, call.stock_raises = {"alora_offsets": [1]}, IndexError
+    return call
+
+
+@case("alora_offsets is no list of ints and None")
+def offsets_as_a_tensor() -> Call:
+    call = alora()
+    call.kwargs = {"alora_offsets": torch.tensor([1, 0])}
+    return call
+
+
+@case("aLoRA takes x [rows, tokens, 37], got (2, 3, 5, 37)")
+def alora_of_images() -> Call:
+    call = alora()
+    call.x = torch.randn(2, 3, 5, 37)
+    call.kwargs, call.stock_raises = {"alora_offsets": [1, 0]}, IndexError
     return call
 
 
@@ -237,10 +252,9 @@ def hook_on_the_magnitude() -> Call:
     return call
 
 
-@case("the adapter is a LoRA variant (ALoraLinearVariant)")
 def alora() -> Call:
     call = dense(alora_invocation_tokens=[1])
-    call.x = call.x[:1]
+    call.x = call.x[:2]
     return call
 
 
@@ -764,6 +778,7 @@ HOLDS: dict[str, Case] = {
     "4-bit, x in fp32, autocast": lambda: under_autocast(four_bit(compute_dtype=BF16)),
     "rank-stabilised": lambda: dense(use_rslora=True),
     "dropout": lambda: dense(lora_dropout=0.5),
+    "aLoRA": alora,
 }
 
 
@@ -830,7 +845,7 @@ def test_export(strict: bool) -> None:
     [
         (four_bit, "native", "torch.compile does not trace bitsandbytes' weights into fastlora"),
         (dense, "reference", "torch.compile does not trace the reference"),
-        (alora, "native", "the adapter is a LoRA variant (ALoraLinearVariant)"),
+        (alora, "native", "torch.compile does not trace which tokens aLoRA serves"),
     ],
     ids=["4-bit", "reference", "variant"],
 )

@@ -8,8 +8,9 @@ namespace FASTLORA_ISA {
 #define FASTLORA_TEXT(x) FASTLORA_TEXT_(x)
 
 extern const Kernels kTable;
-const Kernels kTable = {FASTLORA_TEXT(FASTLORA_ISA), lora_linear_fwd, lora_linear_bwd,
-                        quantize_4bit, dequantize_4bit};
+const Kernels kTable = {
+    FASTLORA_TEXT(FASTLORA_ISA), lora_linear_fwd, lora_linear_bwd, lora_embedding_fwd,
+    lora_embedding_bwd,          quantize_4bit,   dequantize_4bit};
 
 }  // namespace FASTLORA_ISA
 }  // namespace fastlora

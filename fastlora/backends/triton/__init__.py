@@ -53,8 +53,8 @@ def unsupported(
     dropout_p: float = 0.0,
 ) -> str | None:
     """One sentence that says why `op` can't run here, or None."""
-    if op == "quantize_4bit":
-        return "quantize_4bit has no Triton kernel."
+    if op in ("quantize_4bit", "lora_embedding_fwd", "lora_embedding_bwd"):
+        return f"{op} has no Triton kernel."
     if device not in ("cpu", "cuda"):
         return f"{op} has no Triton kernel for device {device!r}."
     if reason := unavailable_reason():

@@ -1,0 +1,99 @@
+// torch.ops.fastlora.lora_embedding_*. Formulas, shapes, dtypes: fastlora/embedding_reference.py.
+#include <tuple>
+
+#include "checks.h"
+#include "cpu/kernels.h"
+#include "parallel.h"
+#include "schemas.h"
+
+namespace fastlora {
+namespace {
+
+void check_ids(const Tensor& ids, int64_t V) {
+  check_vector(ids, "ids", ids.numel());
+  check_dtype(ids, "ids", ScalarType::Long);
+  const int64_t* id = static_cast<const int64_t*>(ids.data_ptr());
+  for (int64_t m = 0; m < ids.numel(); m++) {
+    STD_TORCH_CHECK(0 <= id[m] && id[m] < V, "ids must be from 0 to ", V - 1, ", got ", id[m]);
+  }
+}
+
+void check_adapter(const Tensor& A, const Tensor& B, int64_t N, int64_t R, int64_t V) {
+  check_matrix(A, "lora_A", R, V);
+  check_matrix(B, "lora_B", N, R);
+  STD_TORCH_CHECK(A.scalar_type() == B.scalar_type(), "lora_B must have lora_A's dtype");
+}
+
+Tensor lora_embedding_fwd(Tensor ids, Tensor weight_any, Tensor A_any, Tensor B_any, double scaling,
+                          double weight_scale) {
+  const int64_t M = ids.numel(), V = weight_any.size(0), N = weight_any.size(1), R = A_any.size(0);
+  check_ids(ids, V);
+  check_adapter(A_any, B_any, N, R, V);
+  const Tensor weight = torch::stable::contiguous(weight_any);
+  const Tensor A = torch::stable::contiguous(A_any), B = torch::stable::contiguous(B_any);
+  Tensor y = empty(weight, {M, N});
+  LoraEmbeddingFwd p{};
+  p.M = M;
+  p.N = N;
+  p.R = R;
+  p.V = V;
+  p.dtype = dtype_of(weight, "weight");
+  p.adapter_dtype = dtype_of(A, "lora_A");
+  p.ids = static_cast<const int64_t*>(ids.data_ptr());
+  p.weight = weight.data_ptr();
+  p.lora_A = A.data_ptr();
+  p.lora_B = B.data_ptr();
+  p.weight_scale = static_cast<float>(weight_scale);
+  p.scaling = static_cast<float>(scaling);
+  p.y = y.data_ptr();
+  kernels().lora_embedding_fwd(p, parallel_for());
+  return y;
+}
+
+std::tuple<Tensor, Tensor> lora_embedding_bwd(Tensor dy_any, Tensor ids, Tensor A_any, Tensor B_any,
+                                              double scaling, int64_t padding_idx, bool need_dA,
+                                              bool need_dB) {
+  const int64_t M = ids.numel(), V = A_any.size(1), N = B_any.size(0), R = A_any.size(0);
+  check_ids(ids, V);
+  check_adapter(A_any, B_any, N, R, V);
+  check_matrix(dy_any, "dy", M, N);
+  const Tensor dy = with_contiguous_rows(dy_any);
+  const Tensor A = torch::stable::contiguous(A_any), B = torch::stable::contiguous(B_any);
+  Tensor dA = need_dA ? empty(dy, {R, V}, ScalarType::Float) : empty(dy, {0}, ScalarType::Float);
+  Tensor dB = need_dB ? empty(dy, {N, R}, ScalarType::Float) : empty(dy, {0}, ScalarType::Float);
+  LoraEmbeddingBwd p{};
+  p.M = M;
+  p.N = N;
+  p.R = R;
+  p.V = V;
+  p.dtype = dtype_of(dy, "dy");
+  p.adapter_dtype = dtype_of(A, "lora_A");
+  p.dy = dy.data_ptr();
+  p.lddy = row_stride(dy);
+  p.ids = static_cast<const int64_t*>(ids.data_ptr());
+  p.lora_A = A.data_ptr();
+  p.lora_B = B.data_ptr();
+  p.scaling = static_cast<float>(scaling);
+  p.padding_idx = padding_idx;
+  p.dA = need_dA ? static_cast<float*>(dA.data_ptr()) : nullptr;
+  p.dB = need_dB ? static_cast<float*>(dB.data_ptr()) : nullptr;
+  kernels().lora_embedding_bwd(p, parallel_for());
+  if (need_dA) dA = torch::stable::to(dA, A.scalar_type());
+  if (need_dB) dB = torch::stable::to(dB, B.scalar_type());
+  return {dA, dB};
+}
+
+}  // namespace
+}  // namespace fastlora
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastlora, m) {
+  m.def("lora_embedding_fwd(Tensor ids, Tensor weight, " FASTLORA_LORA
+        "float scaling, float weight_scale) -> Tensor");
+  m.def("lora_embedding_bwd(Tensor dy, Tensor ids, " FASTLORA_LORA
+        "float scaling, int padding_idx, bool need_dA, bool need_dB) -> (Tensor dA, Tensor dB)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastlora, CPU, m) {
+  m.impl("lora_embedding_fwd", TORCH_BOX(&fastlora::lora_embedding_fwd));
+  m.impl("lora_embedding_bwd", TORCH_BOX(&fastlora::lora_embedding_bwd));
+}
