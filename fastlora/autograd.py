@@ -60,7 +60,7 @@ class LoraLinearFunction(torch.autograd.Function):
             if torch.is_grad_enabled():
                 options = (scaling, dropout_p, state, compute_dtype, "reference")
                 dx, dA, dB = differentiable_gradients(
-                    lambda: _forward(x, weight, None, lora_A, lora_B, seed, *options)[:1],
+                    lambda x, A, B: _forward(x, weight, None, A, B, seed, *options)[:1],
                     (x, lora_A, lora_B),
                     needs[:3],
                     (dy,),
@@ -80,7 +80,7 @@ class LoraLinearFunction(torch.autograd.Function):
 
 
 def differentiable_gradients(
-    run: Callable[[], Sequence[Tensor]],
+    run: Callable[..., Sequence[Tensor]],
     inputs: Sequence[Tensor],
     needs: Sequence[bool],
     dys: Sequence[Tensor],
@@ -88,14 +88,18 @@ def differentiable_gradients(
     """Gradients that have a graph, for a backward that is differentiated in its turn.
 
     Args:
-        run: the forward in plain torch, on the reference backend.
+        run: the forward in plain torch, on the reference backend, as a function of `inputs`.
         inputs: what to differentiate by, each where `needs` says so; the others give None.
         dys: the gradient of each result of `run`.
     """
-    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+    # Views: the graph above the inputs, where one may depend on another, and hooks on them are the
+    # business of the backward that has called this one.
+    aliases = [t.view_as(t) for t in inputs]
+    wanted = [t for t, need in zip(aliases, needs, strict=True) if need]
     if not wanted:
         return [None] * len(inputs)
-    found = iter(torch.autograd.grad(run(), wanted, dys, create_graph=True, allow_unused=True))
+    ys = run(*aliases)
+    found = iter(torch.autograd.grad(ys, wanted, dys, create_graph=True, allow_unused=True))
     return [next(found) if need else None for need in needs]
 
 

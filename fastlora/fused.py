@@ -149,8 +149,12 @@ def _differentiable_bwd(
     """`ops.shared_linear_bwd` with a graph, in plain torch."""
     given = [i for i, dy in enumerate(dys) if dy is not None]
 
-    def run() -> list[Tensor]:
-        ys, _ = ops.shared_linear_fwd(x, projections, backend="reference")
+    def run(x: Tensor, *adapters: Tensor) -> list[Tensor]:
+        pairs = zip(adapters[::2], adapters[1::2], strict=True)
+        layers = [
+            p._replace(lora_A=A, lora_B=B) for p, (A, B) in zip(projections, pairs, strict=True)
+        ]
+        ys, _ = ops.shared_linear_fwd(x, layers, backend="reference")
         return [ys[i] for i in given]
 
     inputs = [x, *(t for p in projections for t in (p.lora_A, p.lora_B))]

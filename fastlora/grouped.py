@@ -50,16 +50,19 @@ class GroupedLoraLinearFunction(torch.autograd.Function):
         state = None if ctx.state is None else ctx.state.with_tensors(*stats)
         need_x, _, _, need_A, need_B = ctx.needs_input_grad[:5]
         needs = (need_x, need_A, need_B)
-        layer = (weight, state, offsets, lora_A, lora_B)
+        layer = (weight, state, offsets)
         options = (scaling, dropout_p, seed, compute_dtype)
         with autocast_off(dy.device):
             if torch.is_grad_enabled():
                 inputs = (x, lora_A, lora_B)
                 dx, dA, dB = differentiable_gradients(
-                    lambda: _fwd(x, *layer, *options, "reference")[:1], inputs, needs, (dy,)
+                    lambda x, A, B: _fwd(x, *layer, A, B, *options, "reference")[:1],
+                    inputs,
+                    needs,
+                    (dy,),
                 )
             else:
-                dx, dA, dB = _bwd(dy, x, *layer, S, *options, needs, backend)
+                dx, dA, dB = _bwd(dy, x, *layer, lora_A, lora_B, S, *options, needs, backend)
         return dx, None, None, dA, dB, *(None,) * 6
 
 
@@ -100,9 +103,9 @@ class TransposedLoraLinearFunction(torch.autograd.Function):
         need_x, _, _, need_A, need_B = ctx.needs_input_grad[:5]
         with autocast_off(dy.device):
             if torch.is_grad_enabled():
-                layer = (weight, state, offsets, lora_A, lora_B, scaling, compute_dtype)
+                layer, last = (weight, state, offsets), (scaling, compute_dtype, "reference")
                 dx, *grads = differentiable_gradients(
-                    lambda: (_transposed_fwd(x, *layer, "reference"),),
+                    lambda x, A, B: (_transposed_fwd(x, *layer, A, B, *last),),
                     (x, lora_A, lora_B),
                     (need_x, need_A, need_B),
                     (dy,),

@@ -154,9 +154,10 @@ def layer_calls(case: Case, base: Base, dtypes: str) -> Iterator[Call]:
     def check_forward(outputs: list[Tensor]) -> None:
         y, got_S = outputs
         assert_close_to_exact(y.view_as(exact.y), exact.y, plain.y, what="y")
-        # Three sums are no sample of errors; y and dB, made from them, are judged all the same.
-        if S.numel() >= 16 or not got_S.isfinite().all():
+        if S.numel() >= 16:
             assert_close_to_exact(got_S.view_as(S), S, plain_S, what="S")
+        else:  # too few sums for a sample of errors
+            torch.testing.assert_close(got_S.view_as(S).double(), S, rtol=1e-5, atol=1e-6)
 
     def check_backward(outputs: list[Tensor]) -> None:
         for name, out in zip(("dx", "dA", "dB", "dbias"), outputs, strict=True):

@@ -41,6 +41,30 @@ def check(run: Run, same: Run, *tensors: Tensor) -> None:
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5 * float(largest))
 
 
+def test_a_layer_that_is_called_again() -> None:
+    """Its second input depends on A and B, whose gradients count each path once."""
+    W = randn(K, K)
+
+    def twice(layer: Run) -> Run:
+        return lambda x, A, B: layer(layer(x, A, B).tanh(), A, B)
+
+    check(
+        twice(lambda x, A, B: lora_linear(x, W, None, A, B, SCALING)),
+        twice(lambda x, A, B: plain(x, W, A, B)),
+        *(torch.randn(M, K), randn(R, K), randn(K, R)),
+    )
+
+
+def test_a_hook_runs_once() -> None:
+    A, B = randn(R, K).requires_grad_(), randn(N, R).requires_grad_()
+    x, W = torch.randn(M, K), randn(N, K)
+    y = lora_linear(x, W, None, A, B, SCALING).sin().sum()
+    (before,) = torch.autograd.grad(y, A, retain_graph=True)
+    A.register_hook(lambda grad: 2 * grad)
+    (after,) = torch.autograd.grad(y, A, create_graph=True)
+    torch.testing.assert_close(after, 2 * before)
+
+
 def randn(*shape: int) -> Tensor:
     return torch.randn(*shape) / shape[-1] ** 0.5
 

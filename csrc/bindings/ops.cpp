@@ -26,7 +26,7 @@ struct Forward {
   // x has contiguous rows.
   Forward(const Tensor& x, const Weight& weight, const OptionalTensor& bias_any,
           const Tensor& A_any, const Tensor& B_any, double scaling, double dropout_p,
-          const OptionalTensor& seed) {
+          const OptionalTensor& seed, const TileSizes& tiles) {
     const int64_t M = x.size(0), R = A_any.size(0);
     check_not_empty(weight);
     check_matrix(x, "x", M, weight.K);
@@ -38,7 +38,7 @@ struct Forward {
     y = empty(x, {M, weight.N});
     S = empty(x, {M, R}, ScalarType::Float);
 
-    params.tiles = tile_sizes();
+    params.tiles = tiles;
     params.M = M;
     params.R = R;
     params.weight = weight;
@@ -68,7 +68,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_any, const Weight& weight,
                                    const OptionalTensor& bias, const Tensor& A, const Tensor& B,
                                    double scaling, double dropout_p, const OptionalTensor& seed) {
   const Tensor x = with_contiguous_rows(x_any);
-  Forward layer(x, weight, bias, A, B, scaling, dropout_p, seed);
+  Forward layer(x, weight, bias, A, B, scaling, dropout_p, seed, tile_sizes());
   kernels().lora_linear_fwd(&layer.params, 1, parallel_for());
   return {layer.y, layer.S};
 }
@@ -88,7 +88,7 @@ struct Backward {
   // x has contiguous rows; dx is null where it is not needed.
   Backward(const Tensor& dy_any, const Tensor& x, const Weight& weight, const Tensor& A_any,
            const Tensor& B_any, const Tensor& S_any, double scaling, double dropout_p,
-           const OptionalTensor& seed, const Needs& needs, void* dx) {
+           const OptionalTensor& seed, const Needs& needs, void* dx, const TileSizes& tiles) {
     const int64_t M = x.size(0), R = A_any.size(0), N = weight.N, K = weight.K;
     check_not_empty(weight);
     check_matrix(x, "x", M, K);
@@ -107,7 +107,7 @@ struct Backward {
     dB = wanted(x, needs.dB, {N, R}, ScalarType::Float);
     dbias = wanted(x, needs.dbias, {N}, ScalarType::Float);
 
-    params.tiles = tile_sizes();
+    params.tiles = tiles;
     params.M = M;
     params.R = R;
     params.weight = weight;
@@ -145,7 +145,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tens
   const Tensor x = with_contiguous_rows(x_any);
   const Tensor dx = wanted(x, need_dx, {x.size(0), weight.K}, std::nullopt);
   Backward layer(dy, x, weight, A, B, S, scaling, dropout_p, seed,
-                 {need_dx, need_dA, need_dB, need_dbias}, need_dx ? dx.data_ptr() : nullptr);
+                 {need_dx, need_dA, need_dB, need_dbias}, need_dx ? dx.data_ptr() : nullptr,
+                 tile_sizes());
   kernels().lora_linear_bwd(&layer.params, 1, parallel_for());
   layer.finish();
   return {dx, layer.dA, layer.dB, layer.dbias};
@@ -262,10 +263,11 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> shared_linear_fwd(
   const Tensor x = with_contiguous_rows(x_any);
   std::vector<Forward> each;
   std::vector<LoraLinearFwd> params;
+  const TileSizes tiles = tile_sizes();  // one choice for all
   for (size_t i = 0; i < layers.count(); i++) {
     each.emplace_back(x, layers.weight_at(i, x), layers.get(i, Layers::bias),
                       layers.must(i, Layers::lora_A), layers.must(i, Layers::lora_B),
-                      layers.scalings[i], layers.dropouts[i], layers.get(i, Layers::seed));
+                      layers.scalings[i], layers.dropouts[i], layers.get(i, Layers::seed), tiles);
     params.push_back(each.back().params);
   }
   kernels().lora_linear_fwd(params.data(), static_cast<int64_t>(params.size()), parallel_for());
@@ -291,11 +293,12 @@ std::tuple<Tensor, std::vector<Tensor>> shared_linear_bwd(
   const Tensor dx = wanted(x, need_dx, {x.size(0), x.size(1)}, std::nullopt);
   std::vector<Backward> each;
   std::vector<LoraLinearBwd> params;
+  const TileSizes tiles = tile_sizes();
   for (size_t i = 0; i < layers.count(); i++) {
     const Needs asked{need_dx, needs[3 * i] != 0, needs[3 * i + 1] != 0, needs[3 * i + 2] != 0};
     each.emplace_back(dys[i], x, layers.weight_at(i, x), layers.must(i, Layers::lora_A),
                       layers.must(i, Layers::lora_B), Ss[i], layers.scalings[i], layers.dropouts[i],
-                      layers.get(i, Layers::seed), asked, need_dx ? dx.data_ptr() : nullptr);
+                      layers.get(i, Layers::seed), asked, need_dx ? dx.data_ptr() : nullptr, tiles);
     params.push_back(each.back().params);
   }
   kernels().lora_linear_bwd(params.data(), static_cast<int64_t>(params.size()), parallel_for());

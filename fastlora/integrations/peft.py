@@ -69,7 +69,7 @@ def accelerate(
     `explain` says which and why. bitsandbytes' in-place repacking of 4-bit weights in eval mode is
     switched off for the whole model, and undone where it has happened and nothing was lost.
 
-    Differentiating twice through a fast layer (`create_graph=True`) raises; `restore` first.
+    A backward that is differentiated itself (`create_graph=True`) runs in plain torch.
 
     Args:
         model: a `PeftModel`, its base model, or any module with PEFT's LoRA layers inside. Calling

@@ -13,7 +13,7 @@ from .peft_guard import SHARED
 from .peft_layers import not_linear_reason
 from .peft_mlp import GATED, GatedMLP, activation_of, join, separate_mlp
 from .peft_shared import SharedInput, Slot
-from .peft_source import gated_mlp, shared_inputs
+from .peft_source import gated_mlp, is_readable, shared_inputs
 
 Fuse = Literal["inputs", "mlp"]
 FUSE = ("inputs", "mlp")
@@ -79,6 +79,8 @@ def join_layers(model: nn.Module, how: Fuse | None, example: Any = None) -> None
             module.__dict__[_REASON] = "mlp", tuple(children), reason
         elif len(children) > 1 and not any(id(layer) in joined for layer in children.values()):
             reason = "none of these layers share an input"
+            if example is None and not is_readable(module):
+                reason = "the source of its forward can't be read; pass example="
             module.__dict__[_REASON] = "inputs", tuple(children), reason
 
 
@@ -141,6 +143,7 @@ def _recorded(model: nn.Module, example: Any) -> list[list[nn.Module]]:
     last: tuple[Tensor, int] | None = None
     for layer, x, version in calls:
         if id(layer) in grouped:
+            last = None  # what was joined runs in between
             continue
         grouped.add(id(layer))
         if last is not None and last[0] is x and last[1] == version:
@@ -166,7 +169,8 @@ def _join_mlp(module: nn.Module) -> str | None:
         return "its activation is neither SiLU nor GELU"
     named = isinstance(source.activation, str)
     act = module._modules.get(source.activation) if named else None
-    join(module, GatedMLP(source, activation, act))
+    kind: Any = type(module)
+    join(module, GatedMLP(source, activation, act, kind.forward))
     return None
 
 

@@ -7,7 +7,6 @@ base's dtype, or to 4 bits.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from ..quant import QuantState
 from . import bitsandbytes as bnb
 from .layer_names import plain_name
 from .original_weights import OriginalWeights, Source
-from .peft_merge_layer import merge_layer, unmerge_layer
+from .peft_merge_layer import copy_of, merge_layer, unmerge_layer
 from .peft_merge_report import MergeReport, MergeRow
 
 INTO = ("4bit", "dense")
@@ -218,7 +217,7 @@ def _try_variants(plan: list[_Merge]) -> None:
         for adapter in merge.adapters:
             if adapter in variants and type(variants[adapter]) not in tried:
                 tried.add(type(variants[adapter]))
-                trial = copy.deepcopy(merge.layer)
+                trial = copy_of(merge.layer)
                 try:
                     with warnings.catch_warnings(), torch.no_grad():
                         warnings.simplefilter("ignore")

@@ -17,6 +17,7 @@ from .. import ops
 from . import bitsandbytes as bnb
 from .error_feedback import quantize_with_feedback
 from .peft_explain import base_name
+from .peft_guard import SHARED
 from .peft_layers import is_fast, swap_in
 from .peft_merge_report import MergeRow, measured
 
@@ -203,9 +204,14 @@ def _make_dense(layer: Any, base: Any, result: _Result, dtype: torch.dtype | Non
         swap_in(layer)
 
 
+def copy_of(layer: Any) -> Any:
+    """A deep copy of a layer alone, without the layers that it runs together with."""
+    return copy.deepcopy(layer, {id(layer.__dict__.get(SHARED)): None})
+
+
 def _merged_by_peft(layer: Any, adapters: list[str]) -> tuple[Tensor, Tensor]:
     """The base weight, in fp32, before and after PEFT's own merge of a copy of the layer."""
-    trial = copy.deepcopy(layer)
+    trial = copy_of(layer)
     before = _decoded(trial)
     with warnings.catch_warnings(), torch.no_grad():
         # It warns of the rounding that is measured here.

@@ -34,6 +34,8 @@ def activation_of(module: nn.Module, source: GatedSource) -> str | None:
         home = type(found).__module__.split(".")[0]
         if home not in ("torch", "transformers") or found._modules or _has_hooks(found):
             return None
+        if "forward" in found.__dict__:
+            return None
         if any(True for _ in found.parameters()) or any(True for _ in found.buffers()):
             return None
     elif found not in (nn.functional.silu, nn.functional.gelu):
@@ -55,14 +57,19 @@ class GatedMLP:
         source: what its forward computes.
         activation: one of `reference.ACTIVATIONS`.
         act: the module that does, or None.
+        forward: the forward that `source` was read from.
     """
 
-    def __init__(self, source: GatedSource, activation: str, act: nn.Module | None) -> None:
+    def __init__(
+        self, source: GatedSource, activation: str, act: nn.Module | None, forward: Any
+    ) -> None:
         self.names = (source.gate, source.up, source.down)
         self.up_first = source.up_first
         self.act_name = source.activation if isinstance(source.activation, str) else None
         self.activation = activation
         self.act = act
+        self.act_forward: Any = None if act is None else type(act).forward
+        self.forward = forward
         # Why the latest call ran the module's own forward; None before any, "" when it did not.
         self.last: str | None = None
 
@@ -75,6 +82,9 @@ class GatedMLP:
     ) -> Any:
         """One forward of `module`: the MLP as one node, or `stock`, its own forward."""
         layers = [module._modules.get(name) for name in self.names]
+        if any(not_linear_reason(layer) is not None for layer in layers):
+            separate_mlp(module)  # merged, or restored one by one
+            return stock(*args, **kwargs)
         found = self._plans(module, layers, args, kwargs)
         self.last = found if isinstance(found, str) else ""
         if isinstance(found, str):
@@ -91,14 +101,21 @@ class GatedMLP:
             return "the call has other arguments than one tensor"
         if self.act_name is not None and module._modules.get(self.act_name) is not self.act:
             return "the activation was replaced"
-        if self.act is not None and _has_hooks(self.act):
-            return "the activation has hooks, which fastlora would not call"
+        own: Any = _own_class(type(module))
+        if own.forward is not self.forward:
+            return "its class has another forward since"
+        if self.act is not None:
+            if _has_hooks(self.act):
+                return "the activation has hooks, which fastlora would not call"
+            replaced = "forward" in self.act.__dict__
+            if replaced or type(self.act).forward is not self.act_forward:
+                return "the activation has another forward since"
         x, plans = args[0], []
         for name, layer in zip(self.names, layers, strict=True):
             reason = _closed(layer)
             found: Plan | str = reason if reason is not None else plan(layer, x, (), {})
-            if not isinstance(found, str) and not found.one_launch:
-                found = "it takes more than one launch"
+            if not isinstance(found, str) and (reason := found.apart_reason) is not None:
+                found = reason
             if isinstance(found, str):
                 return f"{name}: {found}"
             plans.append(found)

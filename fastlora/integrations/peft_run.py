@@ -135,16 +135,17 @@ class Plan(NamedTuple):
         return torch.arange(tokens) >= tokens - torch.tensor(self.invoked)[:, None]
 
     @property
-    def one_launch(self) -> bool:
-        """True when `projection` is all of the call."""
+    def apart_reason(self) -> str | None:
+        """Why `projection` is not all of the call, None where it is."""
         if self.parts.quant_state is None and self.casts.compute is not None:
-            return False  # W has to be cast first
-        if self.rows is not None or self.parts.adapters[0].magnitude is not None:
-            return False
-        return len(self._together()) == len(self.parts.adapters)
+            return "autocast casts its base weight at each call"
+        several = self.rows is not None or self.parts.adapters[0].magnitude is not None
+        if several or len(self._together()) != len(self.parts.adapters):
+            return "it takes more than one launch"
+        return None
 
     def projection(self, x: Tensor) -> Projection:
-        """The call on x as one launch, where `one_launch` says that it is one."""
+        """The call on x as one launch, where no `apart_reason` speaks against it."""
         if self.parts.quant_state is not None:
             bnb.settle_compute_dtype(self.parts.base, x)
         return self._fused(self._together())
@@ -278,7 +279,7 @@ class Plan(NamedTuple):
 
 
 def run_together(plans: Sequence[Plan], x: Tensor) -> tuple[Tensor, ...]:
-    """`plan.run(x)` of several plans, all `one_launch` and with the same casts, as one node."""
+    """`plan.run(x)` of several plans with the same casts and no `apart_reason`, as one node."""
     with autocast_off(plans[0], x):
         projections = [plan.projection(x) for plan in plans]
         return shared_linear(cast(x, plans[0].casts.x), projections)

@@ -3,7 +3,8 @@
 The first call computes what all layers of the group return, the next ones take their results. Each
 is taken only by a call that would have computed it: the same layer, x, version of x, grad mode,
 backend and plan. Any other call runs alone, as if there were no group, so that hooks, branches,
-checkpointing, exceptions between the calls or a switch of adapters never change a result.
+checkpointing, exceptions between the calls or a switch of adapters never change a result. Writes
+through `.data` count no version, and are not seen between the calls.
 """
 
 from __future__ import annotations
@@ -129,8 +130,8 @@ class SharedInput:
 
 def _alone_reason(layer: nn.Module, found: Plan) -> str | None:
     """Why a layer's call can't be one of several in a node."""
-    if not found.one_launch:
-        return "it takes more than one launch"
+    if (reason := found.apart_reason) is not None:
+        return reason
     if any(adapter.made for adapter in found.parts.adapters):
         # `_signature` would take the A of two calls for two adapters.
         return "its A or B is made anew at each call"
@@ -161,7 +162,8 @@ def _mode(x: Tensor) -> tuple[Any, ...]:
     """What else a result depends on. Hooks on saved tensors are those of a checkpointed region."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
-    return x._version, torch.is_grad_enabled(), forced_backend(), hooks, stream
+    modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), x.requires_grad)
+    return x._version, *modes, forced_backend(), hooks, stream
 
 
 def _signature(found: Plan) -> tuple[Any, ...]:

@@ -18,14 +18,23 @@ from torch import nn
 
 
 @functools.cache
-def _forward(kind: Any) -> ast.FunctionDef | None:
-    """The forward of a class as a syntax tree, None where there is no source."""
+def _tree(forward: Any) -> ast.FunctionDef | None:
+    """A forward as a syntax tree, None where there is no source that can be followed."""
     try:
-        source = inspect.getsource(inspect.unwrap(kind.forward))
+        source = inspect.getsource(inspect.unwrap(forward))
         tree = ast.parse(textwrap.dedent(source))
     except (OSError, TypeError, SyntaxError):
         return None
-    return next((node for node in tree.body if isinstance(node, ast.FunctionDef)), None)
+    found = next((node for node in tree.body if isinstance(node, ast.FunctionDef)), None)
+    if found is None or not found.args.args or found.args.args[0].arg != "self":
+        return None
+    return found
+
+
+def is_readable(module: nn.Module) -> bool:
+    """Whether the source of a module's forward is there to be read."""
+    kind: Any = type(module)
+    return _tree(kind.forward) is not None
 
 
 # ---- shared inputs ---------------------------------------------------------------------------
@@ -42,7 +51,7 @@ def shared_inputs(module: nn.Module, names: Collection[str]) -> list[list[str]]:
         Lists of two names or more.
     """
     kind: Any = type(module)
-    tree = _forward(kind)
+    tree = _tree(kind.forward)
     if tree is None:
         return []
     reader = _Reader(names)
@@ -113,7 +122,7 @@ class GatedSource(NamedTuple):
 def gated_mlp(module: nn.Module) -> GatedSource | None:
     """The gated MLP that the forward of `module` computes and nothing else; None for all others."""
     kind: Any = type(module)
-    tree = _forward(kind)
+    tree = _tree(kind.forward)
     if tree is None or tree.decorator_list or hasattr(kind.forward, "__wrapped__"):
         return None
     parameters = tree.args
@@ -163,29 +172,41 @@ def _call(node: ast.expr, keywords: bool = False) -> ast.Call | None:
 
 
 def _returned(body: list[ast.stmt]) -> ast.expr | None:
-    """What a body of plain assignments returns, with their values put in; None for any other."""
+    """What a body of plain assignments returns, with their values put in; None for any other.
+
+    Each value must be used once: one that nobody reads is there for what its calls do, and one that
+    is read twice is not computed twice.
+    """
     values: dict[str, ast.expr] = {}
+    put = _Put(values)
     for statement in body:
         if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
             continue
         if isinstance(statement, ast.Return) and statement.value is not None:
-            result: ast.expr = _Put(values).visit(statement.value)
-            return result
+            result: ast.expr = put.visit(statement.value)
+            return result if all(count == 1 for count in put.reads.values()) else None
         if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
             return None
         target = statement.targets[0]
         if not isinstance(target, ast.Name):
             return None
-        values[target.id] = _Put(values).visit(statement.value)
+        value = put.visit(statement.value)
+        if put.reads.get(target.id, 1) != 1:
+            return None
+        values[target.id], put.reads[target.id] = value, 0
     return None
 
 
 class _Put(ast.NodeTransformer):
     def __init__(self, values: dict[str, ast.expr]) -> None:
         self.values = values
+        self.reads: dict[str, int] = {}  # of each value
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
-        return self.values.get(node.id, node)
+        if node.id not in self.values:
+            return node
+        self.reads[node.id] += 1
+        return self.values[node.id]
 
 
 def _global(node: ast.expr, function: Any) -> Any:
