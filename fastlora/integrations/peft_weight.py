@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ..autograd import lora_linear
+from ..autograd import autocast_off, lora_linear
 from ..grouped import grouped_lora_linear
 
 
@@ -132,10 +132,11 @@ class _Adapt(torch.autograd.Function):
     def backward(ctx: Any, dW: Tensor) -> tuple[Tensor | None, ...]:
         left, right = ctx.saved_tensors
         dleft = dright = None
-        if ctx.needs_input_grad[0]:
-            dleft = (dW @ right.to(dW.dtype).mT * ctx.scaling).to(left.dtype)
-        if ctx.needs_input_grad[1]:
-            dright = (left.to(dW.dtype).mT @ dW * ctx.scaling).to(right.dtype)
+        with autocast_off(dW.device):
+            if ctx.needs_input_grad[0]:
+                dleft = (dW @ right.to(dW.dtype).mT * ctx.scaling).to(left.dtype)
+            if ctx.needs_input_grad[1]:
+                dright = (left.to(dW.dtype).mT @ dW * ctx.scaling).to(right.dtype)
         return dleft, dright, None, None
 
 
