@@ -234,6 +234,22 @@ FAULTS = (
         "  if (threads > kWarp)",
         "race",
     ),
+    Fault(
+        "scaled absmax not rounded to the grid",
+        "quantize_absmax.cu",
+        "quantize_absmax",
+        "static_cast<float>(static_cast<int>(point))",
+        "point",
+        "wrong",
+    ),
+    Fault(
+        "no barrier before the maxima of absmax are read",
+        "quantize_absmax.cu",
+        "quantize_absmax",
+        "largest);\n  block_barrier();\n",
+        "largest);\n",
+        "race",
+    ),
 )
 
 CASES = {

@@ -93,5 +93,6 @@ def as_backend() -> Iterator[str]:
         # Triton's interpreter would take most of the time, and has tests of its own.
         patch.setattr(native_cuda, "skinny", lambda device: reference)
         patch.setattr(native, "ops", ops)
+        patch.setattr(native, "_nested", native_cuda.nested)
         patch.setitem(backends.BACKENDS, NAME, module)
         yield NAME

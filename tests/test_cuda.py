@@ -13,6 +13,7 @@ import torch
 
 from fastlora import ops, reference
 from fastlora.backends import native, native_cuda, triton
+from fastlora.quant import QuantState, code_table, dynamic_code
 from tests import emulated
 from tests.cases import BASES, CASES, DTYPES, Base, Case, exact_results, make_inputs, plain_results
 from tests.conftest import poisoned_memory
@@ -101,7 +102,9 @@ def test_quantize_and_dequantize_are_bit_exact(
             )
             want, want_state = reference.quantize_4bit(weight, blocksize, quant_type, nested)
             assert torch.equal(packed, want)
-            assert torch.equal(state.absmax, want_state.absmax)
+            for got, value in zip(state.tensors(), want_state.tensors(), strict=True):
+                assert (got is None) == (value is None)
+                assert got is None or (torch.equal(got, value) and got.dtype == value.dtype)
             for out_dtype in (torch.float32, torch.bfloat16, torch.float16):
                 with poisoned_memory():
                     out = ops.dequantize_4bit(packed, state, out_dtype, backend=backend)
@@ -120,6 +123,48 @@ def test_quantize_takes_what_is_not_aligned_and_not_a_number(backend: str) -> No
     packed, state = ops.quantize_4bit(weight, backend=backend)
     want, want_state = reference.quantize_4bit(weight)
     assert torch.equal(packed, want) and bool(state.absmax[1].isnan())
+
+
+def _assert_same_nesting(absmax: torch.Tensor) -> None:
+    shape = torch.Size((absmax.numel() * 64,))
+    state = QuantState(absmax, shape, code_table("nf4"), torch.float32, 64, "nf4")
+    with poisoned_memory():
+        got = native_cuda.nested(state)
+    want = reference.nested(state)
+    assert torch.equal(got.absmax, want.absmax)
+    for out, value in zip(got.tensors()[1:], want.tensors()[1:], strict=True):
+        torch.testing.assert_close(out, value, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 255, 256, 257, 5000])
+def test_nested_absmax_is_bit_exact(blocks: int, backend: str) -> None:
+    for magnitude in (1.0, 3e-39, 1e-44, 1e30):
+        _assert_same_nesting(torch.rand(blocks) * magnitude)
+    _assert_same_nesting(torch.full((blocks,), 0.25))  # all differences are zero
+
+
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf])
+def test_nested_absmax_that_is_not_finite(odd: float, backend: str) -> None:
+    absmax = torch.rand(600)
+    absmax[300] = odd
+    _assert_same_nesting(absmax)
+
+
+def test_nested_codes_change_where_the_definition_changes_them(backend: str) -> None:
+    """Values on both sides of every edge between two codes, a scale of 1 in each block."""
+    code = dynamic_code()
+    edges = (code[:-1] + code[1:]) * 0.5
+    grid = torch.arange(-3, 4) / 65535.0
+    values = (edges[:, None] + grid).reshape(-1)
+    blocks = torch.nn.functional.pad(values, (0, -len(values) % 254)).view(-1, 254)
+    ends = torch.tensor([1.0, -1.0]).expand(len(blocks), 2)
+    values = torch.cat([blocks, ends], dim=1).reshape(-1)
+    zero = torch.zeros(1)
+    codes, scales = native_cuda.ops.quantize_absmax(values, zero, code)
+    want, state2 = reference._quantize_absmax(values)
+    assert torch.equal(codes, want) and torch.equal(scales, state2.absmax)
+    # The codes nearest to zero lie between two points of the grid: bitsandbytes never takes them.
+    assert codes.unique().numel() == 249
 
 
 # The product of two split numbers leaves out that of their lower parts, up to 2^-16 of it. PEFT's
@@ -185,7 +230,9 @@ def _op_arguments() -> dict[str, tuple]:
     inputs = make_inputs(case, NESTED, DTYPES["bf16, fp32 adapter"])
     quant = (inputs.weight.view(-1), *native_cuda.state_args(inputs.quant_state))
     A, B, S, dtype = inputs.lora_A, inputs.lora_B, torch.randn(5, 2), torch.bfloat16
+    absmax = torch.rand(300)
     return {
+        "quantize_absmax": (absmax, absmax.mean(), dynamic_code()),
         "qlora_gemm_fwd": (inputs.x, *quant, inputs.bias, S, B, 1.0, dtype),
         "qlora_gemm_dx": (inputs.dy, *quant, S, A, 0.1, inputs.seed, dtype),
         "qlora_decode": (inputs.x, *quant, inputs.bias, A, B, 1.0, 0.1, inputs.seed),
@@ -205,6 +252,9 @@ def test_opcheck(op: str) -> None:
 @pytest.mark.parametrize(
     ("op", "place", "wrong", "message"),
     [
+        ("quantize_absmax", 0, torch.rand(8).double(), "absmax has the wrong dtype"),
+        ("quantize_absmax", 1, torch.rand(2), "offset must be contiguous with 1 elements, got 2"),
+        ("quantize_absmax", 2, torch.rand(16), "code must be contiguous with 256 elements, got 16"),
         ("qlora_gemm_fwd", 0, torch.randn(5, 64), "x must be bf16 or fp16"),
         ("qlora_gemm_fwd", 1, torch.zeros(3, dtype=torch.uint8), "weight must be contiguous with"),
         ("qlora_gemm_fwd", 9, torch.randn(4, 2), "S must be .5, 2."),
@@ -325,7 +375,7 @@ LOADS = """
 import ctypes, torch, fastlora
 torch.ops.load_library({library!r})
 for op in (
-    "quantize_4bit", "dequantize_4bit_out", "qlora_gemm_fwd", "qlora_gemm_dx", "qlora_decode"
+    "quantize_4bit", "quantize_absmax", "dequantize_4bit_out", "qlora_gemm_fwd", "qlora_gemm_dx", "qlora_decode"
 ):
     assert torch._C._dispatch_has_kernel_for_dispatch_key("fastlora::" + op, "CUDA"), op
 library = ctypes.CDLL({library!r})

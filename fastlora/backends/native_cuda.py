@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..quant import QuantState
+from ..quant import NESTED_BLOCKSIZE, QuantState, dynamic_code
 from . import grouped
 from .gpu import unsupported_gpu
 
@@ -133,6 +134,18 @@ def state_args(state: QuantState) -> tuple[Any, ...]:
     return state.absmax, state.code, nested_absmax, nested_code, state.offset, state.blocksize
 
 
+def nested(state: QuantState) -> QuantState:
+    """`reference.nested`: torch's mean, then one launch for codes and scales.
+
+    The mean is torch's because the order of its sum is each device's own: so the offset has the
+    bits that torch, and whoever calls torch, gets on the same device.
+    """
+    offset, code = state.absmax.mean(), dynamic_code().to(state.absmax.device)
+    absmax, scales = ops.quantize_absmax(state.absmax, offset, code)
+    state2 = QuantState(scales, absmax.shape, code, torch.float32, NESTED_BLOCKSIZE, "dynamic")
+    return replace(state, absmax=absmax, offset=offset, state2=state2)
+
+
 def skinny(device: torch.device) -> ModuleType:
     """Who makes the products that touch no W: the Triton backend, else the reference."""
     from . import triton
@@ -214,6 +227,11 @@ def qlora_linear_bwd(
 
 def register_fakes(namespace: str) -> None:
     """Shapes without data, for torch.compile."""
+
+    @torch.library.register_fake(f"{namespace}::quantize_absmax")
+    def _(absmax, offset, code):  # type: ignore[no-untyped-def]
+        scales = -(-absmax.numel() // NESTED_BLOCKSIZE)
+        return absmax.new_empty(absmax.numel(), dtype=torch.uint8), absmax.new_empty(scales)
 
     @torch.library.register_fake(f"{namespace}::qlora_gemm_fwd")
     def _(  # type: ignore[no-untyped-def]

@@ -32,6 +32,10 @@ COLUMNS = ("kernel", "arch", "registers", "stack", "spills", "instructions", "lo
 # Weights that a thread decodes in one turn of the main loop.
 WEIGHTS_A_TURN = {"qlora_gemm": 32, "decode_kernel_1": 128, "decode_kernel_2": 128,
                   "decode_kernel_4": 32}  # fmt: skip
+# A kernel's name where it stands in a mangled one, behind its length.
+KERNEL = (
+    r"\d(quantize|quantize_absmax_kernel|dequantize|qlora_gemm|decode_kernel|finish_kernel)[IE]"
+)
 # Registers of one block of 256 threads on a multiprocessor, bytes of stack, spilling instructions.
 LIMITS = {"registers": 255, "stack": 0, "spills": 0}
 
@@ -57,7 +61,7 @@ def nvcc_release() -> str | None:
 
 def short_name(mangled: str) -> str:
     """`qlora_gemm_bf16_1`: the kernel and its template arguments."""
-    name = re.search(r"\d(quantize|dequantize|qlora_gemm|decode_kernel|finish_kernel)[IE]", mangled)
+    name = re.search(KERNEL, mangled)
     if name is None:
         raise ValueError(f"unknown kernel {mangled}")
     rest = mangled[name.end(1) :]

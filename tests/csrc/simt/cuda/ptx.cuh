@@ -86,6 +86,7 @@ uint32_t pack(float low, float high) {
 inline float multiply(float a, float b) { return a * b; }
 inline float add(float a, float b) { return a + b; }
 inline float divide(float a, float b) { return a / b; }
+inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 
 inline uint32_t high_product(uint32_t a, uint32_t b) {
   return static_cast<uint32_t>(uint64_t{a} * b >> 32);
