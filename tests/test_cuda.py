@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 
 from fastlora import ops, reference
 from fastlora.backends import native, native_cuda, triton
-from fastlora.quant import QuantState, code_table, dynamic_code
+from fastlora.quant import QuantState, code_table, dynamic_code, quantize_bounds
 from tests import emulated
 from tests.cases import BASES, CASES, DTYPES, Base, Case, exact_results, make_inputs, plain_results
 from tests.conftest import poisoned_memory
@@ -201,6 +202,26 @@ def test_any_schedule_gives_the_same_bits(backend: str) -> None:
                 assert torch.equal(tensor, getattr(again, name)), name
 
 
+@pytest.mark.parametrize(("sm", "parts"), [(80, 4), (86, 2)])
+def test_sums_are_cut_for_every_place_of_a_gpu(sm: int, parts: int, backend: str) -> None:
+    """Six multiprocessors, with memory for two blocks on sm_80, for one on sm_86; three tiles."""
+    library = emulated.load()
+    case = Case("", M=70, N=384, K=2112, R=4)
+    inputs = make_inputs(case, NESTED, DTYPES["bf16"])
+    quant = (inputs.weight, *native_cuda.state_args(inputs.quant_state))
+    S = reference.shrink(inputs.x, inputs.lora_A, 0.0, None)
+    options = (inputs.bias, S, inputs.lora_B, inputs.scaling, torch.bfloat16)
+    library.simt_set_architecture(sm)
+    before = library.simt_counters().blocks
+    y = native_cuda.ops.qlora_gemm_fwd(inputs.x, *quant, *options)
+    blocks = library.simt_counters().blocks - before
+    library.simt_set_architecture(80)
+    adding = 9 * 2  # blocks of 8 tokens and 256 outputs add the parts
+    assert blocks == 3 * parts + adding
+    plain = plain_results(case, inputs).y
+    assert_close_to_exact(y, exact_results(case, inputs).y, plain, what="y")
+
+
 def test_matrix_loads_meet_no_bank_twice(backend: str) -> None:
     case = Case("", M=130, N=136, K=160, R=20, dropout_p=0.1)
     inputs = make_inputs(case, NESTED, DTYPES["bf16"])
@@ -209,6 +230,65 @@ def test_matrix_loads_meet_no_bank_twice(backend: str) -> None:
     after = emulated.load().simt_counters()
     assert after.matrix_loads > before.matrix_loads
     assert after.bank_conflicts == before.bank_conflicts
+
+
+# Turns that plain loads and stores of shared memory take on top, for each that they must take.
+# qlora_gemm: the packed codes, where lanes 8 apart meet, and the parts of S and B. qlora_decode:
+# the sums of two tokens. quantize_absmax: bisection, whose steps lie anywhere, as do nested codes.
+PLAIN_CONFLICTS = {
+    "quantize_4bit": 0.0,
+    "quantize_absmax": 1.5,
+    "dequantize_4bit": 0.03,
+    "qlora_gemm_fwd": 0.2,
+    "qlora_gemm_dx": 0.2,
+    "qlora_decode": 0.15,
+}
+
+
+def plain_conflicts(
+    library: ctypes.CDLL, M: int = 40, K: int = 512, nested: bool = True
+) -> dict[str, tuple[int, int]]:
+    """Turns on top, and turns without conflicts, of each kernel."""
+    case, ops, counted = Case("", M, 128, K, 20, dropout_p=0.1), native_cuda.ops, {}
+    inputs = make_inputs(case, Base("nf4", 64, nested), DTYPES["bf16"])
+    A, B, S, dtype = inputs.lora_A, inputs.lora_B, torch.randn(M, 20), torch.bfloat16
+    quant = (inputs.weight, *native_cuda.state_args(inputs.quant_state))
+    absmax, code = torch.rand(5000), code_table("nf4")
+    bounds, order = quantize_bounds(code)
+    calls = {
+        "quantize_4bit": (torch.randn(128, K), bounds, order.to(torch.uint8), 64),
+        "quantize_absmax": (absmax, absmax.mean(), dynamic_code()),
+        "dequantize_4bit": (*quant, torch.empty(128, K)),
+        "qlora_gemm_fwd": (inputs.x, *quant, None, S, B, 1.0, dtype),
+        "qlora_gemm_dx": (inputs.dy, *quant, S, A, 0.1, inputs.seed, dtype),
+        "qlora_decode": (inputs.x[:64], *quant, None, A, B, 1.0, 0.1, inputs.seed),
+    }
+    for kernel, arguments in calls.items():
+        before = library.simt_counters()
+        getattr(ops, {"dequantize_4bit": "dequantize_4bit_out"}.get(kernel, kernel))(*arguments)
+        after = library.simt_counters()
+        turns = after.plain_turns - before.plain_turns
+        counted[kernel] = (after.plain_conflicts - before.plain_conflicts, turns)
+    return counted
+
+
+@pytest.mark.parametrize("M", [1, 9, 17, 40, 130])
+def test_plain_accesses_seldom_meet_in_a_bank(M: int, backend: str) -> None:
+    counted = plain_conflicts(emulated.load(), M)
+    assert counted.keys() == PLAIN_CONFLICTS.keys()
+    for kernel, (conflicts, turns) in counted.items():
+        assert turns > 0 and conflicts <= PLAIN_CONFLICTS[kernel] * turns, kernel
+
+
+def test_main_loops_meet_in_banks_for_packed_codes_alone(backend: str) -> None:
+    """A step of qlora_gemm reads the packed codes in eight turns a warp instead of four; the loop
+    of qlora_decode never waits."""
+    library = emulated.load()
+    short, long = (plain_conflicts(library, 70, K, nested=False) for K in (512, 1024))
+    more = {kernel: long[kernel][0] - short[kernel][0] for kernel in short}
+    steps, warps = 512 // 64, 8
+    assert more["qlora_gemm_fwd"] == steps * warps * 4
+    assert more["qlora_decode"] == 0
 
 
 def test_code_table_comes_from_the_state(backend: str) -> None:
@@ -220,6 +300,51 @@ def test_code_table_comes_from_the_state(backend: str) -> None:
         after, exact = run(case, inputs, backend), exact_results(case, inputs)
         assert not torch.allclose(before.y, after.y)
         assert_close_to_exact(after.y, exact.y, plain_results(case, inputs).y, what="y")
+
+
+# ---- not finite ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("M", [3, 70])
+@pytest.mark.parametrize(("N", "K"), [(70, 160), (8, 96), (130, 64)])
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf])
+def test_a_scale_that_is_not_finite_stays_where_it_is(
+    M: int, N: int, K: int, odd: float, backend: str
+) -> None:
+    """Past the end of a sum W is times zero: no scale of another place may come in there."""
+    case = Case("", M, N, K, R=4)
+    for block in (0, N * K // 32 // 2, -1):
+        inputs = make_inputs(case, Base("nf4", 32), DTYPES["bf16, fp32 adapter"])
+        inputs.quant_state.absmax[block] = odd
+        got, exact = run(case, inputs, backend), exact_results(case, inputs)
+        for name in ("y", "dx"):
+            bad = ~getattr(exact, name).isfinite()
+            assert bad.any() and not bad.all()
+            assert torch.equal(~getattr(got, name).isfinite(), bad), name
+
+
+@pytest.mark.parametrize("M", [3, 70])
+def test_infinite_fp32_operands_stay_infinite(M: int, backend: str) -> None:
+    """S B^T and dS A of numbers in two parts: inf keeps its sign, and 0 or -inf makes NaN of it."""
+    N, K, R = 40, 64, 6
+    inf, nan = torch.inf, torch.nan
+    inputs = make_inputs(Case("", M, N, K, R), Base("nf4", 32), DTYPES["bf16, fp32 adapter"])
+    quant = (inputs.weight, *native_cuda.state_args(inputs.quant_state))
+    weight = inputs.exact_weight()
+    S, A, B = torch.randn(M, R), inputs.lora_A, inputs.lora_B
+    S[0, 0], S[1, 1], S[2, 2:4] = inf, -inf, torch.tensor([inf, -inf])
+    for adapter in (A, B.T):  # [R, outputs]
+        adapter[0, 3], adapter[0, 5], adapter[1, 7], adapter[4, 9], adapter[5, 11] = (
+            0.0, 0.5, inf, -inf, nan,
+        )  # fmt: skip
+    y = native_cuda.ops.qlora_gemm_fwd(inputs.x, *quant, None, S, B, 1.0, torch.float32)
+    dx = native_cuda.ops.qlora_gemm_dx(inputs.dy, *quant, S, A, 0.0, None, torch.float32)
+    for got, x, W, adapter in ((y, inputs.x, weight.T, B.T), (dx, inputs.dy, weight, A)):
+        want = (x.double() @ W + S.double() @ adapter.double()).float()
+        assert want.isnan().any() and (want == inf).any() and (want == -inf).any()
+        assert torch.equal(got.isnan(), want.isnan())
+        assert torch.equal(got[want.isinf()], want[want.isinf()])
+        assert torch.equal(got.isfinite(), want.isfinite())
 
 
 # ---- bindings ----------------------------------------------------------------------------------
@@ -316,7 +441,7 @@ def test_the_choice_of_a_kernel_compiles(monkeypatch: pytest.MonkeyPatch) -> Non
 
     def scaled(x: torch.Tensor) -> torch.Tensor:
         most = _fused_tokens(x.device)
-        kernel = native_cuda.plan(x.shape[0], x.shape[1], 64, torch.bfloat16, most)
+        kernel = native_cuda.plan(*x.shape, 64, torch.bfloat16, most)
         return x * len(kernel)
 
     compiled = torch.compile(scaled, fullgraph=True, dynamic=True, backend="eager")
@@ -375,7 +500,8 @@ LOADS = """
 import ctypes, torch, fastlora
 torch.ops.load_library({library!r})
 for op in (
-    "quantize_4bit", "quantize_absmax", "dequantize_4bit_out", "qlora_gemm_fwd", "qlora_gemm_dx", "qlora_decode"
+    "quantize_4bit", "quantize_absmax", "dequantize_4bit_out",
+    "qlora_gemm_fwd", "qlora_gemm_dx", "qlora_decode",
 ):
     assert torch._C._dispatch_has_kernel_for_dispatch_key("fastlora::" + op, "CUDA"), op
 library = ctypes.CDLL({library!r})
@@ -400,19 +526,19 @@ def test_the_gpu_library_loads_without_a_gpu() -> None:
 
 SANITIZED = """
 import torch
-from tests import emulated
-from tests.cases import DTYPES, Base, make_inputs
-from tests.test_backends import run
-from tests.test_cuda import EDGES, NESTED
-from fastlora import ops
+from tests import emulated, test_cuda
+from tests.cases import BASES, DTYPES
 
 emulated.load_library({library!r})
 with emulated.as_backend() as name:
-    for case in EDGES:
-        run(case, make_inputs(case, NESTED, DTYPES["bf16, fp32 adapter"]), name)
-    for shape in ((7, 33), (130, 65)):
-        packed, state = ops.quantize_4bit(torch.randn(shape), 64, "nf4", True, backend=name)
-        ops.dequantize_4bit(packed, state, torch.bfloat16, backend=name)
+    for i, case in enumerate(test_cuda.EDGES):
+        test_cuda.test_against_definition(case, test_cuda.NESTED, "bf16, fp32 adapter", name)
+        base = BASES[2 + i % (len(BASES) - 2)]
+        for dtypes in ("fp16", "fp32 computed in bf16"):
+            test_cuda.test_against_definition(case, base, dtypes, name)
+    for blocksize, dtype in ((32, torch.float32), (64, torch.bfloat16), (4096, torch.float16)):
+        test_cuda.test_quantize_and_dequantize_are_bit_exact(blocksize, "nf4", dtype, name)
+    test_cuda.test_nested_absmax_is_bit_exact(257, name)
 print("clean")
 """
 

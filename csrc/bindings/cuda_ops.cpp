@@ -187,7 +187,7 @@ Tensor qlora_gemm_fwd(Tensor x_any, Tensor weight, Tensor absmax, Tensor code,
     p.bias_dtype = dtype_of(*bias, "bias");
     p.bias = bias->data_ptr();
   }
-  const Tensor workspace = scratch(x, cuda::qlora_gemm_workspace(M, N, K));
+  const Tensor workspace = scratch(x, cuda::qlora_gemm_fwd_workspace(M, N, K));
   check_launch("qlora_gemm_fwd", cuda::qlora_gemm_fwd(p, data_of(workspace), device.stream()));
   return y;
 }
@@ -206,7 +206,7 @@ Tensor qlora_gemm_dx(Tensor dy_any, Tensor weight, Tensor absmax, Tensor code,
   const Tensor dx = empty(dy, {M, K}, dtype);
   cuda::QloraGemm p = gemm_of(dy, weight_of(quant, N, K, dy), dS, lora_A, dx);
   p.dropout = dropout_of(dropout_p, seed);
-  const Tensor workspace = scratch(dy, cuda::qlora_gemm_workspace(M, K, N));
+  const Tensor workspace = scratch(dy, cuda::qlora_gemm_dx_workspace(M, N, K));
   check_launch("qlora_gemm_dx", cuda::qlora_gemm_dx(p, data_of(workspace), device.stream()));
   return dx;
 }

@@ -54,9 +54,10 @@ struct QuantizeAbsmax {
 };
 const char* quantize_absmax(const QuantizeAbsmax& p, Stream stream);
 
-// Floats that qlora_gemm_fwd, qlora_gemm_dx and qlora_decode need as scratch memory.
-int64_t qlora_gemm_workspace(int64_t M, int64_t outputs, int64_t inputs);
+// The floats of `workspace` are scratch memory, as many as the function beside says.
+int64_t qlora_gemm_fwd_workspace(int64_t M, int64_t N, int64_t K);
 const char* qlora_gemm_fwd(const QloraGemm& p, float* workspace, Stream stream);
+int64_t qlora_gemm_dx_workspace(int64_t M, int64_t N, int64_t K);
 const char* qlora_gemm_dx(const QloraGemm& p, float* workspace, Stream stream);
 
 // y and S of LoraLinearFwd for up to kDecodeTokens tokens; blocksize and K are multiples of 64.
