@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastlora import ops, reference
-from fastlora.backends import native, native_cuda, triton
+from fastlora.backends import native, native_cuda, triton, tuned
 from fastlora.quant import QuantState, code_table, dynamic_code, quantize_bounds
 from tests import emulated
 from tests.cases import BASES, CASES, DTYPES, Base, Case, exact_results, make_inputs, plain_results
@@ -425,7 +425,50 @@ def test_decode_tokens_is_the_kernels() -> None:
     ],
 )
 def test_plan(M: int, K: int, blocksize: int, dtype: torch.dtype, kernel: str) -> None:
-    assert native_cuda.plan(M, K, blocksize, dtype, 512) == kernel
+    assert native_cuda.plan("qlora_linear_fwd", M, K, blocksize, dtype, 512) == kernel
+    backward = "gemm" if kernel == "decode" else kernel
+    assert native_cuda.plan("qlora_linear_bwd", M, K, blocksize, dtype, 512) == backward
+
+
+@pytest.mark.parametrize("kept", ["gemm", "decode", None])
+def test_what_was_tuned_goes_before_the_plan(
+    kept: str | None, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    find = lambda *what: asked.append(what) or kept  # noqa: E731
+    monkeypatch.setattr(tuned, "native_kernel", find)
+    inputs = make_inputs(Case("", 9, 40, 64, 3), NESTED, DTYPES["bf16"])
+    inputs.scaling = 1.0
+    for blocksize, forward in ((64, kept or "decode"), (32, "gemm")):
+        weight, state = reference.quantize_4bit(torch.randn(40, 64), blocksize)
+        emulated.called.clear()
+        lora = (inputs.lora_A, inputs.lora_B)
+        _, S = native_cuda.qlora_linear_fwd(inputs.x, weight, state, None, *lora, 1.0)
+        native_cuda.qlora_linear_bwd(inputs.dy, inputs.x, weight, state, *lora, S, 1.0)
+        assert emulated.called == [
+            "qlora_decode" if forward == "decode" else "qlora_gemm_fwd",
+            "qlora_gemm_dx",
+        ]
+    assert [what[0] for what in asked] == ["qlora_linear_fwd", "qlora_linear_bwd"] * 2
+    assert all(what[2:] == (torch.bfloat16, 40, 3) for what in asked)
+
+
+def test_a_named_kernel_runs(backend: str) -> None:
+    """As `fastlora tune` calls each of them, above the limit of tokens, too."""
+    for M, kernel, op in (
+        (5, "gemm", "gemm_fwd"),
+        (5, "decode", "decode"),
+        (600, "gemm", "gemm_fwd"),
+    ):
+        case = Case("", M, 40, 64, 3)
+        inputs = make_inputs(case, NESTED, DTYPES["bf16"])
+        quant = (inputs.weight, inputs.quant_state, inputs.bias)
+        lora = (inputs.lora_A, inputs.lora_B, inputs.scaling)
+        emulated.called.clear()
+        y, _ = native_cuda.qlora_linear_fwd(inputs.x, *quant, *lora, kernel=kernel)
+        assert emulated.called == [f"qlora_{op}"]
+        plain = plain_results(case, inputs).y
+        assert_close_to_exact(y, exact_results(case, inputs).y, plain, what="y")
 
 
 def test_fused_tokens_of_unlisted_devices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -441,7 +484,7 @@ def test_the_choice_of_a_kernel_compiles(monkeypatch: pytest.MonkeyPatch) -> Non
 
     def scaled(x: torch.Tensor) -> torch.Tensor:
         most = _fused_tokens(x.device)
-        kernel = native_cuda.plan(*x.shape, 64, torch.bfloat16, most)
+        kernel = native_cuda.plan("qlora_linear_fwd", *x.shape, 64, torch.bfloat16, most)
         return x * len(kernel)
 
     compiled = torch.compile(scaled, fullgraph=True, dynamic=True, backend="eager")
