@@ -18,6 +18,7 @@ from fastlora.quant import QuantState, code_table, dynamic_code, quantize_bounds
 from tests import emulated
 from tests.cases import BASES, CASES, DTYPES, Base, Case, exact_results, make_inputs, plain_results
 from tests.conftest import poisoned_memory
+from tests.csrc import cuda_gates
 from tests.test_backends import run
 from tests.tolerance import assert_close_to_exact
 
@@ -202,10 +203,12 @@ def test_any_schedule_gives_the_same_bits(backend: str) -> None:
                 assert torch.equal(tensor, getattr(again, name)), name
 
 
-@pytest.mark.parametrize(("sm", "parts"), [(80, 4), (86, 2)])
-def test_sums_are_cut_for_every_place_of_a_gpu(sm: int, parts: int, backend: str) -> None:
-    """Six multiprocessors, with memory for two blocks on sm_80, for one on sm_86; three tiles."""
-    library = emulated.load()
+@pytest.mark.parametrize(
+    ("sm", "blocks_at_once"), [(80, 2), (86, 1), (89, 1), (90, 2), (100, 2), (120, 1)]
+)
+def test_sums_are_cut_for_every_place_of_a_gpu(sm: int, blocks_at_once: int, backend: str) -> None:
+    """Six multiprocessors, each with shared memory for one block or for two; three tiles."""
+    library, parts = emulated.load(), 2 * blocks_at_once
     case = Case("", M=70, N=384, K=2112, R=4)
     inputs = make_inputs(case, NESTED, DTYPES["bf16"])
     quant = (inputs.weight, *native_cuda.state_args(inputs.quant_state))
@@ -218,6 +221,13 @@ def test_sums_are_cut_for_every_place_of_a_gpu(sm: int, parts: int, backend: str
     library.simt_set_architecture(80)
     adding = 9 * 2  # blocks of 8 tokens and 256 outputs add the parts
     assert blocks == 3 * parts + adding
+    # As many have registers there: 65536 of a multiprocessor, for blocks of 256 threads.
+    _, gates = cuda_gates.read_gates()
+    compiled = [row for row in gates if re.fullmatch(f"sm_{sm}a?", row["arch"])]
+    registers = [
+        int(row["registers"]) for row in compiled if row["kernel"].startswith("qlora_gemm")
+    ]
+    assert registers and max(registers) * 256 * blocks_at_once <= 65536
     plain = plain_results(case, inputs).y
     assert_close_to_exact(y, exact_results(case, inputs).y, plain, what="y")
 

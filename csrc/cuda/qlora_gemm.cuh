@@ -158,8 +158,8 @@ struct Gemm : Place<kTokens> {
   // Starts the copy of the thread's codes, and loads their absmax.
   //
   // Past the end W is times zero, and a scale that is not finite would make NaN of it. There the
-  // forward takes zero. dx, which has no register for that, stays in W's last row: where a scale of
-  // that is not finite, the outputs below it aren't anyway.
+  // forward takes zero. dx, which has no register for that, stays in the last of the thread's rows:
+  // where the scale there is not finite, the outputs that it meets aren't anyway.
   FASTLORA_DEVICE Absmax load_codes(int step) {
     const Quant4bit& quant = p.op.weight.quant;
     const bool inside = step < code_steps;
@@ -410,7 +410,7 @@ struct Gemm : Place<kTokens> {
 #pragma unroll
       for (int part = 0; part < kStep / kProduct; part++) {
         // Lanes 8 apart meet in a bank. To begin with the other half in every other eight lanes
-        // takes 2 or 3 instructions a step, and registers that sm_90a and sm_100 have to spill for.
+        // takes 2 to 10 instructions a step, and registers that sm_90a and sm_100 have to spill for.
         if (part % 2 == 0) codes = load_shared<Words2>(packed(step + 1) + 4 * part);
         decode_quarter(step + 1, part, codes.w[part % 2], planes);
         multiply_part<T>(x_tile(step + 1), part, w_tile(step), part);
