@@ -42,6 +42,7 @@ def faults() -> str:
         "race": "the race detector",
         "deadlock": "the scheduler: lanes that never meet",
         "end": "the bound of shared memory",
+        "a block asks for": "the limit of shared memory of a block",
         "ends before": "the end of a thread with copies under way",
         "banks": "the count of bank conflicts",
         "wrong": "the error policy, or bits that differ",

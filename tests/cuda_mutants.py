@@ -24,8 +24,17 @@ import torch
 from fastlora import ops, reference
 from tests import emulated
 from tests.cases import DTYPES, Base, Case, exact_results, make_inputs, plain_results
+from tests.conftest import poisoned_memory
 from tests.test_backends import run
-from tests.test_cuda import LORA_TERM_ERROR, lora_term_errors
+from tests.test_cuda import (
+    LORA_TERM_ERROR,
+    PLAIN_CONFLICTS,
+    lora_term_errors,
+    plain_conflicts,
+    test_a_scale_that_is_not_finite_stays_where_it_is,
+    test_infinite_fp32_operands_stay_infinite,
+    test_nested_codes_change_where_the_definition_changes_them,
+)
 from tests.tolerance import assert_close_to_exact
 
 CUDA = emulated.ROOT / "csrc" / "cuda"
@@ -41,10 +50,10 @@ class Fault:
     unit: str
     old: str
     new: str
-    noticed: str  # words of what notices it: race, deadlock, ends before, banks, wrong, nothing
+    noticed: str  # words of what notices it, as benchmarks/cuda_report.py explains them
 
 
-FWD, DX, DECODE = "qlora_gemm_fwd", "qlora_gemm_dx", "qlora_decode"
+FWD, DX, DECODE, FINISH = "qlora_gemm_fwd", "qlora_gemm_dx", "qlora_decode", "finish"
 LOOP_BARRIER = "      block_barrier();\n      if (step + 1 < end) load_x(step + 1);\n"
 LAST_WAIT = "    copy_async_wait<0>();\n    store_sums();\n"
 LOOP_LOAD = "      if (step + 1 < end) load_x(step + 1);\n"
@@ -56,6 +65,10 @@ def gemm(name: str, unit: str, old: str, new: str, noticed: str) -> Fault:
 
 def decode(name: str, old: str, new: str, noticed: str) -> Fault:
     return Fault(name, "qlora_decode.cu", DECODE, old, new, noticed)
+
+
+def finish(name: str, old: str, new: str, noticed: str) -> Fault:
+    return Fault(name, "finish.cu", FINISH, old, new, noticed)
 
 
 # Must be noticed by nothing: the check itself is right.
@@ -92,8 +105,8 @@ FAULTS = (
     gemm(
         "no barrier after the dropout mask",
         DX,
-        "    }\n    block_barrier();\n#pragma unroll\n    for (int i = 0; i < 4; i++) {",
-        "    }\n#pragma unroll\n    for (int i = 0; i < 4; i++) {",
+        "    }\n    block_barrier();\n#pragma unroll\n    for (int i = 0; i < kRowTiles; i++) {",
+        "    }\n#pragma unroll\n    for (int i = 0; i < kRowTiles; i++) {",
         "race",
     ),
     gemm(
@@ -113,16 +126,23 @@ FAULTS = (
     gemm(
         "one tile of x instead of two",
         FWD,
-        "shared + kXAt + static_cast<uint32_t>(i & 1)",
-        "shared + kXAt + static_cast<uint32_t>(i & 0)",
+        "Memory::kXAt + static_cast<uint32_t>(i & 1)",
+        "Memory::kXAt + static_cast<uint32_t>(i & 0)",
         "race",
     ),
     gemm(
         "shared memory too small for the mask",
         DX,
-        "kGemmDxShared = kKeepAt + kTokens * sizeof(Words4)",
-        "kGemmDxShared = kKeepAt",
+        "kBytes = kKeepAt + (kForward ? 0 : kTokens * sizeof(Words4))",
+        "kBytes = kKeepAt",
         "end",
+    ),
+    gemm(
+        "more shared memory than sm_86 has",
+        FWD,
+        "kBytes = kKeepAt +",
+        "kBytes = 100 * 1024 +",
+        "a block asks for",
     ),
     gemm("no swizzle", FWD, "(chunk ^ (row & 7))", "(chunk)", "banks"),
     gemm(
@@ -194,8 +214,8 @@ FAULTS = (
     ),
     decode(
         "no barrier before the table is overwritten",
-        "  constexpr int kTokens = kTokenTiles * kTile;\n  block_barrier();\n",
-        "  constexpr int kTokens = kTokenTiles * kTile;\n",
+        "  block_barrier();\n#pragma unroll\n  for (int tile = 0; tile < kTokenTiles; tile++) {\n",
+        "#pragma unroll\n  for (int tile = 0; tile < kTokenTiles; tile++) {\n",
         "race",
     ),
     decode(
@@ -218,6 +238,72 @@ FAULTS = (
         "wrong",
     ),
     decode("the last group of columns left out", "group0 < end;", "group0 < end - 1;", "wrong"),
+    decode(
+        "no barrier before the tables are read",
+        "copy_tables(tables, quant, thread, kThreads);\n  block_barrier();\n",
+        "copy_tables(tables, quant, thread, kThreads);\n",
+        "race",
+    ),
+    decode("mask of S: even and odd swapped", "(keeps_even(", "(keeps_odd(", "wrong"),
+    decode(
+        "S without dropout's scale",
+        "op.dropout.threshold == 0 ? 1.0f : op.dropout.scale",
+        "1.0f",
+        "wrong",
+    ),
+    decode(
+        "one counter's bits for all tokens",
+        "random_words(token0 + m,",
+        "random_words(token0,",
+        "wrong",
+    ),
+    decode("sums that meet in a bank", "kStride = kRows + 4", "kStride = kRows", "banks"),
+    gemm(
+        "no barrier before the tables are read",
+        FWD,
+        "    block_barrier();\n    if (split == 0) {\n",
+        "    if (split == 0) {\n",
+        "race",
+    ),
+    gemm(
+        "dx past W's last row in another block",
+        DX,
+        "inside || !kForward ? code : 0",
+        "inside ? code : 0",
+        "wrong",
+    ),
+    gemm(
+        "infinite values in both parts",
+        FWD,
+        "upper.w[i] = finite(pack<bf16>(v[2 * i], v[2 * i + 1]));",
+        "upper.w[i] = pack<bf16>(v[2 * i], v[2 * i + 1]);",
+        "wrong",
+    ),
+    Fault(
+        "no barrier before the tables are read",
+        "dequantize_4bit.cu",
+        "dequantize_4bit",
+        "kThreads);\n  block_barrier();\n",
+        "kThreads);\n",
+        "race",
+    ),
+    finish(
+        "no barrier before S is overwritten",
+        "    block_barrier();\n    for (int i = thread_index()",
+        "    for (int i = thread_index()",
+        "race",
+    ),
+    finish(
+        "no barrier before S is read",
+        "    block_barrier();\n    const int ranks",
+        "    const int ranks",
+        "race",
+    ),
+    finish("the last part left out", "s < p.splits; s++", "s < p.splits - 1; s++", "wrong"),
+    finish("parts of S in one place", "p.S_partial[s * p.M", "p.S_partial[0 * p.M", "wrong"),
+    finish("no S for the backward", "block < token_tiles;", "false;", "wrong"),
+    finish("the LoRA term without its factor", "p.factor * lora[m]", "lora[m]", "wrong"),
+    finish("one output too many", "output < p.outputs,", "output <= p.outputs,", "wrong"),
     Fault(
         "maxima of half a block",
         "quantize_4bit.cu",
@@ -234,9 +320,30 @@ FAULTS = (
         "  if (threads > kWarp)",
         "race",
     ),
+    Fault(
+        "scaled absmax not rounded to the grid",
+        "quantize_absmax.cu",
+        "quantize_absmax",
+        "static_cast<float>(static_cast<int>(point))",
+        "point",
+        "wrong",
+    ),
+    Fault(
+        "no barrier before the maxima of absmax are read",
+        "quantize_absmax.cu",
+        "quantize_absmax",
+        "largest);\n  block_barrier();\n",
+        "largest);\n",
+        "race",
+    ),
 )
 
 CASES = {
+    FINISH: (
+        Case("", 9, 33, 2112, 5),
+        Case("", 70, 64, 1056, 5),
+        Case("", 3, 20, 64, 130),  # more ranks than are in shared memory at once
+    ),
     FWD: (Case("", 130, 137, 224, 40), Case("", 70, 64, 1056, 5)),
     DX: (Case("", 130, 136, 224, 40, dropout_p=0.3),),
     DECODE: (Case("", 9, 33, 2112, 5, dropout_p=0.3),),
@@ -246,18 +353,24 @@ CASES = {
 def check(unit: str, library: Path) -> None:
     """Raises if the emulation or the result shows a fault in `unit`."""
     torch.set_num_threads(1)
+    torch.manual_seed(0)  # what notices a fault today does so tomorrow
     controls = emulated.load_library(library)
     base = Base("nf4", 64, nested=True)
     with emulated.as_backend() as backend:
         for case in CASES.get(unit, ()):
             inputs = make_inputs(case, base, DTYPES["fp16, fp32 adapter"])
             exact, plain = exact_results(case, inputs), plain_results(case, inputs)
-            got = run(case, inputs, backend)
-            for name in ("y", "dx"):
+            with poisoned_memory():
+                got = run(case, inputs, backend)
+            for name in ("y", "dx", "dA", "dB"):
                 results = (getattr(which, name) for which in (got, exact, plain))
                 assert_close_to_exact(*results, what=name)
         if unit in (FWD, DX):
+            test_a_scale_that_is_not_finite_stays_where_it_is(3, 70, 160, torch.nan, backend)
+            test_infinite_fp32_operands_stay_infinite(3, backend)
             assert max(lora_term_errors(backend)) < LORA_TERM_ERROR, "LoRA term"
+        if unit == "quantize_absmax":
+            test_nested_codes_change_where_the_definition_changes_them(backend)
         for blocksize in (64, 2048):
             weight = torch.randn(300, 131)
             want, state = reference.quantize_4bit(weight, blocksize, compress_statistics=True)
@@ -265,6 +378,9 @@ def check(unit: str, library: Path) -> None:
             assert torch.equal(packed, want) and torch.equal(again.absmax, state.absmax)
             out = ops.dequantize_4bit(packed, state, torch.float32, backend=backend)
             assert torch.equal(out, reference.dequantize_4bit(want, state, torch.float32))
+        for kernel, (conflicts, turns) in plain_conflicts(controls).items():
+            if conflicts > PLAIN_CONFLICTS[kernel] * turns:
+                raise RuntimeError(f"banks: {conflicts} turns more than {turns}")
     if controls.simt_counters().bank_conflicts:
         raise RuntimeError("banks are met twice")
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -60,7 +61,15 @@ class Counters(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.c_int64)
-        for name in ("blocks", "matrix_products", "matrix_loads", "bank_conflicts", "async_copies")
+        for name in (
+            "blocks",
+            "matrix_products",
+            "matrix_loads",
+            "bank_conflicts",
+            "async_copies",
+            "plain_turns",
+            "plain_conflicts",
+        )
     ]
 
 
@@ -70,6 +79,18 @@ def load() -> ctypes.CDLL:
     library = load_library(build())
     native_cuda.register_fakes("fastlora_emulated")
     return library
+
+
+# Names of the ops that `as_backend` has called, in order: a test that means a kernel can see to it.
+called: list[str] = []
+
+
+class Recorded:
+    """`torch.ops.fastlora_emulated`, which adds to `called`."""
+
+    def __getattr__(self, op: str) -> Any:
+        called.append(op)
+        return getattr(torch.ops.fastlora_emulated, op)
 
 
 @contextmanager
@@ -83,7 +104,7 @@ def as_backend() -> Iterator[str]:
         quantize_4bit=native.quantize_4bit,
         dequantize_4bit=native.dequantize_4bit,
     )
-    ops = torch.ops.fastlora_emulated
+    ops = Recorded()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native_cuda, "ops", ops)
         patch.setattr(native_cuda, "_reason", None)
@@ -93,5 +114,6 @@ def as_backend() -> Iterator[str]:
         # Triton's interpreter would take most of the time, and has tests of its own.
         patch.setattr(native_cuda, "skinny", lambda device: reference)
         patch.setattr(native, "ops", ops)
+        patch.setattr(native, "_nested", native_cuda.nested)
         patch.setitem(backends.BACKENDS, NAME, module)
         yield NAME

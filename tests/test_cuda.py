@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import pytest
 import torch
 
 from fastlora import ops, reference
-from fastlora.backends import native, native_cuda, triton
+from fastlora.backends import native, native_cuda, triton, tuned
+from fastlora.quant import QuantState, code_table, dynamic_code, quantize_bounds
 from tests import emulated
 from tests.cases import (
     CASES,
@@ -25,6 +27,7 @@ from tests.cases import (
     plain_results,
 )
 from tests.conftest import poisoned_memory
+from tests.csrc import cuda_gates
 from tests.test_backends import run
 from tests.tolerance import assert_close_to_exact
 
@@ -110,7 +113,9 @@ def test_quantize_and_dequantize_are_bit_exact(
             )
             want, want_state = reference.quantize_4bit(weight, blocksize, quant_type, nested)
             assert torch.equal(packed, want)
-            assert torch.equal(state.absmax, want_state.absmax)
+            for got, value in zip(state.tensors(), want_state.tensors(), strict=True):
+                assert (got is None) == (value is None)
+                assert got is None or (torch.equal(got, value) and got.dtype == value.dtype)
             for out_dtype in (torch.float32, torch.bfloat16, torch.float16):
                 with poisoned_memory():
                     out = ops.dequantize_4bit(packed, state, out_dtype, backend=backend)
@@ -129,6 +134,48 @@ def test_quantize_takes_what_is_not_aligned_and_not_a_number(backend: str) -> No
     packed, state = ops.quantize_4bit(weight, backend=backend)
     want, want_state = reference.quantize_4bit(weight)
     assert torch.equal(packed, want) and bool(state.absmax[1].isnan())
+
+
+def _assert_same_nesting(absmax: torch.Tensor) -> None:
+    shape = torch.Size((absmax.numel() * 64,))
+    state = QuantState(absmax, shape, code_table("nf4"), torch.float32, 64, "nf4")
+    with poisoned_memory():
+        got = native_cuda.nested(state)
+    want = reference.nested(state)
+    assert torch.equal(got.absmax, want.absmax)
+    for out, value in zip(got.tensors()[1:], want.tensors()[1:], strict=True):
+        torch.testing.assert_close(out, value, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 255, 256, 257, 5000])
+def test_nested_absmax_is_bit_exact(blocks: int, backend: str) -> None:
+    for magnitude in (1.0, 3e-39, 1e-44, 1e30):
+        _assert_same_nesting(torch.rand(blocks) * magnitude)
+    _assert_same_nesting(torch.full((blocks,), 0.25))  # all differences are zero
+
+
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf])
+def test_nested_absmax_that_is_not_finite(odd: float, backend: str) -> None:
+    absmax = torch.rand(600)
+    absmax[300] = odd
+    _assert_same_nesting(absmax)
+
+
+def test_nested_codes_change_where_the_definition_changes_them(backend: str) -> None:
+    """Values on both sides of every edge between two codes, a scale of 1 in each block."""
+    code = dynamic_code()
+    edges = (code[:-1] + code[1:]) * 0.5
+    grid = torch.arange(-3, 4) / 65535.0
+    values = (edges[:, None] + grid).reshape(-1)
+    blocks = torch.nn.functional.pad(values, (0, -len(values) % 254)).view(-1, 254)
+    ends = torch.tensor([1.0, -1.0]).expand(len(blocks), 2)
+    values = torch.cat([blocks, ends], dim=1).reshape(-1)
+    zero = torch.zeros(1)
+    codes, scales = native_cuda.ops.quantize_absmax(values, zero, code)
+    want, state2 = reference._quantize_absmax(values)
+    assert torch.equal(codes, want) and torch.equal(scales, state2.absmax)
+    # The codes nearest to zero lie between two points of the grid: bitsandbytes never takes them.
+    assert codes.unique().numel() == 249
 
 
 # The product of two split numbers leaves out that of their lower parts, up to 2^-16 of it. PEFT's
@@ -165,6 +212,35 @@ def test_any_schedule_gives_the_same_bits(backend: str) -> None:
                 assert torch.equal(tensor, getattr(again, name)), name
 
 
+@pytest.mark.parametrize(
+    ("sm", "blocks_at_once"), [(80, 2), (86, 1), (89, 1), (90, 2), (100, 2), (120, 1)]
+)
+def test_sums_are_cut_for_every_place_of_a_gpu(sm: int, blocks_at_once: int, backend: str) -> None:
+    """Six multiprocessors, each with shared memory for one block or for two; three tiles."""
+    library, parts = emulated.load(), 2 * blocks_at_once
+    case = Case("", M=70, N=384, K=2112, R=4)
+    inputs = make_inputs(case, NESTED, DTYPES["bf16"])
+    quant = (inputs.weight, *native_cuda.state_args(inputs.quant_state))
+    S = reference.shrink(inputs.x, inputs.lora_A, 0.0, None)
+    options = (inputs.bias, S, inputs.lora_B, inputs.scaling, torch.bfloat16)
+    library.simt_set_architecture(sm)
+    before = library.simt_counters().blocks
+    y = native_cuda.ops.qlora_gemm_fwd(inputs.x, *quant, *options)
+    blocks = library.simt_counters().blocks - before
+    library.simt_set_architecture(80)
+    adding = 9 * 2  # blocks of 8 tokens and 256 outputs add the parts
+    assert blocks == 3 * parts + adding
+    # As many have registers there: 65536 of a multiprocessor, for blocks of 256 threads.
+    _, gates = cuda_gates.read_gates()
+    compiled = [row for row in gates if re.fullmatch(f"sm_{sm}a?", row["arch"])]
+    registers = [
+        int(row["registers"]) for row in compiled if row["kernel"].startswith("qlora_gemm")
+    ]
+    assert registers and max(registers) * 256 * blocks_at_once <= 65536
+    plain = plain_results(case, inputs).y
+    assert_close_to_exact(y, exact_results(case, inputs).y, plain, what="y")
+
+
 def test_matrix_loads_meet_no_bank_twice(backend: str) -> None:
     case = Case("", M=130, N=136, K=160, R=20, dropout_p=0.1)
     inputs = make_inputs(case, NESTED, DTYPES["bf16"])
@@ -173,6 +249,65 @@ def test_matrix_loads_meet_no_bank_twice(backend: str) -> None:
     after = emulated.load().simt_counters()
     assert after.matrix_loads > before.matrix_loads
     assert after.bank_conflicts == before.bank_conflicts
+
+
+# Turns that plain loads and stores of shared memory take on top, for each that they must take.
+# qlora_gemm: the packed codes, where lanes 8 apart meet, and the parts of S and B. qlora_decode:
+# the sums of two tokens. quantize_absmax: bisection, whose steps lie anywhere, as do nested codes.
+PLAIN_CONFLICTS = {
+    "quantize_4bit": 0.0,
+    "quantize_absmax": 1.5,
+    "dequantize_4bit": 0.03,
+    "qlora_gemm_fwd": 0.2,
+    "qlora_gemm_dx": 0.2,
+    "qlora_decode": 0.15,
+}
+
+
+def plain_conflicts(
+    library: ctypes.CDLL, M: int = 40, K: int = 512, nested: bool = True
+) -> dict[str, tuple[int, int]]:
+    """Turns on top, and turns without conflicts, of each kernel."""
+    case, ops, counted = Case("", M, 128, K, 20, dropout_p=0.1), native_cuda.ops, {}
+    inputs = make_inputs(case, Base("nf4", 64, nested), DTYPES["bf16"])
+    A, B, S, dtype = inputs.lora_A, inputs.lora_B, torch.randn(M, 20), torch.bfloat16
+    quant = (inputs.weight, *native_cuda.state_args(inputs.quant_state))
+    absmax, code = torch.rand(5000), code_table("nf4")
+    bounds, order = quantize_bounds(code)
+    calls = {
+        "quantize_4bit": (torch.randn(128, K), bounds, order.to(torch.uint8), 64),
+        "quantize_absmax": (absmax, absmax.mean(), dynamic_code()),
+        "dequantize_4bit": (*quant, torch.empty(128, K)),
+        "qlora_gemm_fwd": (inputs.x, *quant, None, S, B, 1.0, dtype),
+        "qlora_gemm_dx": (inputs.dy, *quant, S, A, 0.1, inputs.seed, dtype),
+        "qlora_decode": (inputs.x[:64], *quant, None, A, B, 1.0, 0.1, inputs.seed),
+    }
+    for kernel, arguments in calls.items():
+        before = library.simt_counters()
+        getattr(ops, {"dequantize_4bit": "dequantize_4bit_out"}.get(kernel, kernel))(*arguments)
+        after = library.simt_counters()
+        turns = after.plain_turns - before.plain_turns
+        counted[kernel] = (after.plain_conflicts - before.plain_conflicts, turns)
+    return counted
+
+
+@pytest.mark.parametrize("M", [1, 9, 17, 40, 130])
+def test_plain_accesses_seldom_meet_in_a_bank(M: int, backend: str) -> None:
+    counted = plain_conflicts(emulated.load(), M)
+    assert counted.keys() == PLAIN_CONFLICTS.keys()
+    for kernel, (conflicts, turns) in counted.items():
+        assert turns > 0 and conflicts <= PLAIN_CONFLICTS[kernel] * turns, kernel
+
+
+def test_main_loops_meet_in_banks_for_packed_codes_alone(backend: str) -> None:
+    """A step of qlora_gemm reads the packed codes in eight turns a warp instead of four; the loop
+    of qlora_decode never waits."""
+    library = emulated.load()
+    short, long = (plain_conflicts(library, 70, K, nested=False) for K in (512, 1024))
+    more = {kernel: long[kernel][0] - short[kernel][0] for kernel in short}
+    steps, warps = 512 // 64, 8
+    assert more["qlora_gemm_fwd"] == steps * warps * 4
+    assert more["qlora_decode"] == 0
 
 
 def test_code_table_comes_from_the_state(backend: str) -> None:
@@ -186,6 +321,51 @@ def test_code_table_comes_from_the_state(backend: str) -> None:
         assert_close_to_exact(after.y, exact.y, plain_results(case, inputs).y, what="y")
 
 
+# ---- not finite ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("M", [3, 70])
+@pytest.mark.parametrize(("N", "K"), [(70, 160), (8, 96), (130, 64)])
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf])
+def test_a_scale_that_is_not_finite_stays_where_it_is(
+    M: int, N: int, K: int, odd: float, backend: str
+) -> None:
+    """Past the end of a sum W is times zero: no scale of another place may come in there."""
+    case = Case("", M, N, K, R=4)
+    for block in (0, N * K // 32 // 2, -1):
+        inputs = make_inputs(case, Base("nf4", 32), DTYPES["bf16, fp32 adapter"])
+        inputs.quant_state.absmax[block] = odd
+        got, exact = run(case, inputs, backend), exact_results(case, inputs)
+        for name in ("y", "dx"):
+            bad = ~getattr(exact, name).isfinite()
+            assert bad.any() and not bad.all()
+            assert torch.equal(~getattr(got, name).isfinite(), bad), name
+
+
+@pytest.mark.parametrize("M", [3, 70])
+def test_infinite_fp32_operands_stay_infinite(M: int, backend: str) -> None:
+    """S B^T and dS A of numbers in two parts: inf keeps its sign, and 0 or -inf makes NaN of it."""
+    N, K, R = 40, 64, 6
+    inf, nan = torch.inf, torch.nan
+    inputs = make_inputs(Case("", M, N, K, R), Base("nf4", 32), DTYPES["bf16, fp32 adapter"])
+    quant = (inputs.weight, *native_cuda.state_args(inputs.quant_state))
+    weight = inputs.exact_weight()
+    S, A, B = torch.randn(M, R), inputs.lora_A, inputs.lora_B
+    S[0, 0], S[1, 1], S[2, 2:4] = inf, -inf, torch.tensor([inf, -inf])
+    for adapter in (A, B.T):  # [R, outputs]
+        adapter[0, 3], adapter[0, 5], adapter[1, 7], adapter[4, 9], adapter[5, 11] = (
+            0.0, 0.5, inf, -inf, nan,
+        )  # fmt: skip
+    y = native_cuda.ops.qlora_gemm_fwd(inputs.x, *quant, None, S, B, 1.0, torch.float32)
+    dx = native_cuda.ops.qlora_gemm_dx(inputs.dy, *quant, S, A, 0.0, None, torch.float32)
+    for got, x, W, adapter in ((y, inputs.x, weight.T, B.T), (dx, inputs.dy, weight, A)):
+        want = (x.double() @ W + S.double() @ adapter.double()).float()
+        assert want.isnan().any() and (want == inf).any() and (want == -inf).any()
+        assert torch.equal(got.isnan(), want.isnan())
+        assert torch.equal(got[want.isinf()], want[want.isinf()])
+        assert torch.equal(got.isfinite(), want.isfinite())
+
+
 # ---- bindings ----------------------------------------------------------------------------------
 
 
@@ -194,7 +374,9 @@ def _op_arguments() -> dict[str, tuple]:
     inputs = make_inputs(case, NESTED, DTYPES["bf16, fp32 adapter"])
     quant = (inputs.weight.view(-1), *native_cuda.state_args(inputs.quant_state))
     A, B, S, dtype = inputs.lora_A, inputs.lora_B, torch.randn(5, 2), torch.bfloat16
+    absmax = torch.rand(300)
     return {
+        "quantize_absmax": (absmax, absmax.mean(), dynamic_code()),
         "qlora_gemm_fwd": (inputs.x, *quant, inputs.bias, S, B, 1.0, dtype),
         "qlora_gemm_dx": (inputs.dy, *quant, S, A, 0.1, inputs.seed, dtype),
         "qlora_decode": (inputs.x, *quant, inputs.bias, A, B, 1.0, 0.1, inputs.seed),
@@ -214,6 +396,9 @@ def test_opcheck(op: str) -> None:
 @pytest.mark.parametrize(
     ("op", "place", "wrong", "message"),
     [
+        ("quantize_absmax", 0, torch.rand(8).double(), "absmax has the wrong dtype"),
+        ("quantize_absmax", 1, torch.rand(2), "offset must be contiguous with 1 elements, got 2"),
+        ("quantize_absmax", 2, torch.rand(16), "code must be contiguous with 256 elements, got 16"),
         ("qlora_gemm_fwd", 0, torch.randn(5, 64), "x must be bf16 or fp16"),
         ("qlora_gemm_fwd", 1, torch.zeros(3, dtype=torch.uint8), "weight must be contiguous with"),
         ("qlora_gemm_fwd", 9, torch.randn(4, 2), "S must be .5, 2."),
@@ -259,7 +444,50 @@ def test_decode_tokens_is_the_kernels() -> None:
     ],
 )
 def test_plan(M: int, K: int, blocksize: int, dtype: torch.dtype, kernel: str) -> None:
-    assert native_cuda.plan(M, K, blocksize, dtype, 512) == kernel
+    assert native_cuda.plan("qlora_linear_fwd", M, K, blocksize, dtype, 512) == kernel
+    backward = "gemm" if kernel == "decode" else kernel
+    assert native_cuda.plan("qlora_linear_bwd", M, K, blocksize, dtype, 512) == backward
+
+
+@pytest.mark.parametrize("kept", ["gemm", "decode", None])
+def test_what_was_tuned_goes_before_the_plan(
+    kept: str | None, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    find = lambda *what: asked.append(what) or kept  # noqa: E731
+    monkeypatch.setattr(tuned, "native_kernel", find)
+    inputs = make_inputs(Case("", 9, 40, 64, 3), NESTED, DTYPES["bf16"])
+    inputs.scaling = 1.0
+    for blocksize, forward in ((64, kept or "decode"), (32, "gemm")):
+        weight, state = reference.quantize_4bit(torch.randn(40, 64), blocksize)
+        emulated.called.clear()
+        lora = (inputs.lora_A, inputs.lora_B)
+        _, S = native_cuda.qlora_linear_fwd(inputs.x, weight, state, None, *lora, 1.0)
+        native_cuda.qlora_linear_bwd(inputs.dy, inputs.x, weight, state, *lora, S, 1.0)
+        assert emulated.called == [
+            "qlora_decode" if forward == "decode" else "qlora_gemm_fwd",
+            "qlora_gemm_dx",
+        ]
+    assert [what[0] for what in asked] == ["qlora_linear_fwd", "qlora_linear_bwd"] * 2
+    assert all(what[2:] == (torch.bfloat16, 40, 3) for what in asked)
+
+
+def test_a_named_kernel_runs(backend: str) -> None:
+    """As `fastlora tune` calls each of them, above the limit of tokens, too."""
+    for M, kernel, op in (
+        (5, "gemm", "gemm_fwd"),
+        (5, "decode", "decode"),
+        (600, "gemm", "gemm_fwd"),
+    ):
+        case = Case("", M, 40, 64, 3)
+        inputs = make_inputs(case, NESTED, DTYPES["bf16"])
+        quant = (inputs.weight, inputs.quant_state, inputs.bias)
+        lora = (inputs.lora_A, inputs.lora_B, inputs.scaling)
+        emulated.called.clear()
+        y, _ = native_cuda.qlora_linear_fwd(inputs.x, *quant, *lora, kernel=kernel)
+        assert emulated.called == [f"qlora_{op}"]
+        plain = plain_results(case, inputs).y
+        assert_close_to_exact(y, exact_results(case, inputs).y, plain, what="y")
 
 
 def test_fused_tokens_of_unlisted_devices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,7 +503,7 @@ def test_the_choice_of_a_kernel_compiles(monkeypatch: pytest.MonkeyPatch) -> Non
 
     def scaled(x: torch.Tensor) -> torch.Tensor:
         most = _fused_tokens(x.device)
-        kernel = native_cuda.plan(x.shape[0], x.shape[1], 64, torch.bfloat16, most)
+        kernel = native_cuda.plan("qlora_linear_fwd", *x.shape, 64, torch.bfloat16, most)
         return x * len(kernel)
 
     compiled = torch.compile(scaled, fullgraph=True, dynamic=True, backend="eager")
@@ -334,7 +562,8 @@ LOADS = """
 import ctypes, torch, fastlora
 torch.ops.load_library({library!r})
 for op in (
-    "quantize_4bit", "dequantize_4bit_out", "qlora_gemm_fwd", "qlora_gemm_dx", "qlora_decode"
+    "quantize_4bit", "quantize_absmax", "dequantize_4bit_out",
+    "qlora_gemm_fwd", "qlora_gemm_dx", "qlora_decode",
 ):
     assert torch._C._dispatch_has_kernel_for_dispatch_key("fastlora::" + op, "CUDA"), op
 library = ctypes.CDLL({library!r})
@@ -359,19 +588,19 @@ def test_the_gpu_library_loads_without_a_gpu() -> None:
 
 SANITIZED = """
 import torch
-from tests import emulated
-from tests.cases import DTYPES, Base, make_inputs
-from tests.test_backends import run
-from tests.test_cuda import EDGES, NESTED
-from fastlora import ops
+from tests import emulated, test_cuda
+from tests.cases import BASES, DTYPES
 
 emulated.load_library({library!r})
 with emulated.as_backend() as name:
-    for case in EDGES:
-        run(case, make_inputs(case, NESTED, DTYPES["bf16, fp32 adapter"]), name)
-    for shape in ((7, 33), (130, 65)):
-        packed, state = ops.quantize_4bit(torch.randn(shape), 64, "nf4", True, backend=name)
-        ops.dequantize_4bit(packed, state, torch.bfloat16, backend=name)
+    for i, case in enumerate(test_cuda.EDGES):
+        test_cuda.test_against_definition(case, test_cuda.NESTED, "bf16, fp32 adapter", name)
+        base = BASES[2 + i % (len(BASES) - 2)]
+        for dtypes in ("fp16", "fp32 computed in bf16"):
+            test_cuda.test_against_definition(case, base, dtypes, name)
+    for blocksize, dtype in ((32, torch.float32), (64, torch.bfloat16), (4096, torch.float16)):
+        test_cuda.test_quantize_and_dequantize_are_bit_exact(blocksize, "nf4", dtype, name)
+    test_cuda.test_nested_absmax_is_bit_exact(257, name)
 print("clean")
 """
 

@@ -19,7 +19,7 @@ RUNNERS = ("native", emulated.NAME, "triton")
 CASES = (
     Case("decoding", 9, 24, 128, 4, dropout_p=0.2),
     Case("a tile and a bit", 70, 72, 160, 5, dropout_p=0.1, strided=True),
-    Case("no multiple of anything", 33, 35, 67, 3, dropout_p=0.3, bias=False),
+    Case("no multiple of a tile", 33, 35, 96, 3, dropout_p=0.3, bias=False),
 )
 BASES = (Base("nf4", 64, nested=True), Base("fp4", 128))
 DTYPES = ("bf16, fp32 adapter", "fp16", "fp32 computed in bf16")
@@ -41,14 +41,21 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.mark.parametrize("base", BASES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_one_error_policy(case: Case, base: Base, dtypes: str, backend: str) -> None:
+    emulated.called.clear()
     test_backends.test_against_definition(case, base, dtypes, backend)
+    if backend == emulated.NAME:
+        decodes = case.name == "decoding" and "computed" not in dtypes
+        forward = "qlora_decode" if decodes else "qlora_gemm_fwd"
+        assert emulated.called == [forward, "qlora_gemm_dx"]
 
 
-@pytest.mark.parametrize("M", [5, 70])
+# The CUDA side makes the forward's mask itself for at most 64 tokens; above, S has another maker.
+@pytest.mark.parametrize("M", [5, 64])
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.999])
 def test_one_dropout_mask(M: int, p: float, backend: str) -> None:
     """With A = B = identity and W = 0, y is drop(x) and dx is drop'(dy): zeros are the mask's."""
     K, seed = 192, torch.tensor([-12345])
+    emulated.called.clear()
     x, eye = torch.ones(M, K, dtype=torch.bfloat16), torch.eye(K)
     weight, state = reference.quantize_4bit(torch.zeros(K, K))
     mask = reference.dropout_mask(M, K, p, seed)
@@ -56,3 +63,5 @@ def test_one_dropout_mask(M: int, p: float, backend: str) -> None:
     assert torch.equal(y != 0, mask)
     dx, *_ = ops.qlora_linear_bwd(x, x, weight, state, eye, eye, S, 1.0, p, seed, backend=backend)
     assert torch.equal(dx != 0, mask)
+    if backend == emulated.NAME:
+        assert emulated.called == ["qlora_decode", "qlora_gemm_dx"]

@@ -108,6 +108,30 @@ std::tuple<Tensor, Tensor> quantize_4bit(Tensor weight, Tensor bounds, Tensor or
   return {q.packed, q.absmax};
 }
 
+std::tuple<Tensor, Tensor> quantize_absmax(Tensor absmax, Tensor offset, Tensor code) {
+  const OnDeviceOf device(absmax);
+  const int64_t blocks = absmax.numel();
+  check_vector(absmax, "absmax", blocks);
+  check_vector(offset, "offset", 1);
+  check_vector(code, "code", 256);
+  check_dtype(absmax, "absmax", ScalarType::Float);
+  check_dtype(offset, "offset", ScalarType::Float);
+  check_dtype(code, "code", ScalarType::Float);
+  check_on_device(absmax, offset, "offset");
+  check_on_device(absmax, code, "code");
+  const Tensor codes = empty(absmax, {blocks}, ScalarType::Byte);
+  const Tensor nested_absmax = empty(absmax, {(blocks + kNestedBlock - 1) / kNestedBlock});
+  cuda::QuantizeAbsmax p{};
+  p.blocks = blocks;
+  p.absmax = data_of(absmax);
+  p.offset = data_of(offset);
+  p.code = data_of(code);
+  p.absmax_8bit = static_cast<uint8_t*>(codes.data_ptr());
+  p.nested_absmax = data_of(nested_absmax);
+  check_launch("quantize_absmax", cuda::quantize_absmax(p, device.stream()));
+  return {codes, nested_absmax};
+}
+
 void dequantize_4bit_out(Tensor weight, Tensor absmax, Tensor code, OptionalTensor nested_absmax,
                          OptionalTensor nested_code, OptionalTensor nested_offset,
                          int64_t blocksize, Tensor out) {
@@ -163,7 +187,7 @@ Tensor qlora_gemm_fwd(Tensor x_any, Tensor weight, Tensor absmax, Tensor code,
     p.bias_dtype = dtype_of(*bias, "bias");
     p.bias = bias->data_ptr();
   }
-  const Tensor workspace = scratch(x, cuda::qlora_gemm_workspace(M, N, K));
+  const Tensor workspace = scratch(x, cuda::qlora_gemm_fwd_workspace(M, N, K));
   check_launch("qlora_gemm_fwd", cuda::qlora_gemm_fwd(p, data_of(workspace), device.stream()));
   return y;
 }
@@ -182,7 +206,7 @@ Tensor qlora_gemm_dx(Tensor dy_any, Tensor weight, Tensor absmax, Tensor code,
   const Tensor dx = empty(dy, {M, K}, dtype);
   cuda::QloraGemm p = gemm_of(dy, weight_of(quant, N, K, dy), dS, lora_A, dx);
   p.dropout = dropout_of(dropout_p, seed);
-  const Tensor workspace = scratch(dy, cuda::qlora_gemm_workspace(M, K, N));
+  const Tensor workspace = scratch(dy, cuda::qlora_gemm_dx_workspace(M, N, K));
   check_launch("qlora_gemm_dx", cuda::qlora_gemm_dx(p, data_of(workspace), device.stream()));
   return dx;
 }
@@ -241,6 +265,9 @@ std::tuple<Tensor, Tensor> qlora_decode(Tensor x_any, Tensor weight, Tensor absm
 }  // namespace fastlora
 
 STABLE_TORCH_LIBRARY_FRAGMENT(FASTLORA_CUDA_LIBRARY, m) {
+  m.def(
+      "quantize_absmax(Tensor absmax, Tensor offset, Tensor code)"
+      " -> (Tensor absmax_8bit, Tensor nested_absmax)");
   m.def("qlora_gemm_fwd(Tensor x, " FASTLORA_QUANT
         "Tensor? bias, Tensor S, Tensor lora_B, float scaling, ScalarType dtype) -> Tensor y");
   m.def("qlora_gemm_dx(Tensor dy, " FASTLORA_QUANT
@@ -252,6 +279,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FASTLORA_CUDA_LIBRARY, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(FASTLORA_CUDA_LIBRARY, FASTLORA_CUDA_DEVICE, m) {
   m.impl("quantize_4bit", TORCH_BOX(&fastlora::quantize_4bit));
+  m.impl("quantize_absmax", TORCH_BOX(&fastlora::quantize_absmax));
   m.impl("dequantize_4bit_out", TORCH_BOX(&fastlora::dequantize_4bit_out));
   m.impl("qlora_gemm_fwd", TORCH_BOX(&fastlora::qlora_gemm_fwd));
   m.impl("qlora_gemm_dx", TORCH_BOX(&fastlora::qlora_gemm_dx));

@@ -43,9 +43,21 @@ constexpr int64_t kMostBlocksize = 4096;  // of quantize_4bit: a block of codes 
 const char* quantize_4bit(const Quantize4bit& p, Stream stream);
 const char* dequantize_4bit(const Dequantize4bit& p, Stream stream);
 
-// Floats that qlora_gemm_fwd, qlora_gemm_dx and qlora_decode need as scratch memory.
-int64_t qlora_gemm_workspace(int64_t M, int64_t outputs, int64_t inputs);
+// The second quantisation, of absmax itself, to codes of 8 bits: reference.nested.
+struct QuantizeAbsmax {
+  int64_t blocks;
+  const float* absmax;   // [blocks]
+  const float* offset;   // [1], the mean of absmax
+  const float* code;     // [256], ascending
+  uint8_t* absmax_8bit;  // [blocks]
+  float* nested_absmax;  // [ceil(blocks / kNestedBlock)]
+};
+const char* quantize_absmax(const QuantizeAbsmax& p, Stream stream);
+
+// The floats of `workspace` are scratch memory, as many as the function beside says.
+int64_t qlora_gemm_fwd_workspace(int64_t M, int64_t N, int64_t K);
 const char* qlora_gemm_fwd(const QloraGemm& p, float* workspace, Stream stream);
+int64_t qlora_gemm_dx_workspace(int64_t M, int64_t N, int64_t K);
 const char* qlora_gemm_dx(const QloraGemm& p, float* workspace, Stream stream);
 
 // y and S of LoraLinearFwd for up to kDecodeTokens tokens; blocksize and K are multiples of 64.

@@ -45,6 +45,17 @@ const char* fault_on(int device, void (*kernel)(Params)) {
   return words_of(error);
 }
 
+// How many blocks with `shared_bytes` a multiprocessor of the current device has memory for, `most`
+// at most.
+inline int blocks_at_once(size_t shared_bytes, int most) {
+  int device = 0, all = 0, reserved = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 1;
+  cudaDeviceGetAttribute(&all, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device);
+  const int fit = all / (static_cast<int>(shared_bytes) + reserved);
+  return fit < 1 ? 1 : fit < most ? fit : most;
+}
+
 // Multiprocessors of the current device.
 inline int multiprocessors() {
   int device = 0, count = 1;

@@ -76,6 +76,8 @@ FASTLORA_DEVICE uint32_t pack<f16>(float low, float high) {
 FASTLORA_DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
 FASTLORA_DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
 FASTLORA_DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
+// a * b + c, rounded once.
+FASTLORA_DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 
 FASTLORA_DEVICE uint32_t high_product(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 

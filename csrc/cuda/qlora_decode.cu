@@ -25,11 +25,11 @@ constexpr int kLog2Columns = 6, kColumns = 1 << kLog2Columns;  // of W: a group 
 // Such groups of columns that a warp loads at once: as many as the registers hold.
 template <int kTokenTiles>
 constexpr int kAtOnce = kTokenTiles > 2 ? 1 : 4;
-constexpr int kTile = 8;       // tokens of an mma, and of a block that makes S
-constexpr int kRanks = 4;      // of a block that makes S: with kTile tokens, a sum for each lane
-constexpr int kMostTiles = 4;  // of tokens, for a block that reads W
-constexpr int kPairs = 256;    // values of a byte
-constexpr int kBlocksOfSM = 2;
+constexpr int kTile = 8;          // tokens of an mma, and of a block that makes S
+constexpr int kRanks = 4;         // of a block that makes S: with kTile tokens, a sum for each lane
+constexpr int kMostTiles = 4;     // of tokens, for a block that reads W
+constexpr int kPairs = 256;       // values of a byte
+constexpr int kBlocksAtOnce = 2;  // on a multiprocessor
 
 constexpr uint32_t kPairBytes = kWarp * sizeof(uint32_t);  // a pair, once for each lane
 constexpr uint32_t kTableAt = kPairs * kPairBytes;
@@ -141,15 +141,17 @@ FASTLORA_DEVICE void multiply_rows(const DecodeParams& p) {
     }
   }
 
-  // The warps' sums meet where the table was: [warp][row][token].
-  constexpr int kTokens = kTokenTiles * kTile;
+  // The warps' sums meet where the table was: [warp][token][row], the rows of a token kStride apart,
+  // so that no two of the sums that a warp stores at once meet in a bank.
+  constexpr int kTokens = kTokenTiles * kTile, kStride = kRows + 4;
+  static_assert(kWarps * kTokens * kStride * sizeof(float) <= kSharedBytes);
   block_barrier();
 #pragma unroll
   for (int tile = 0; tile < kTokenTiles; tile++) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const int row = g + 8 * (i / 2), token = tile * kTile + 2 * t + i % 2;
-      const int at = (warp * kRows + row) * kTokens + token;
+      const int at = (warp * kTokens + token) * kStride + row;
       store_shared<float>(shared + 4 * static_cast<uint32_t>(at), sums[tile][i]);
     }
   }
@@ -160,7 +162,7 @@ FASTLORA_DEVICE void multiply_rows(const DecodeParams& p) {
     float sum = 0.0f;
 #pragma unroll
     for (int other = 0; other < kWarps; other++) {
-      const int at = (other * kRows + row) * kTokens + token;
+      const int at = (other * kTokens + token) * kStride + row;
       sum += load_shared<float>(shared + 4 * static_cast<uint32_t>(at));
     }
     p.partial[(split * op.M + token0 + token) * N + row0 + row] = sum;
@@ -254,7 +256,7 @@ FASTLORA_DEVICE void make_S(const DecodeParams& p, int block) {
 // ---- both --------------------------------------------------------------------------------------
 
 template <class T, int kTokenTiles>
-__global__ void __launch_bounds__(kThreads, kBlocksOfSM) decode_kernel(const DecodeParams p) {
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce) decode_kernel(const DecodeParams p) {
   const int S_block = block_index() - p.row_tiles * p.splits * p.token_groups;
   if (S_block < 0) {
     multiply_rows<T, kTokenTiles>(p);
@@ -271,7 +273,8 @@ DecodeParams params_of(const LoraLinearFwd& op) {
   p.token_groups = static_cast<int>(ceil_div(p.token_tiles, kMostTiles));
   p.rank_tiles = static_cast<int>(ceil_div(op.R, kRanks));
   // A block for each place, but no warp without columns.
-  const int64_t wanted = ceil_div(kBlocksOfSM * multiprocessors(), p.row_tiles * p.token_groups);
+  const int places = multiprocessors() * blocks_at_once(kSharedBytes, kBlocksAtOnce);
+  const int64_t wanted = ceil_div(places, p.row_tiles * p.token_groups);
   const int64_t most = larger<int64_t>(1, op.weight.K / (kColumns * kWarps));
   p.splits = static_cast<int>(smaller(wanted, most));
   constexpr int64_t kColumnsOfBlock = kThreads / 16 * kDropoutBlock;

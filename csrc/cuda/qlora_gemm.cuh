@@ -1,7 +1,8 @@
 // The tile kernel of qlora_gemm_fwd and qlora_gemm_dx (struct QloraGemm in kernels.h).
 //
-// A block makes a tile of 128 tokens by 128 outputs with eight warps of 64 x 32. Forward and dx differ
-// in one point: the sum runs along W's rows or down its columns. Either way the packed bytes are
+// A block makes a tile of 128 tokens (64, if there are no more) by 128 outputs with eight warps, each
+// of half the tokens and a quarter of the outputs. Forward and dx differ in one point: the sum runs
+// along W's rows or down its columns. Either way the packed bytes are
 // decoded into a swizzled 16-bit tile of shared memory, in W's own order; `ldmatrix` or its
 // transposing form then reads the operand.
 //
@@ -23,22 +24,26 @@
 namespace fastlora::cuda {
 
 constexpr int kThreads = 256, kWarp = 32;
-constexpr int kTokens = 128, kOutputs = 128;  // of a tile
-constexpr int kStep = 64;                     // terms of the sum at once
-constexpr int kProduct = 16;                  // terms of one tensor core instruction
-constexpr int kRun = 32;                      // codes that a thread decodes: they share one absmax
-constexpr int kRanks = 32;                    // ranks at once: high and low parts fill a step
-constexpr int kWarpTokens = 64, kWarpOutputs = 32;
+constexpr int kMostTokens = 128, kFewTokens = 64, kOutputs = 128;  // of a tile
+constexpr int kStep = 64;                                          // terms of the sum at once
+constexpr int kProduct = 16;  // terms of one tensor core instruction
+constexpr int kRun = 32;      // codes that a thread decodes: they share one absmax
+constexpr int kRanks = 32;    // ranks at once: high and low parts fill a step
+constexpr int kWarpOutputs = 32;
 
 // Shared memory. A tile's rows have 128 bytes, eight chunks of 16.
 constexpr uint32_t kRowBytes = 128, kChunkBytes = 16;
-constexpr uint32_t kTileBytes = kTokens * kRowBytes;
+constexpr uint32_t kWBytes = kOutputs * kRowBytes;
 constexpr uint32_t kHalfBytes = kStep * kRowBytes;  // dx: W's tile is two halves of 64 columns
 constexpr uint32_t kPackedBytes = kThreads * kChunkBytes;
-constexpr uint32_t kXAt = 0, kWAt = kXAt + 2 * kTileBytes, kPackedAt = kWAt + 2 * kTileBytes;
-constexpr uint32_t kTablesAt = kPackedAt + 2 * kPackedBytes;
-constexpr uint32_t kKeepAt = kTablesAt + kTableBytes;  // dx: four words for each token
-constexpr uint32_t kGemmShared = kKeepAt, kGemmDxShared = kKeepAt + kTokens * sizeof(Words4);
+template <bool kForward, int kTokens>
+struct Layout {
+  static constexpr uint32_t kXBytes = kTokens * kRowBytes;
+  static constexpr uint32_t kXAt = 0, kWAt = kXAt + 2 * kXBytes, kPackedAt = kWAt + 2 * kWBytes;
+  static constexpr uint32_t kTablesAt = kPackedAt + 2 * kPackedBytes;
+  static constexpr uint32_t kKeepAt = kTablesAt + kTableBytes;  // dx: four words for each token
+  static constexpr uint32_t kBytes = kKeepAt + (kForward ? 0 : kTokens * sizeof(Words4));
+};
 
 struct GemmParams {
   QloraGemm op;
@@ -63,7 +68,9 @@ FASTLORA_DEVICE uint32_t moved(uint32_t address, int rows, int chunk) {
 }
 
 // The thread's place in its tile, and the tile's in the product.
+template <int kTokens>
 struct Place {
+  static constexpr int kWarpTokens = kTokens / 2;
   FASTLORA_DEVICE explicit Place(const GemmParams& p) {
     thread = thread_index();
     lane = thread % kWarp;
@@ -82,9 +89,15 @@ struct Place {
   int tokens;  // of the tile that exist
 };
 
-template <class T, bool kForward>
-struct Gemm : Place {
-  FASTLORA_DEVICE explicit Gemm(const GemmParams& params) : Place(params), p(params) {}
+template <class T, bool kForward, int kTokens>
+struct Gemm : Place<kTokens> {
+  using At = Place<kTokens>;
+  using Memory = Layout<kForward, kTokens>;
+  using At::split, At::token0, At::output0, At::tokens;
+  using At::thread, At::lane, At::warp, At::warp_token, At::warp_output;
+  static constexpr int kRowTiles = At::kWarpTokens / 16;  // of a warp
+
+  FASTLORA_DEVICE explicit Gemm(const GemmParams& params) : At(params), p(params) {}
 
   const GemmParams& p;
   const uint32_t shared = shared_memory();
@@ -110,17 +123,18 @@ struct Gemm : Place {
   const int moving = kForward ? thread % 2 * kRun : code_row;
   const int code_steps = fixed < p.outputs ? (p.inputs - moving + kStep - 1) / kStep : 0;
   int64_t code = kForward ? fixed * p.op.weight.K + begin * kStep + moving
-                          : (begin * kStep + moving) * p.op.weight.K + fixed;
-  float sums[4][4][4] = {};  // [16 tokens][8 outputs][element of an mma's result]
+                          : smaller(begin * kStep + moving, p.inputs - 1) * p.op.weight.K +
+                                smaller<int64_t>(fixed, p.outputs - kRun);
+  float sums[kRowTiles][4][4] = {};  // [16 tokens][8 outputs][element of an mma's result]
 
   FASTLORA_DEVICE uint32_t x_tile(int i) const {
-    return shared + kXAt + static_cast<uint32_t>(i & 1) * kTileBytes;
+    return shared + Memory::kXAt + static_cast<uint32_t>(i & 1) * Memory::kXBytes;
   }
   FASTLORA_DEVICE uint32_t w_tile(int i) const {
-    return shared + kWAt + static_cast<uint32_t>(i & 1) * kTileBytes;
+    return shared + Memory::kWAt + static_cast<uint32_t>(i & 1) * kWBytes;
   }
   FASTLORA_DEVICE uint32_t packed(int i) const {
-    return shared + kPackedAt + static_cast<uint32_t>(i & 1) * kPackedBytes +
+    return shared + Memory::kPackedAt + static_cast<uint32_t>(i & 1) * kPackedBytes +
            static_cast<uint32_t>(thread) * kChunkBytes;
   }
 
@@ -142,16 +156,17 @@ struct Gemm : Place {
   }
 
   // Starts the copy of the thread's codes, and loads their absmax.
+  //
+  // Past the end W is times zero, and a scale that is not finite would make NaN of it. There the
+  // forward takes zero. dx, which has no register for that, stays in the last of the thread's rows:
+  // where the scale there is not finite, the outputs that it meets aren't anyway.
   FASTLORA_DEVICE Absmax load_codes(int step) {
+    const Quant4bit& quant = p.op.weight.quant;
     const bool inside = step < code_steps;
-    copy_async(packed(step), p.op.weight.quant.packed + (code >> 1), inside ? kRun / 2 : 0);
-    Absmax absmax = load_absmax(p.op.weight.quant, inside ? code : 0);
-    // Past the end W is times zero, and a scale that is not finite would make NaN of it. dx has no
-    // register left for this: there block 0 must be finite, unless N is a multiple of a step.
-    if constexpr (kForward) {
-      if (!inside) absmax.scale = 0.0f;
-    }
-    code += kForward ? kStep : kStep * p.op.weight.K;
+    copy_async(packed(step), quant.packed + (code >> 1), inside ? kRun / 2 : 0);
+    Absmax absmax = load_absmax(quant, inside || !kForward ? code : 0);
+    if (kForward && !inside) absmax.scale = 0.0f;
+    if (kForward || step + 1 < code_steps) code += kForward ? kStep : kStep * p.op.weight.K;
     return absmax;
   }
 
@@ -178,7 +193,7 @@ struct Gemm : Place {
       }
     }
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < kRowTiles; i++) {
       uint32_t a[4];
       load_matrices(a, moved(x + x_read, 16 * i, 2 * x_part));
 #pragma unroll
@@ -190,12 +205,20 @@ struct Gemm : Place {
 
   // ---- the LoRA term ---------------------------------------------------------------------------
 
-  // Eight values, as bf16 numbers and what these leave out, to chunks `high` and `low`.
+  // Two bf16 numbers, those that are not finite made so: 1 with the sign of an infinite one.
+  FASTLORA_DEVICE static uint32_t finite(uint32_t pair) {
+    // An exponent of ones carries into the sign's place; its highest bit goes.
+    const uint32_t carry = (pair & 0x7f807f80u) + 0x00800080u;
+    return pair & ~(carry >> 1 & 0x40004000u);
+  }
+
+  // Eight values, as bf16 numbers and what these leave out, to chunks `high` and `low`. An infinite
+  // value lies in `low` alone: in `high`, too, it would meet lower parts of either sign.
   FASTLORA_DEVICE static void store_split(const float (&v)[8], uint32_t high, uint32_t low) {
     Words4 upper, lower;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      upper.w[i] = pack<bf16>(v[2 * i], v[2 * i + 1]);
+      upper.w[i] = finite(pack<bf16>(v[2 * i], v[2 * i + 1]));
       lower.w[i] = pack<bf16>(v[2 * i] - as_float(upper.w[i] << 16),
                               v[2 * i + 1] - as_float(upper.w[i] & 0xffff0000u));
     }
@@ -205,9 +228,10 @@ struct Gemm : Place {
 
   // Ranks [rank0, + 32) of factor * S: chunks 0 to 3 of a row are the high parts, 4 to 7 the low.
   FASTLORA_DEVICE void store_S(int64_t rank0) const {
-    const int row = thread / 2;
+    constexpr int kSharers = kThreads / kTokens, kChunks = kRanks / 8 / kSharers;
+    const int row = thread / kSharers, first = thread % kSharers * kChunks;
 #pragma unroll 1
-    for (int chunk = thread % 2 * 2; chunk < thread % 2 * 2 + 2; chunk++) {
+    for (int chunk = first; chunk < first + kChunks; chunk++) {
       float v[8];
 #pragma unroll
       for (int i = 0; i < 8; i++) {
@@ -282,7 +306,7 @@ struct Gemm : Place {
     }
     block_barrier();
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < kRowTiles; i++) {
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         const int row = warp_token + 16 * i + 8 * h + lane / 4;
@@ -299,7 +323,7 @@ struct Gemm : Place {
     }
   }
   FASTLORA_DEVICE uint32_t keep_word(int row, int word) const {
-    return shared + kKeepAt + static_cast<uint32_t>(4 * row + word) * 4;
+    return shared + Memory::kKeepAt + static_cast<uint32_t>(4 * row + word) * 4;
   }
 
   // ---- the result ------------------------------------------------------------------------------
@@ -326,7 +350,7 @@ struct Gemm : Place {
 
   FASTLORA_DEVICE void store_sums() const {
     // Found out again: kept through the sum, it would cost the loop registers.
-    const Place at(p);
+    const At at(p);
 #pragma unroll
     for (int j = 0; j < 4; j++) {
       const int64_t output = at.output0 + at.warp_output + 8 * j + at.lane % 4 * 2;
@@ -338,7 +362,7 @@ struct Gemm : Place {
         if (both) bias[1] = load(p.op.bias, p.op.bias_dtype, output + 1);
       }
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
+      for (int i = 0; i < kRowTiles; i++) {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
           const int row = at.warp_token + 16 * i + 8 * h + at.lane / 4;
@@ -353,7 +377,7 @@ struct Gemm : Place {
   // ---- all of it -------------------------------------------------------------------------------
 
   FASTLORA_DEVICE void run() {
-    const uint32_t tables = shared + kTablesAt;
+    const uint32_t tables = shared + Memory::kTablesAt;
     copy_tables(tables, p.op.weight.quant, thread, kThreads);
     load_x(begin);
     const Absmax first = load_codes(begin);
@@ -385,6 +409,8 @@ struct Gemm : Place {
       Words2 codes;
 #pragma unroll
       for (int part = 0; part < kStep / kProduct; part++) {
+        // Lanes 8 apart meet in a bank. To begin with the other half in every other eight lanes
+        // takes 2 to 10 instructions a step, and registers that sm_90a and sm_100 have to spill for.
         if (part % 2 == 0) codes = load_shared<Words2>(packed(step + 1) + 4 * part);
         decode_quarter(step + 1, part, codes.w[part % 2], planes);
         multiply_part<T>(x_tile(step + 1), part, w_tile(step), part);
@@ -396,7 +422,8 @@ struct Gemm : Place {
   }
 };
 
-// Blocks on a multiprocessor: two where their shared memory fits, which takes 128 registers.
+// Blocks that share a multiprocessor's registers: two where the shared memory of two fits. The host's
+// pass has the larger number, and asks blocks_at_once().
 #if defined(__CUDA_ARCH__) && \
     (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ == 1200)
 constexpr int kBlocksAtOnce = 1;
@@ -404,22 +431,33 @@ constexpr int kBlocksAtOnce = 1;
 constexpr int kBlocksAtOnce = 2;
 #endif
 
-template <class T, bool kForward>
+template <class T, bool kForward, int kTokens>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce) qlora_gemm(const GemmParams p) {
-  Gemm<T, kForward>(p).run();
+  Gemm<T, kForward, kTokens>(p).run();
 }
 
-// Parts of the sum: enough for a block on every multiprocessor, and no part under eight steps.
-inline int gemm_splits(int64_t M, int64_t outputs, int64_t inputs) {
+// Parts of the sum: enough for every place that a multiprocessor has for a block, and no part under
+// eight steps.
+template <bool kForward, int kTokens>
+int gemm_splits(int64_t M, int64_t outputs, int64_t inputs) {
   const int64_t blocks = ceil_div(M, kTokens) * ceil_div(outputs, kOutputs);
   constexpr int64_t kLeastSteps = 8;
   const int64_t most = ceil_div(inputs, kStep) / kLeastSteps;
-  const int64_t wanted = multiprocessors() / larger<int64_t>(blocks, 1);
+  const int64_t places =
+      multiprocessors() * blocks_at_once(Layout<kForward, kTokens>::kBytes, kBlocksAtOnce);
+  const int64_t wanted = places / larger<int64_t>(blocks, 1);
   return static_cast<int>(larger<int64_t>(1, smaller(most, wanted)));
 }
 
 template <bool kForward>
-const char* run_qlora_gemm(const QloraGemm& op, float* workspace, Stream stream) {
+int64_t gemm_workspace(int64_t M, int64_t outputs, int64_t inputs) {
+  const int64_t splits = M <= kFewTokens ? gemm_splits<kForward, kFewTokens>(M, outputs, inputs)
+                                         : gemm_splits<kForward, kMostTokens>(M, outputs, inputs);
+  return splits == 1 ? 0 : splits * M * outputs;
+}
+
+template <bool kForward, int kTokens>
+const char* run_tiles(const QloraGemm& op, float* workspace, Stream stream) {
   if (op.M == 0) return nullptr;
   GemmParams p{};
   p.op = op;
@@ -427,13 +465,16 @@ const char* run_qlora_gemm(const QloraGemm& op, float* workspace, Stream stream)
   p.inputs = static_cast<int>(kForward ? op.weight.K : op.weight.N);
   p.token_tiles = static_cast<int>(ceil_div(op.M, kTokens));
   p.steps = static_cast<int>(ceil_div(p.inputs, kStep));
-  p.splits = gemm_splits(op.M, p.outputs, p.inputs);
+  p.splits = gemm_splits<kForward, kTokens>(op.M, p.outputs, p.inputs);
   if (p.splits > 1) p.partial = workspace;
   const int64_t blocks = ceil_div(p.outputs, kOutputs) * p.token_tiles * p.splits;
-  const size_t shared = kForward ? kGemmShared : kGemmDxShared;
+  const auto start = [&](auto kernel) {
+    constexpr size_t kShared = Layout<kForward, kTokens>::kBytes;
+    return launch(kernel, blocks, kThreads, kShared, stream, p);
+  };
   const char* error = op.weight.compute_dtype == DType::bf16
-                          ? launch(qlora_gemm<bf16, kForward>, blocks, kThreads, shared, stream, p)
-                          : launch(qlora_gemm<f16, kForward>, blocks, kThreads, shared, stream, p);
+                          ? start(qlora_gemm<bf16, kForward, kTokens>)
+                          : start(qlora_gemm<f16, kForward, kTokens>);
   if (error != nullptr || p.splits == 1) return error;
   FinishParams end{};
   end.M = op.M;
@@ -445,6 +486,12 @@ const char* run_qlora_gemm(const QloraGemm& op, float* workspace, Stream stream)
   end.y_dtype = op.y_dtype;
   end.y = op.y;
   return finish(end, stream);
+}
+
+template <bool kForward>
+const char* run_qlora_gemm(const QloraGemm& op, float* workspace, Stream stream) {
+  return op.M <= kFewTokens ? run_tiles<kForward, kFewTokens>(op, workspace, stream)
+                            : run_tiles<kForward, kMostTokens>(op, workspace, stream);
 }
 
 }  // namespace fastlora::cuda

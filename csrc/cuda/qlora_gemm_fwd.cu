@@ -3,9 +3,8 @@
 
 namespace fastlora::cuda {
 
-int64_t qlora_gemm_workspace(int64_t M, int64_t outputs, int64_t inputs) {
-  const int64_t splits = gemm_splits(M, outputs, inputs);
-  return splits == 1 ? 0 : splits * M * outputs;
+int64_t qlora_gemm_fwd_workspace(int64_t M, int64_t N, int64_t K) {
+  return gemm_workspace<true>(M, N, K);
 }
 
 const char* qlora_gemm_fwd(const QloraGemm& p, float* workspace, Stream stream) {

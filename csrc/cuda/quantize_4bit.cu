@@ -3,6 +3,7 @@
 // The arithmetic is that of reference.quantize_4bit. A thread holds 16 neighbouring elements; the
 // threads of a block of elements find its absmax together.
 #include "cuda/launch.cuh"
+#include "cuda/nearest.cuh"
 #include "cuda/parts.cuh"
 #include "cuda/weights.cuh"
 
@@ -18,20 +19,9 @@ constexpr int kBounds = 15;
 // Shared memory: the bounds, the order of the codes, one maximum for each warp.
 constexpr uint32_t kBoundsAt = 0, kOrderAt = 64, kMaximaAt = 128, kSharedBytes = 160;
 
-// Number of bounds below x, by bisection; 15 for NaN, which is not <= anything.
 FASTLORA_DEVICE uint32_t nearest(float x) {
-  uint32_t position = 0;
-#pragma unroll
-  for (uint32_t step = 8; step > 0; step /= 2) {
-    const float bound = load_shared<float>(kBoundsAt + shared_memory() + 4 * (position + step - 1));
-    if (!(x <= bound)) position += step;
-  }
-  return load_shared<uint32_t>(kOrderAt + shared_memory() + 4 * position);
-}
-
-FASTLORA_DEVICE float clamp(float x) {
-  if (x < -1.0f) return -1.0f;
-  return x > 1.0f ? 1.0f : x;
+  const uint32_t position = bounds_below<kBounds>(shared_memory() + kBoundsAt, x);
+  return load_shared<uint32_t>(shared_memory() + kOrderAt + 4 * position);
 }
 
 // Two elements out of a 32-bit word, the first below; one out of a word that holds an fp32 number.

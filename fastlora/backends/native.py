@@ -314,11 +314,16 @@ def quantize_4bit(
     compress_statistics: bool = False,
 ) -> tuple[Tensor, QuantState]:
     """`reference.quantize_4bit`."""
-    code = code_table(quant_type, weight.device)
+    code, device = code_table(quant_type, "cpu"), weight.device
     bounds, order = quantize_bounds(code)
-    packed, absmax = ops.quantize_4bit(weight.detach(), bounds, order.to(torch.uint8), blocksize)
-    state = QuantState(absmax, weight.shape, code, weight.dtype, blocksize, quant_type)
-    return packed, reference.nested(state) if compress_statistics else state
+    tables = bounds.to(device), order.to(torch.uint8).to(device)
+    packed, absmax = ops.quantize_4bit(weight.detach(), *tables, blocksize)
+    state = QuantState(absmax, weight.shape, code.to(device), weight.dtype, blocksize, quant_type)
+    return packed, _nested(state) if compress_statistics else state
+
+
+def _nested(state: QuantState) -> QuantState:
+    return native_cuda.nested(state) if state.absmax.is_cuda else reference.nested(state)
 
 
 def dequantize_4bit(

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ..quant import QuantState
-from . import grouped
+from ..quant import NESTED_BLOCKSIZE, QuantState, dynamic_code
+from . import grouped, tuned
 from .gpu import unsupported_gpu
 
 OPS = (
@@ -32,7 +33,8 @@ OPS = (
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # The most tokens for which decoding W inside the product pays, by compute capability; above, W is
-# decoded once and multiplied by cuBLAS. Estimates from data sheets: nobody has measured them.
+# decoded once and multiplied by cuBLAS. Estimates from data sheets: nobody has measured them, and
+# what `fastlora tune` has measured goes before them.
 FUSED_TOKENS = {(8, 0): 512, (8, 6): 1024, (8, 9): 1024, (9, 0): 512, (10, 0): 128, (12, 0): 1024}
 DECODE_TOKENS = 64  # kDecodeTokens in csrc/cuda/kernels.h
 
@@ -107,22 +109,41 @@ def fused_tokens(device: torch.device) -> int:
     return FUSED_TOKENS[max(known)] if known else 0
 
 
-def plan(
-    M: int, K: int, blocksize: int, dtype: torch.dtype, most: int
-) -> Literal["decode", "gemm", "dequantize"]:
-    """The kernel for `x W^T`: "decode" (few tokens), "gemm", or "dequantize" and torch's product.
+def kernels(op: str, M: int, K: int, blocksize: int, dtype: torch.dtype) -> tuple[str, ...]:
+    """The kernels that can run the product with W: "decode" (few tokens), "gemm"; in that order.
 
     Args:
+        op: "qlora_linear_fwd" or "qlora_linear_bwd", which has no "decode".
         M, K: tokens and in_features.
         blocksize: codes that share an absmax.
         dtype: of the product's operands; the fused kernels have bf16 and fp16.
-        most: tokens above which W is decoded apart.
     """
     if dtype not in (torch.bfloat16, torch.float16) or K % 32 != 0:
-        return "dequantize"
-    if M <= DECODE_TOKENS and K % 64 == 0 and blocksize % 64 == 0:
+        return ()
+    few = op.endswith("fwd") and M <= DECODE_TOKENS and K % 64 == 0 and blocksize % 64 == 0
+    return ("decode", "gemm") if few else ("gemm",)
+
+
+def plan(op: str, M: int, K: int, blocksize: int, dtype: torch.dtype, most: int) -> str:
+    """One of `kernels`, or "dequantize" and torch's product: what is taken until it is measured.
+
+    Args:
+        op, M, K, blocksize, dtype: as in `kernels`.
+        most: tokens above which W is decoded apart.
+    """
+    able = kernels(op, M, K, blocksize, dtype)
+    if "decode" in able:
         return "decode"
-    return "dequantize" if most < M else "gemm"
+    return "dequantize" if not able or most < M else "gemm"
+
+
+def _fastest(op: str, x: Tensor, dtype: torch.dtype, blocksize: int, N: int, R: int) -> str:
+    """The kernel that `fastlora tune` kept for such sizes, if it can run these; else `plan`."""
+    M, K = x.shape
+    kept = tuned.native_kernel(op, x, dtype, N, R)
+    if kept is not None and kept in kernels(op, M, K, blocksize, dtype):
+        return kept
+    return plan(op, M, K, blocksize, dtype, fused_tokens(x.device))
 
 
 def state_args(state: QuantState) -> tuple[Any, ...]:
@@ -131,6 +152,18 @@ def state_args(state: QuantState) -> tuple[Any, ...]:
     nested_absmax = None if inner is None else inner.absmax
     nested_code = None if inner is None else inner.code
     return state.absmax, state.code, nested_absmax, nested_code, state.offset, state.blocksize
+
+
+def nested(state: QuantState) -> QuantState:
+    """`reference.nested`: torch's mean, then one launch for codes and scales.
+
+    The mean is torch's because the order of its sum is each device's own: so the offset has the
+    bits that torch, and whoever calls torch, gets on the same device.
+    """
+    offset, code = state.absmax.mean(), dynamic_code().to(state.absmax.device)
+    absmax, scales = ops.quantize_absmax(state.absmax, offset, code)
+    state2 = QuantState(scales, absmax.shape, code, torch.float32, NESTED_BLOCKSIZE, "dynamic")
+    return replace(state, absmax=absmax, offset=offset, state2=state2)
 
 
 def skinny(device: torch.device) -> ModuleType:
@@ -158,10 +191,12 @@ def qlora_linear_fwd(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
+    kernel: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`reference.qlora_linear_fwd`."""
+    """`reference.qlora_linear_fwd`; `kernel` is one of `kernels`, or whichever is the fastest."""
     dtype, others = compute_dtype or x.dtype, skinny(x.device)
-    kernel = plan(x.shape[0], x.shape[1], quant_state.blocksize, dtype, fused_tokens(x.device))
+    if kernel is None:
+        kernel = _fastest("qlora_linear_fwd", x, dtype, quant_state.blocksize, *lora_B.shape)
     if kernel == "dequantize" and others is not reference:
         lora = (bias, lora_A, lora_B, scaling, dropout_p, seed)
         return others.qlora_linear_fwd(x, weight, quant_state, *lora, compute_dtype)
@@ -192,11 +227,12 @@ def qlora_linear_bwd(
     seed: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
     needs: tuple[bool, bool, bool, bool] = (True, True, True, False),
+    kernel: str | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """`reference.qlora_linear_bwd`."""
+    """`reference.qlora_linear_bwd`; `kernel` as in `qlora_linear_fwd`."""
     dtype, others = compute_dtype or x.dtype, skinny(x.device)
-    M, K = x.shape
-    kernel = plan(M, K, quant_state.blocksize, dtype, fused_tokens(x.device))
+    if kernel is None:
+        kernel = _fastest("qlora_linear_bwd", x, dtype, quant_state.blocksize, *lora_B.shape)
     lora = (lora_A, lora_B, S, scaling, dropout_p, seed)
     if kernel == "dequantize" and others is not reference:
         return others.qlora_linear_bwd(dy, x, weight, quant_state, *lora, compute_dtype, needs)
@@ -214,6 +250,11 @@ def qlora_linear_bwd(
 
 def register_fakes(namespace: str) -> None:
     """Shapes without data, for torch.compile."""
+
+    @torch.library.register_fake(f"{namespace}::quantize_absmax")
+    def _(absmax, offset, code):  # type: ignore[no-untyped-def]
+        scales = -(-absmax.numel() // NESTED_BLOCKSIZE)
+        return absmax.new_empty(absmax.numel(), dtype=torch.uint8), absmax.new_empty(scales)
 
     @torch.library.register_fake(f"{namespace}::qlora_gemm_fwd")
     def _(  # type: ignore[no-untyped-def]

@@ -188,7 +188,7 @@ def _checked(
 
 def _name(choice: Any) -> str:
     if choice["way"] in _NAMES:
-        return _NAMES[choice["way"]]
+        return ", ".join([_NAMES[choice["way"]], *filter(None, [choice.get("kernel")])])
     return "{BM}x{BN}x{BK}, {warps} warps, {stages} stages".format(**choice)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastlora import backends, tuning
-from fastlora.backends import native, triton, tuned
+from fastlora.backends import native, native_cuda, triton, tuned
+from tests import emulated
 
 pytestmark = pytest.mark.skipif(
     triton.unsupported("lora_linear_fwd", "cpu") is not None,
@@ -77,7 +79,7 @@ def test_the_fastest_is_kept_and_no_loser(
     assert some[1] in (found if isinstance(found, tuple) else (found,))
 
 
-def kept_backend(op: str) -> str | None:
+def kept_backend(op: str, ask: Callable[..., str | None] = tuned.preferred) -> str | None:
     """What the dispatcher asks on a GPU, in the words of the interpreter's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -85,11 +87,11 @@ def kept_backend(op: str) -> str | None:
         )
         with FakeTensorMode():
             x = torch.empty(30, 64, dtype=torch.bfloat16, device="cuda")
-            eager = tuned.preferred(op, x, torch.bfloat16, 48, 3)
+            eager = ask(op, x, torch.bfloat16, 48, 3)
             patch.setattr(torch.compiler, "is_compiling", lambda: True)
-            assert tuned.preferred(op, x, torch.bfloat16, 48, 3) == eager
+            assert ask(op, x, torch.bfloat16, 48, 3) == eager
             other = torch.empty(33, 64, dtype=torch.bfloat16, device="cuda")
-            assert tuned.preferred(op, other, torch.bfloat16, 48, 3) is None
+            assert ask(op, other, torch.bfloat16, 48, 3) is None
     return eager
 
 
@@ -127,6 +129,42 @@ def test_the_native_backend_competes(monkeypatch: pytest.MonkeyPatch) -> None:
     given["native backend"] = 2.5
     assert tune.tune(problem(op), "cpu", 1, 0.0).kept == "vendor's product"
     assert kept_backend(op) == "triton"
+
+
+@pytest.mark.parametrize("fastest", ["decode", "gemm", "vendor"])
+def test_kernels_of_the_native_backend_compete(
+    fastest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is called by its name, the kernels emulated; the faster of them is kept."""
+    from fastlora.backends.triton import tuner
+    from fastlora.cli import tune
+    from fastlora.cli.bench import measure
+
+    named = {kernel: f"native backend, {kernel}" for kernel in ("decode", "gemm")}
+    given = {"addmm": 3.0, named["decode"]: 2.0, named["gemm"]: 2.5, "vendor's product": 2.7}
+    given[named.get(fastest, "vendor's product")] = 1.0
+
+    def interleave(timed, budget, **how):  # type: ignore[no-untyped-def]
+        for calls in timed.values():
+            calls[0]()
+        return {name: measure.Timing([given[name]], 1) for name in timed}
+
+    monkeypatch.setattr(measure, "interleave", interleave)
+    monkeypatch.setattr(tuner, "candidates", lambda *args: [])
+    sizes = (20, 64, 64, torch.bfloat16)
+    kernels = native_cuda.kernels("qlora_linear_fwd", *sizes)
+    choices = [{**tuner.NATIVE, "kernel": kernel} for kernel in kernels]
+    monkeypatch.setattr(tuner.Trial, "_native_choices", lambda trial: choices)
+    emulated.load()
+    op = "qlora_linear_fwd"
+    with emulated.as_backend():
+        emulated.called.clear()
+        outcome = tune.tune(problem(op), "cpu", 1, 0.0)
+        # Each is checked, then timed.
+        assert emulated.called == ["qlora_decode", "qlora_gemm_fwd"] * 2
+    assert outcome.kept == named.get(fastest, "vendor's product") and not outcome.wrong
+    assert kept_backend(op) == ("triton" if fastest == "vendor" else "native")
+    assert kept_backend(op, tuned.native_kernel) == ("gemm" if fastest == "gemm" else "decode")
 
 
 def test_a_preferred_backend_is_asked_first() -> None:

@@ -32,6 +32,10 @@ COLUMNS = ("kernel", "arch", "registers", "stack", "spills", "instructions", "lo
 # Weights that a thread decodes in one turn of the main loop.
 WEIGHTS_A_TURN = {"qlora_gemm": 32, "decode_kernel_1": 128, "decode_kernel_2": 128,
                   "decode_kernel_4": 32}  # fmt: skip
+# A kernel's name where it stands in a mangled one, behind its length.
+KERNEL = (
+    r"\d(quantize|quantize_absmax_kernel|dequantize|qlora_gemm|decode_kernel|finish_kernel)[IE]"
+)
 # Registers of one block of 256 threads on a multiprocessor, bytes of stack, spilling instructions.
 LIMITS = {"registers": 255, "stack": 0, "spills": 0}
 
@@ -56,17 +60,16 @@ def nvcc_release() -> str | None:
 
 
 def short_name(mangled: str) -> str:
-    """`qlora_gemm_bf16_1`: the kernel and its template arguments."""
-    name = re.search(r"\d(quantize|dequantize|qlora_gemm|decode_kernel|finish_kernel)[IE]", mangled)
+    """`qlora_gemm_fwd_64_bf16`: the kernel and its template arguments."""
+    name = re.search(KERNEL, mangled)
     if name is None:
         raise ValueError(f"unknown kernel {mangled}")
     rest = mangled[name.end(1) :]
     number = re.search(r"NS0_\d+(bf16|f16)E", rest)
     kind = number[1] if number else "f32" if rest.startswith("If") else ""
-    integer = re.search(r"L[bi](\d+)E", rest)
-    which = {"qlora_gemm": {"1": "fwd", "0": "dx"}}.get(name[1], {})
-    parts = [name[1], which.get(integer[1], integer[1]) if integer else "", kind]
-    return "_".join(part for part in parts if part)
+    directions = [{"1": "fwd", "0": "dx"}[flag] for flag in re.findall(r"Lb(\d)E", rest)]
+    numbers = re.findall(r"Li(\d+)E", rest)
+    return "_".join(part for part in (name[1], *directions, *numbers, kind) if part)
 
 
 def main_loop(code: list[tuple[int, str]]) -> list[str]:

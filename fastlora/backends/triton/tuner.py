@@ -31,7 +31,7 @@ _SCALING = 1.5
 _ROWS = 192
 
 Call = Callable[[], Any]
-# The candidate that is no tile: the op on the native backend.
+# The candidate that is no tile: the op on the native backend; with "kernel", one that is named.
 NATIVE: tuning.Choice = {"way": native.NAME}
 
 
@@ -110,27 +110,27 @@ class Trial:
             tiles = candidates("base_product_4bit", self.gpu.arch, problem.dtype, M, R)
         else:
             tiles = []
-        others = [choice_of(None)]
-        if self.quantised is not None and self._native_runs():
-            others.append(NATIVE)
-        return [*others, *map(choice_of, tiles)]
+        return [choice_of(None), *self._native_choices(), *map(choice_of, tiles)]
 
-    def _native_runs(self) -> bool:
-        """Whether the native backend has a kernel of its own for this op in this size."""
+    def _native_choices(self) -> list[tuning.Choice]:
+        """The native backend; on a GPU each of its kernels that can run the op in this size."""
         problem, device = self.problem, self.x.device
-        if device.type == "cuda":
-            M, K = self.x.shape
-            most = native_cuda.fused_tokens(device)
-            way = native_cuda.plan(M, K, problem.blocksize, problem.dtype, most)
-            if way == "dequantize":
-                return False
         dtypes = (problem.dtype, problem.adapter_dtype, problem.dtype)
-        return native.unsupported(problem.op, device.type, *dtypes, device.index) is None
+        if not problem.four_bit or native.unsupported(
+            problem.op, device.type, *dtypes, device.index
+        ):
+            return []
+        if device.type != "cuda":
+            return [NATIVE]
+        M, _, K, _ = problem.sizes
+        able = native_cuda.kernels(problem.op, M, K, problem.blocksize, problem.dtype)
+        return [{**NATIVE, "kernel": kernel} for kernel in able]
 
     def call(self, choice: tuning.Choice) -> Call:
         """The whole op with this choice."""
-        if choice == NATIVE:
-            return self._native_forward if self.problem.is_forward else self._native_backward
+        if _is_native(choice):
+            native_call = self._native_forward if self.problem.is_forward else self._native_backward
+            return lambda: native_call(choice.get("kernel"))
         gpu = replace(self.gpu, trial=choice)
         return lambda: (self._forward if self.problem.is_forward else self._backward)(gpu)
 
@@ -182,17 +182,21 @@ class Trial:
             return lora_linear_bwd(gpu, self.dy, x, self.weight, *lora)
         return qlora_linear_bwd(gpu, self.dy, x, self.packed, base, *lora)
 
-    def _native_forward(self) -> tuple[Tensor, Tensor]:
+    def _native_forward(self, kernel: Any) -> tuple[Tensor, Tensor]:
         assert self.quantised is not None
         p, (data, state) = self.problem.dropout_p, self.quantised
         lora = (None, self.A, self.B, _SCALING, p, self.seed)
-        return native.qlora_linear_fwd(self.x, data, state, *lora)
+        if kernel is None:
+            return native.qlora_linear_fwd(self.x, data, state, *lora)
+        return native_cuda.qlora_linear_fwd(self.x, data, state, *lora, kernel=kernel)
 
-    def _native_backward(self) -> tuple[Tensor | None, ...]:
+    def _native_backward(self, kernel: Any) -> tuple[Tensor | None, ...]:
         assert self.quantised is not None
         p, (data, state) = self.problem.dropout_p, self.quantised
         lora = (self.A, self.B, self.S, _SCALING, p, self.seed)
-        return native.qlora_linear_bwd(self.dy, self.x, data, state, *lora)
+        if kernel is None:
+            return native.qlora_linear_bwd(self.dy, self.x, data, state, *lora)
+        return native_cuda.qlora_linear_bwd(self.dy, self.x, data, state, *lora, kernel=kernel)
 
     def _expected(self, dtype: torch.dtype | None) -> Tensor:
         """y or dx of `rows` by the definition; in the working dtypes for None: then W's product is
@@ -216,15 +220,22 @@ def keep(trial: Trial, faster: Sequence[tuning.Choice]) -> None:
     """Stores what won for the trial's problem and device.
 
     Args:
-        faster: the choices that beat addmm, the fastest first; it names the backend, and the first
-            tile (or vendor's product) among them is Triton's, should Triton be asked for.
+        faster: the choices that beat addmm, the fastest first; it names the backend. The first
+            tile (or vendor's product) among them is Triton's, should Triton be asked for, the first
+            kernel of the native backend that one's.
     """
     problem, key = trial.problem, trial.gpu.key
     shape = shape_key(problem.dtype, problem.sizes)
     for choice in faster:
-        if choice != NATIVE:
+        if not _is_native(choice):
             tuning.store(key, problem.op, shape, choice)
             break
     if problem.four_bit and faster:
-        backend = native.NAME if faster[0] == NATIVE else "triton"
-        tuning.store(key, tuned.key(problem.op), shape, {"backend": backend})
+        backend = native.NAME if _is_native(faster[0]) else "triton"
+        kernel = next((choice["kernel"] for choice in faster if "kernel" in choice), None)
+        kept = {"backend": backend} if kernel is None else {"backend": backend, "kernel": kernel}
+        tuning.store(key, tuned.key(problem.op), shape, kept)
+
+
+def _is_native(choice: tuning.Choice) -> bool:
+    return choice["way"] == native.NAME

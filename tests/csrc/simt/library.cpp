@@ -16,6 +16,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastlora_emulated, m) {
 extern "C" {
 
 void simt_seed(uint64_t value) { simt::seed(value); }
+void simt_set_architecture(int sm) { simt::set_architecture(sm); }
 simt::Counters simt_counters() { return simt::counters(); }
 
 // One warp executes one instruction; what each lane holds lies at [lane].

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "banks.h"
 #include "races.h"
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -38,7 +39,6 @@ namespace {
 
 constexpr size_t kStackBytes = 256 * 1024;
 constexpr int kMostThreads = 1024;
-constexpr size_t kMostShared = 227 * 1024;  // of any GPU that is supported
 
 enum class State { running, at_warp, at_barrier, done };
 
@@ -71,7 +71,9 @@ struct Machine {
   void* scheduler_stack = nullptr;
   std::mt19937_64 random{1};
   Races races;
+  Banks banks;
   Counters counters{};
+  const Architecture* architecture = kArchitectures;
 #if defined(__SANITIZE_ADDRESS__)
   const void* outer_stack = nullptr;
   size_t outer_bytes = 0;
@@ -86,6 +88,21 @@ Machine& machine() {
 
 Thread& self() { return machine().threads[static_cast<size_t>(machine().current)]; }
 int warp_of(int thread) { return thread / kWarp; }
+
+// Of the architectures that CMake compiles for, listed as "80,90a", the one with the least shared
+// memory for a block.
+const Architecture& smallest() {
+  const Architecture* least = nullptr;
+  const std::string compiled = "," FASTLORA_CUDA_ARCHS ",";
+  for (const Architecture& a : kArchitectures) {
+    const std::string name = "," + std::to_string(a.sm);
+    const bool listed = compiled.find(name + ",") != std::string::npos ||
+                        compiled.find(name + "a,") != std::string::npos;
+    if (listed && (least == nullptr || a.of_block < least->of_block)) least = &a;
+  }
+  if (least == nullptr) throw Error("none of the architectures " FASTLORA_CUDA_ARCHS " is known");
+  return *least;
+}
 
 // ---- fibers ------------------------------------------------------------------------------------
 
@@ -209,6 +226,11 @@ bool run_warps(bool backwards, bool shuffled, bool in_bursts) {
   return progress;
 }
 
+void settle_banks() {
+  Counters& counters = machine().counters;
+  machine().banks.settle(counters.plain_turns, counters.plain_conflicts);
+}
+
 void run_block() {
   Machine& m = machine();
   m.counters.blocks++;
@@ -222,11 +244,13 @@ void run_block() {
       return std::count_if(m.threads.begin(), m.threads.begin() + m.count,
                            [&](const Thread& thread) { return thread.state == state; });
     };
-    if (in(State::done) == m.count) return;
+    if (in(State::done) == m.count) break;
     if (in(State::at_barrier) != m.count) throw Error(deadlock());
     m.races.block_barrier();
+    settle_banks();
     for (int i = 0; i < m.count; i++) m.threads[static_cast<size_t>(i)].state = State::running;
   }
+  settle_banks();
 }
 
 }  // namespace
@@ -237,7 +261,11 @@ void launch(int64_t blocks, int threads, size_t shared_bytes, const std::functio
     throw Error("a block must have 32 to 1024 threads, in whole warps");
   }
   if (blocks < 1 || blocks > 0x7fffffff) throw Error("a grid must have 1 to 2^31 - 1 blocks");
-  if (shared_bytes > kMostShared) throw Error("more shared memory than any GPU has");
+  if (const Architecture& a = smallest(); shared_bytes > a.of_block * kKiB) {
+    throw Error("a block asks for " + std::to_string(shared_bytes) +
+                " bytes of shared memory, sm_" + std::to_string(a.sm) + " has " +
+                std::to_string(a.of_block * kKiB));
+  }
   const std::unique_ptr<std::byte, void (*)(void*)> shared{
       static_cast<std::byte*>(std::aligned_alloc(1024, (shared_bytes + 1023) / 1024 * 1024)),
       std::free};
@@ -256,6 +284,13 @@ void launch(int64_t blocks, int threads, size_t shared_bytes, const std::functio
 }
 
 void seed(uint64_t value) { machine().random.seed(value); }
+
+void set_architecture(int sm) {
+  for (const Architecture& a : kArchitectures) {
+    if (a.sm == sm) machine().architecture = &a;
+  }
+}
+const Architecture& architecture() { return *machine().architecture; }
 
 int thread_index() { return machine().current; }
 int block_index() { return static_cast<int>(machine().block); }
@@ -301,6 +336,10 @@ void* shared(uint32_t address, size_t bytes, Access access, int lane) {
     fail(fault);
   }
   return m.shared + address;
+}
+
+void count_access(uint32_t address, size_t bytes, const std::source_location& where) {
+  machine().banks.access(machine().current, address, bytes, where);
 }
 
 void copy_async(uint32_t to, const void* from, int bytes) {

@@ -12,15 +12,32 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <source_location>
 #include <stdexcept>
 
 namespace simt {
 
 constexpr int kWarp = 32;
 
+// Shared memory in KiB. Source: CUDA C++ Programming Guide, technical specifications per compute
+// capability; a block takes 1 KiB more than it asks for.
+struct Architecture {
+  int sm;
+  size_t of_block, of_multiprocessor;
+};
+constexpr Architecture kArchitectures[] = {
+    {80, 163, 164}, {86, 99, 100}, {89, 99, 100}, {90, 227, 228}, {100, 227, 228}, {120, 99, 100},
+};
+constexpr size_t kKiB = 1024, kReserved = kKiB;
+
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
+
+// The GPU that is emulated, the oldest one at first: it says how many blocks run at once. A kernel
+// may take no more shared memory than each GPU has that the kernels are compiled for.
+void set_architecture(int sm);
+const Architecture& architecture();
 
 // Runs body() for each thread of each block. Not reentrant.
 void launch(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& body);
@@ -48,6 +65,9 @@ void warp_collective(const char* name, void* operands, Execute execute);
 enum class Access { read, write };
 void* shared(uint32_t address, size_t bytes, Access access, int lane = -1);
 
+// Counts a plain access, load or store, among those of its warp: banks.h.
+void count_access(uint32_t address, size_t bytes, const std::source_location& where);
+
 void copy_async(uint32_t shared, const void* global, int bytes);
 void copy_async_commit();
 void copy_async_wait(int left);
@@ -55,6 +75,7 @@ void copy_async_wait(int left);
 // What has been counted since the start of the process.
 struct Counters {
   int64_t blocks, matrix_products, matrix_loads, bank_conflicts, async_copies;
+  int64_t plain_turns, plain_conflicts;  // of plain loads and stores of shared memory
 };
 Counters& counters();
 

@@ -22,7 +22,13 @@ const char* fault_on(int, void (*)(Params)) {
   return nullptr;
 }
 
+inline int blocks_at_once(size_t shared_bytes, int most) {
+  const size_t all = simt::architecture().of_multiprocessor * simt::kKiB;
+  const int fit = static_cast<int>(all / (shared_bytes + simt::kReserved));
+  return fit < 1 ? 1 : fit < most ? fit : most;
+}
+
 // Few, so that small layers are split too.
-inline int multiprocessors() { return 12; }
+inline int multiprocessors() { return 6; }
 
 }  // namespace fastlora::cuda

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <source_location>
 
 #include "../simt.h"
 
@@ -86,6 +87,7 @@ uint32_t pack(float low, float high) {
 inline float multiply(float a, float b) { return a * b; }
 inline float add(float a, float b) { return a + b; }
 inline float divide(float a, float b) { return a / b; }
+inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 
 inline uint32_t high_product(uint32_t a, uint32_t b) {
   return static_cast<uint32_t>(uint64_t{a} * b >> 32);
@@ -147,15 +149,19 @@ inline Words2 load_once(const Words2* address) { return *address; }
 constexpr uint32_t kSharedStart = 1024;
 inline uint32_t shared_memory() { return kSharedStart; }
 
+// `where` is the caller's place: lanes that come to it together execute one instruction.
+using Where = std::source_location;
 template <class T>
-T load_shared(uint32_t address) {
+T load_shared(uint32_t address, const Where& where = Where::current()) {
   T value;
+  simt::count_access(address - kSharedStart, sizeof(T), where);
   std::memcpy(&value, simt::shared(address - kSharedStart, sizeof(T), simt::Access::read),
               sizeof(T));
   return value;
 }
 template <class T>
-void store_shared(uint32_t address, T value) {
+void store_shared(uint32_t address, T value, const Where& where = Where::current()) {
+  simt::count_access(address - kSharedStart, sizeof(T), where);
   std::memcpy(simt::shared(address - kSharedStart, sizeof(T), simt::Access::write), &value,
               sizeof(T));
 }
