@@ -2,6 +2,7 @@
 
     make peft-suite
     make peft-suite PEFT_SUITE_ARGS="tests/test_custom_models.py -k dora"
+    python -m tests.peft_suite --small      a minute's choice; 75 where PyPI can't be reached
 
 Fetches the sources of the installed PEFT release from PyPI, since its wheel has no tests, and what
 they import beside our own requirements. Runs them once as they are and once after
@@ -24,6 +25,9 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "peft-suite"
 # Those that need neither the hub nor several processes.
 DEFAULT = ["tests/test_custom_models.py", "-k", "(lora or Lora) and not Fsdp"]
+SMALL = ["tests/test_custom_models.py", "-k"]
+SMALL += ["(lora or Lora) and (forward or params_are_updated or merge or disable or training)"]
+_UNREACHABLE = 75
 # What the selected modules import, as far as requirements/dev.txt does not bring it.
 PACKAGES = ["diffusers", "importlib_metadata", "parameterized", "pillow", "requests", "scipy"]
 PACKAGES += ["certifi", "charset_normalizer", "idna", "urllib3", "zipp", "attrs"]
@@ -95,7 +99,12 @@ def worse(stock: Run, fast: Run) -> list[str]:
 
 def main(arguments: list[str]) -> int:
     """Runs both, prints the comparison; 1 when a test got worse or nothing was compared."""
-    arguments = arguments or DEFAULT
+    arguments = SMALL if arguments == ["--small"] else arguments or DEFAULT
+    try:
+        sources(), packages()
+    except subprocess.CalledProcessError as error:
+        print(f"PEFT's sources, or what its tests import, can't be had: {error}")
+        return _UNREACHABLE
     stock, fast = run(arguments, fastlora=False), run(arguments, fastlora=True)
     for name, one in (("PEFT's layers", stock), ("fastlora's layers", fast)):
         counts = Counter(one.outcomes.values())
