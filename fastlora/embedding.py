@@ -90,11 +90,14 @@ def lora_embedding(
         raise ValueError("weight must be frozen (requires_grad=False): fastlora never trains it")
     if ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"ids must be int64 or int32, got {ids.dtype}")
-    if padding_idx is not None and padding_idx < 0:
-        padding_idx += weight.shape[0]
+    if padding_idx is not None:
+        V = len(weight)
+        if not -V <= padding_idx < V:
+            raise ValueError(f"padding_idx must be from {-V} to {V - 1}, got {padding_idx}")
+        padding_idx %= V
     # The backend is settled now: the backward may run outside of a `use_backend` block.
     backend = forced_backend(backend)
-    args = (ids.reshape(-1).long(), weight, lora_A, lora_B, scaling, weight_scale)
+    args = (ids.reshape(-1).long().contiguous(), weight, lora_A, lora_B, scaling, weight_scale)
     with autocast_off(ids.device):
         if torch.is_grad_enabled() and (lora_A.requires_grad or lora_B.requires_grad):
             y = LoraEmbeddingFunction.apply(*args, padding_idx, backend)

@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import ops
 from .autograd import autocast_off, differentiable_gradients, draw_seed
 from .backends import forced_backend
 from .quant import as_quant_state
-from .reference import Projection, gated_bwd, gated_fwd
+from .reference import Projection, activate, gated_bwd, gated_fwd
 
 _Gradients = tuple[Tensor | None, ...]
 _Needs = tuple[bool, bool, bool]  # dA, dB, dbias
@@ -62,7 +61,7 @@ class _Saved:
         self.stats: list[int] = []
         for p in projections:
             stats = [] if p.quant_state is None else p.quant_state.tensors()
-            own += [p.weight, p.lora_A, p.lora_B, p.seed, *stats]
+            own += [p.weight, p.bias, p.lora_A, p.lora_B, p.seed, *stats]
             self.stats.append(len(stats))
             state = None if p.quant_state is None else p.quant_state.without_tensors()
             self.statics.append(_hollow(p)._replace(quant_state=state))
@@ -73,14 +72,10 @@ class _Saved:
         tensors, rest = saved[: self.count], saved[self.count :]
         projections = []
         for p, count in zip(self.statics, self.stats, strict=True):
-            weight, lora_A, lora_B, seed, *stats = rest[: 4 + count]
-            rest = rest[4 + count :]
+            fields: dict[str, Any] = dict(zip(_ARGUMENTS, rest, strict=False))
+            stats, rest = rest[len(_ARGUMENTS) :][:count], rest[len(_ARGUMENTS) + count :]
             state = p.quant_state.with_tensors(*stats) if p.quant_state is not None else None
-            projections.append(
-                p._replace(
-                    weight=weight, lora_A=lora_A, lora_B=lora_B, seed=seed, quant_state=state
-                )
-            )
+            projections.append(p._replace(quant_state=state, **fields))
         return tensors, projections
 
     def gradients(self, grads: Sequence[_Gradients]) -> list[Tensor | None]:
@@ -172,8 +167,7 @@ class GatedMLPFunction(torch.autograd.Function):
     """`down(act(gate(x)) * up(x))` with gradients for x and each bias, lora_A and lora_B.
 
     Saves x, the outputs of gate and up, each S [M, R], the adapters and the dropout seeds. The
-    other two [M, I] that autograd would keep, act(gate) and the product, are computed anew. Its
-    gradients can't be differentiated again.
+    other two [M, I] that autograd would keep, act(gate) and the product, are computed anew.
     """
 
     @staticmethod
@@ -194,7 +188,6 @@ class GatedMLPFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> _Gradients:
         with autocast_off(dy.device):
             return GatedMLPFunction._backward(ctx, dy)
@@ -204,6 +197,9 @@ class GatedMLPFunction(torch.autograd.Function):
         (x, gate, up, S_gate, S_up, S_down), projections = ctx.saved.restore(ctx)
         needs, backend = _needs(ctx, 4, projections), ctx.saved.backend
         need_dx = ctx.needs_input_grad[0]
+        if torch.is_grad_enabled():
+            dx, again = _differentiable_mlp(dy, x, projections, ctx.activation, need_dx, needs)
+            return dx, None, None, None, *ctx.saved.gradients(again)
         first = need_dx or any(any(need) for need in needs[:2])
         h = gated_fwd(gate, up, ctx.activation)
         dh, down = ops.shared_linear_bwd(
@@ -225,6 +221,40 @@ class GatedMLPFunction(torch.autograd.Function):
                 backend=backend,
             )
         return dx, None, None, None, *ctx.saved.gradients((*grads, *down))
+
+
+def _differentiable_mlp(
+    dy: Tensor,
+    x: Tensor,
+    projections: Sequence[Projection],
+    activation: str,
+    need_dx: bool,
+    needs: Sequence[_Needs],
+) -> tuple[Tensor | None, Sequence[_Gradients]]:
+    """dx and each (dA, dB, dbias) with a graph, in plain torch."""
+    trained = ("lora_A", "lora_B", "bias")
+    names = [[name for name in trained if getattr(p, name) is not None] for p in projections]
+
+    def run(x: Tensor, *flat: Tensor) -> list[Tensor]:
+        rest = iter(flat)
+        layers = []
+        for p, own in zip(projections, names, strict=True):
+            fields: dict[str, Any] = {name: next(rest) for name in own}
+            layers.append(p._replace(**fields))
+        (gate, up), _ = ops.shared_linear_fwd(x, layers[:2], backend="reference")
+        wide = gate.to(torch.promote_types(gate.dtype, torch.float32))
+        h = (activate(wide, activation) * up).to(gate.dtype)
+        ys, _ = ops.shared_linear_fwd(h, layers[2:], backend="reference")
+        return [ys[0]]
+
+    inputs, flags = [x], [need_dx]
+    for p, own, need in zip(projections, names, needs, strict=True):
+        inputs += [getattr(p, name) for name in own]
+        flags += [asked for name, asked in zip(trained, need, strict=True) if name in own]
+    dx, *flat = differentiable_gradients(run, inputs, flags, (dy,))
+    rest = iter(flat)
+    found = [{name: next(rest) for name in own} for own in names]
+    return dx, [tuple(grads.get(name) for name in trained) for grads in found]
 
 
 def shared_linear(

@@ -135,10 +135,30 @@ def test_layouts() -> None:
         assert torch.equal(tensor, want[name]), name
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_ids_that_lie_apart(dtype: torch.dtype, backend: str) -> None:
+    """The last column of a batch, as a decode step takes it, every second id, one id for all."""
+    W, A, B = torch.randn(9, 5), torch.randn(2, 9).requires_grad_(), torch.randn(5, 2)
+    batch = torch.randint(0, 9, (3, 4), dtype=dtype)
+    for ids in (batch[:, -1:], batch[:, 0], batch.view(-1)[::2], batch[:1, :1].expand(2, 3)):
+        y = lora_embedding(ids, W, A, B, 1.5, backend=backend)
+        want = W[ids.long()] + 1.5 * A.T[ids.long()] @ B.T
+        torch.testing.assert_close(y, want)
+        grads = [torch.autograd.grad(out.square().sum(), A)[0] for out in (y, want)]
+        torch.testing.assert_close(*grads)
+
+
+def test_padding_idx_outside_of_the_table() -> None:
+    tensors = (torch.randn(9, 5), torch.randn(2, 9), torch.randn(5, 2))
+    with pytest.raises(ValueError, match="padding_idx must be from -9 to 8, got -10"):
+        lora_embedding(torch.tensor([0]), *tensors, 1.0, padding_idx=-10)
+
+
 @pytest.mark.parametrize("wrong", [-1, 9])
 def test_ids_outside_of_the_table(wrong: int) -> None:
     ids = torch.tensor([0, wrong])
-    with pytest.raises(RuntimeError, match=f"ids must be from 0 to 8, got {wrong}"):
+    with pytest.raises(IndexError, match="ids must be from 0 to 8"):
         lora_embedding(ids, torch.randn(9, 5), torch.randn(2, 9), torch.randn(5, 2), 1.0)
 
 

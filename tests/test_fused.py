@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fastlora import backends, fused, ops, reference
 from fastlora.backends import sequence
-from fastlora.fused import GatedMLPFunction, gated_mlp, shared_linear
+from fastlora.fused import gated_mlp, shared_linear
 from fastlora.reference import ACTIVATIONS, Projection
 from tests.cases import DTYPES, Base, Case, exact_results, make_inputs, plain_results
 from tests.conftest import poisoned_memory
@@ -331,7 +331,7 @@ def test_what_is_saved() -> None:
     fixed = sum(
         t.untyped_storage().nbytes()
         for p in projections
-        for t in (p.weight, p.lora_A, p.lora_B, p.seed, *p.quant_state.tensors())
+        for t in (p.weight, p.bias, p.lora_A, p.lora_B, p.seed, *p.quant_state.tensors())
         if t is not None
     )
     S = M * 4 * sum(p.lora_A.shape[0] for p in projections)
@@ -382,12 +382,25 @@ def test_no_gradient_no_node() -> None:
     assert all(y.grad_fn is None and y.shape == (3, 3, 70) for y in ys)
 
 
-def test_twice_through_raises() -> None:
-    group = mlp_of(NF4, DTYPES["fp32"], 0.0)
-    pairs = [trained(p) for p in group.projections]
-    x = group.x.clone().requires_grad_()
-    y = gated_mlp(x, *(p for p, _ in pairs), "silu")
-    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
-    assert GatedMLPFunction.__name__ in type(y.grad_fn.next_functions[0][0]).__name__
+@pytest.mark.parametrize("constant", [False, True])
+def test_an_mlp_is_differentiated_twice(constant: bool) -> None:
+    """Also where the first dy has no graph, as with a frozen linear head behind the MLP."""
+    group = mlp_of(Base(), DTYPES["fp32"], 0.1)
+
+    def mlp(joined: bool) -> list[Tensor]:
+        pairs = [trained(p) for p in group.projections]
+        layers = [p for p, _ in pairs]
+        x = group.x.clone().requires_grad_()
+        if joined:
+            y = gated_mlp(x, *layers, "silu")
+        else:
+            gate, up = (shared_linear(x, [p], backend="reference")[0] for p in layers[:2])
+            y = shared_linear(F.silu(gate) * up, layers[2:], backend="reference")[0]
+        loss = y.sum() if constant else y.sin().sum()
+        (dx,) = torch.autograd.grad(loss, x, create_graph=True)
+        tensors = [x, *(t for p in layers for t in (p.lora_A, p.lora_B, p.bias) if t is not None)]
+        grads = torch.autograd.grad((dx.norm(dim=1) - 1).square().sum(), tensors, allow_unused=True)
+        return [torch.zeros(()) if t is None else t for t in grads]
+
+    for got, want in zip(mlp(True), mlp(False), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5 * float(want.abs().max() + 1))

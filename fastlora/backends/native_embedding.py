@@ -21,10 +21,15 @@ def lora_embedding_fwd(
     weight_scale: float = 1.0,
 ) -> Tensor:
     """`embedding_reference.lora_embedding_fwd`."""
-    args = (ids, weight, lora_A, lora_B, scaling, weight_scale)
+    args = (ids.contiguous(), weight, lora_A, lora_B, scaling, weight_scale)
     if weight.numel() == 0:
         return reference.lora_embedding_fwd(*args)
-    return ops.lora_embedding_fwd(*args)
+    try:
+        return ops.lora_embedding_fwd(*args)
+    except RuntimeError as error:
+        if "ids must be from" in str(error):  # as torch's own embedding has it
+            raise IndexError(f"ids must be from 0 to {len(weight) - 1}") from error
+        raise
 
 
 def lora_embedding_bwd(
@@ -40,7 +45,7 @@ def lora_embedding_bwd(
     if lora_A.numel() == 0 or lora_B.numel() == 0:
         return reference.lora_embedding_bwd(dy, ids, lora_A, lora_B, scaling, padding_idx, needs)
     padding = -1 if padding_idx is None else padding_idx
-    dA, dB = ops.lora_embedding_bwd(dy, ids, lora_A, lora_B, scaling, padding, *needs)
+    dA, dB = ops.lora_embedding_bwd(dy, ids.contiguous(), lora_A, lora_B, scaling, padding, *needs)
     return dA if needs[0] else None, dB if needs[1] else None
 
 

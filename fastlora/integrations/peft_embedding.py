@@ -121,8 +121,11 @@ def embedding_parts(layer: Any) -> EmbeddingParts | str:
         return "the embedding is sharded (tensor parallel)"
     rounds_scale = None
     if type(base) is not nn.Embedding:
+        if torch.compiler.is_compiling():
+            return "torch.compile can't read embed_scale"
         kind: Any = type(base)
-        rounds_scale = _SCALED.get(_returned(kind))
+        alone = kind.__bases__ == (nn.Embedding,)
+        rounds_scale = _SCALED.get(_returned(kind.forward)) if alone else None
         if not isinstance(base, nn.Embedding) or rounds_scale is None:
             return f"the base layer is a {type(base).__name__}, not nn.Embedding or a scaled one"
         if (reason := _scale_reason(layer, base)) is not None:
@@ -185,8 +188,6 @@ def embedding_plan(
         return f"the ids are in {ids.dtype}"
     if ids.is_meta:
         return "the ids are on the meta device"
-    if torch.compiler.is_compiling() and parts.rounds_scale is not None:
-        return "torch.compile can't read embed_scale"
     reason = embedding_casts(parts, ids.device)
     return parts if reason is None else Unserved(reason)
 
@@ -201,14 +202,16 @@ def _scale_reason(layer: Any, base: nn.Module) -> str | None:
 
 
 @functools.cache
-def _returned(kind: Any) -> str:
-    """What the forward of a class returns, as source, if that is all it does; "" for all others."""
+def _returned(forward: Any) -> str:
+    """What a forward returns, as source, if that is all it does; "" for all others."""
+    if hasattr(forward, "__wrapped__"):
+        return ""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
     except (OSError, TypeError, SyntaxError):
         return ""
     function = tree.body[0]
-    if not isinstance(function, ast.FunctionDef) or kind.__bases__ != (nn.Embedding,):
+    if not isinstance(function, ast.FunctionDef):
         return ""
     last = function.body[-1]
     if function.decorator_list or len(function.body) != 1 or not isinstance(last, ast.Return):

@@ -473,7 +473,9 @@ def plan(layer: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, A
         found = _invoked_tokens(parts, x, kwargs.get(_OFFSETS))
         if isinstance(found, str):
             return found
-        if not (invoked := found):
+        if found is not None:
+            invoked = found
+        else:
             everywhere = tuple(adapter._replace(invoked=False) for adapter in parts.adapters)
             parts = parts._replace(adapters=everywhere)
     device = x.device
@@ -488,8 +490,8 @@ def plan(layer: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, A
     return Plan(parts, dtypes, autocast, rows, invoked)
 
 
-def _invoked_tokens(parts: Parts, x: Tensor, offsets: Any) -> tuple[int, ...] | str:
-    """How many tokens at the end of each row of x aLoRA's adapters serve; () when they serve all.
+def _invoked_tokens(parts: Parts, x: Tensor, offsets: Any) -> tuple[int, ...] | str | None:
+    """How many tokens at the end of each row of x aLoRA's adapters serve; None when all of them.
 
     An offset of None or less than 1 invokes none of a row, and one beyond its length all of it. A
     call without offsets invokes nothing.
@@ -508,7 +510,7 @@ def _invoked_tokens(parts: Parts, x: Tensor, offsets: Any) -> tuple[int, ...] | 
     if len(offsets) != rows:
         return f"alora_offsets has {len(offsets)} entries for an x of shape {tuple(x.shape)}"
     invoked = tuple(0 if o is None else max(0, min(o, length)) for o in offsets)
-    return () if all(count == length for count in invoked) else invoked
+    return None if all(count == length for count in invoked) else invoked
 
 
 def _mixed_reason(parts: Parts, x: Tensor, rows: Sequence[str]) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import Linear, LoraLayer, MultiheadAttention
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .. import ops
 from . import bitsandbytes as bnb
@@ -206,7 +207,12 @@ def _make_dense(layer: Any, base: Any, result: _Result, dtype: torch.dtype | Non
 
 def copy_of(layer: Any) -> Any:
     """A deep copy of a layer alone, without the layers that it runs together with."""
-    return copy.deepcopy(layer, {id(layer.__dict__.get(SHARED)): None})
+    memo: dict[int, Any] = {id(layer.__dict__.get(SHARED)): None}
+    for tensor in tree_leaves(layer.__dict__.get("kwargs", {})):
+        # With ensure_weight_tying lm_head holds the embedding's A and B turned, which have a graph.
+        if isinstance(tensor, Tensor) and not tensor.is_leaf:
+            memo[id(tensor)] = tensor.detach().clone()
+    return copy.deepcopy(layer, memo)
 
 
 def _merged_by_peft(layer: Any, adapters: list[str]) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from ..reference import ACTIVATIONS, activate
 from .peft_guard import LAST_REASON, plan
 from .peft_layers import bypass_reason, not_linear_reason
 from .peft_run import Plan, autocast_off, cast
-from .peft_source import GatedSource
+from .peft_source import GatedSource, global_of
 
 # Under this name a module keeps its `GatedMLP`.
 GATED = "_fastlora_mlp"
@@ -70,6 +70,7 @@ class GatedMLP:
         self.act = act
         self.act_forward: Any = None if act is None else type(act).forward
         self.forward = forward
+        self.dotted, self.function = source.dotted, source.activation
         # Why the latest call ran the module's own forward; None before any, "" when it did not.
         self.last: str | None = None
 
@@ -104,6 +105,8 @@ class GatedMLP:
         own: Any = _own_class(type(module))
         if own.forward is not self.forward:
             return "its class has another forward since"
+        if self.dotted and global_of(self.forward, self.dotted) is not self.function:
+            return "the activation was replaced"
         if self.act is not None:
             if _has_hooks(self.act):
                 return "the activation has hooks, which fastlora would not call"

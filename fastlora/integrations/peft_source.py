@@ -107,8 +107,8 @@ def _child(node: ast.expr) -> str | None:
 class GatedSource(NamedTuple):
     """`down(activation(gate(x)) * up(x))`: the children's names.
 
-    `activation` is a child's name, or what the forward's globals hold, with its keyword arguments.
-    `up_first` says that up is called before gate.
+    `activation` is a child's name, or what the forward's globals hold under `dotted`, with its
+    keyword arguments. `up_first` says that up is called before gate.
     """
 
     gate: str
@@ -117,6 +117,7 @@ class GatedSource(NamedTuple):
     activation: Any
     keywords: dict[str, Any]
     up_first: bool
+    dotted: str = ""
 
 
 def gated_mlp(module: nn.Module) -> GatedSource | None:
@@ -140,15 +141,17 @@ def gated_mlp(module: nn.Module) -> GatedSource | None:
         if found is not None:
             outer, gate, up = found
             activation: Any = _child(outer.func)
+            dotted = ""
             if activation is None:
-                activation = _global(outer.func, kind.forward)
+                dotted = ".".join(reversed(list(_dotted(outer.func))))
+                activation = global_of(kind.forward, dotted)
             keywords = _constants(outer.keywords)
             if activation is None or keywords is None:
                 return None
             # Lines and columns are those of the source, whatever was put in where.
             order = (up.lineno, up.col_offset) < (gate.lineno, gate.col_offset)
             names = str(_child(gate.func)), str(_child(up.func)), name
-            return GatedSource(*names, activation, keywords, order)
+            return GatedSource(*names, activation, keywords, order, dotted)
     return None
 
 
@@ -209,11 +212,14 @@ class _Put(ast.NodeTransformer):
         return self.values[node.id]
 
 
-def _global(node: ast.expr, function: Any) -> Any:
-    """What a dotted name means in the globals of `function`, None where it means nothing."""
-    *names, first = _dotted(node)
-    found = getattr(function, "__globals__", {}).get(first)
-    for name in reversed(names):
+def global_of(function: Any, dotted: str) -> Any:
+    """What a dotted name means in the globals of `function`, None where it means nothing there."""
+    first, *names = dotted.split(".")
+    code = getattr(function, "__code__", None)
+    if code is None or first in code.co_freevars:
+        return None
+    found = function.__globals__.get(first)
+    for name in names:
         found = getattr(found, name, None)
     return found
 

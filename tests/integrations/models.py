@@ -32,7 +32,7 @@ class MLP(nn.Module):
         return self.down(torch.nn.functional.silu(self.up(x)))
 
 
-def llama() -> LlamaForCausalLM:
+def llama(tied: bool = False) -> LlamaForCausalLM:
     """A Llama with two decoder layers and 14 linears."""
     config = LlamaConfig(
         vocab_size=VOCAB,
@@ -42,6 +42,7 @@ def llama() -> LlamaForCausalLM:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
+        tie_word_embeddings=tied,
     )
     return LlamaForCausalLM(config)
 

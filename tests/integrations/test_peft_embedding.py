@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -194,11 +193,22 @@ def test_pefts_own_code(change: Any, reason: str, kwargs: dict[str, Any]) -> Non
     assert said is not None and said.startswith(reason)
 
 
-def test_a_scale_is_not_read_while_compiling() -> None:
-    fast = fast_of(layer_of(gemma()))
-    with mock.patch("torch.compiler.is_compiling", return_value=True):
-        assert embedding_plan(fast, IDS, (), {}) == "torch.compile can't read embed_scale"
+def test_a_scaled_embedding_compiles_as_pefts() -> None:
+    stock = layer_of(gemma())
+    fast = fast_of(stock)
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(IDS), stock(IDS))
     assert not isinstance(embedding_plan(fast, IDS, (), {}), str)
+
+
+def test_a_patched_class_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = layer_of(gemma())
+    fast = fast_of(stock)
+    fast(IDS)
+    kind: Any = type(stock.base_layer)
+    own = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, ids: own(self, ids) + 100)
+    torch.testing.assert_close(fast(IDS), stock(IDS))
 
 
 def test_sparse_gradients_are_pefts() -> None:

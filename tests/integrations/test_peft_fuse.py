@@ -747,6 +747,46 @@ def test_source_that_cannot_be_read() -> None:
     assert "can't be read" in fusions(fused(model, "inputs"))[0].note
 
 
+def test_alora_on_down_alone(nodes: Nodes) -> None:
+    """Where a call has no offsets, PEFT invokes nothing."""
+    model = Gated()
+    stock = get_peft_model(model, LoraConfig(r=2, target_modules=["gate", "up"]))
+    stock.add_adapter("a", LoraConfig(r=2, target_modules=["down"], alora_invocation_tokens=[1]))
+    stock = fill_adapters(stock)
+    stock.base_model.set_adapter(["default", "a"])
+    fast = fused(stock)
+    x = torch.randn(4, 20)
+    torch.testing.assert_close(fast(x), stock(x))
+    assert 0 not in nodes.take()
+
+
+SILU = F.silu
+
+
+def test_a_function_that_is_another(monkeypatch: pytest.MonkeyPatch, nodes: Nodes) -> None:
+    class Named(Gated):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(SILU(self.gate(x)) * self.up(x))
+
+    def hidden(SILU: Any) -> type[Gated]:
+        class Closed(Gated):
+            def forward(self, x: Tensor) -> Tensor:
+                return self.down(SILU(self.gate(x)) * self.up(x))
+
+        return Closed
+
+    x = torch.randn(4, 20)
+    stock, fast = gated(hidden(F.relu)(), p=0.0)
+    torch.testing.assert_close(fast(x), stock(x))
+    assert nodes.take() == [2]
+    stock, fast = gated(Named(), p=0.0)
+    torch.testing.assert_close(fast(x), stock(x))
+    assert nodes.take() == [0]
+    monkeypatch.setitem(globals(), "SILU", F.relu)
+    torch.testing.assert_close(fast(x), stock(x))
+    assert nodes.take() == [2] and "replaced" in fusions(fast)[0].note
+
+
 def test_a_merged_mlp_is_its_own_class_again() -> None:
     _, fast = gated(Gated(), p=0.0)
     merged = fast.merge_and_unload()

@@ -32,6 +32,7 @@ from tests.integrations.models import (
     fill_adapters,
     last_reasons,
     linear4bit,
+    llama,
     lora_layers,
     peft_model,
     train_step,
@@ -393,6 +394,23 @@ def test_progress_counts_layers() -> None:
     calls: list[tuple[int, int]] = []
     fastlora.merge_adapter(peft_model(MLP()), progress=lambda *done: calls.append(done))
     assert calls == [(1, 2), (2, 2)]
+
+
+def test_tied_adapters() -> None:
+    """PEFT keeps the embedding's A and B turned, with their graph, in lm_head."""
+
+    def tied() -> nn.Module:
+        torch.manual_seed(0)
+        targets = ["embed_tokens", "q_proj", "lm_head"]
+        config = LoraConfig(r=3, target_modules=targets, ensure_weight_tying=True)
+        return fill_adapters(get_peft_model(llama(tied=True), config)).eval()
+
+    fast, stock = tied(), tied()
+    fastlora.merge_adapter(fast)
+    stock.merge_adapter()
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(fast(ids).logits, stock(ids).logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("with_moments", [False, True], ids=["plain", "moments"])
