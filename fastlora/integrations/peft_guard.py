@@ -481,13 +481,12 @@ def plan(layer: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, A
     device = x.device
     if device.type == "meta":
         return "x is on the meta device"
-    autocast = torch.is_autocast_enabled(device.type)
-    dtypes = casts(
-        parts, x.dtype, device, torch.get_autocast_dtype(device.type) if autocast else None
-    )
+    enabled = torch.is_autocast_enabled(device.type)
+    autocast = torch.get_autocast_dtype(device.type) if enabled else None
+    dtypes = casts(parts, x.dtype, device, autocast)
     if isinstance(dtypes, str):
         return Unserved(dtypes)
-    return Plan(parts, dtypes, autocast, rows, invoked)
+    return Plan(parts, dtypes, rows, invoked)
 
 
 def _invoked_tokens(parts: Parts, x: Tensor, offsets: Any) -> tuple[int, ...] | str | None:

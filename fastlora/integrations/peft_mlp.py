@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..autograd import draw_seed
+from ..autograd import autocast_off, draw_seed
 from ..fused import gated_mlp
 from ..reference import ACTIVATIONS, activate
 from .peft_guard import LAST_REASON, plan
 from .peft_layers import bypass_reason, not_linear_reason
-from .peft_run import Plan, autocast_off, cast
+from .peft_run import Plan, cast
 from .peft_source import GatedSource, global_of
 
 # Under this name a module keeps its `GatedMLP`.
@@ -134,7 +134,7 @@ class GatedMLP:
         return gate, up, down
 
     def _run(self, plans: tuple[Plan, ...], x: Tensor) -> Tensor:
-        with autocast_off(plans[0], x):
+        with autocast_off(x.device):
             projections = [each.projection(x) for each in plans]
             x = cast(x, plans[0].casts.x)
             # Each dropout draws its seed when PEFT's would: in the order of the calls.

@@ -7,14 +7,13 @@ backward does not depend on autocast.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
-from ..autograd import lora_linear
+from ..autograd import autocast_off, lora_linear
 from ..fused import shared_linear
 from ..quant import as_quant_state
 from ..reference import Projection
@@ -88,16 +87,13 @@ class Plan(NamedTuple):
 
     parts: Parts
     casts: Casts
-    autocast: bool
     rows: Sequence[str] | None = None
     invoked: tuple[int, ...] = ()
 
     def run(self, x: Tensor) -> Tensor:
         """`y = x W^T + bias + sum of scaling * drop(x) A^T B^T`, in the dtypes of PEFT's code."""
-        if self.autocast:
-            with torch.autocast(x.device.type, enabled=False):
-                return self._run(x)
-        return self._run(x)
+        with autocast_off(x.device):
+            return self._run(x)
 
     def _run(self, x: Tensor) -> Tensor:
         if self.parts.quant_state is not None:
@@ -280,14 +276,9 @@ class Plan(NamedTuple):
 
 def run_together(plans: Sequence[Plan], x: Tensor) -> tuple[Tensor, ...]:
     """`plan.run(x)` of several plans with the same casts and no `apart_reason`, as one node."""
-    with autocast_off(plans[0], x):
+    with autocast_off(x.device):
         projections = [plan.projection(x) for plan in plans]
         return shared_linear(cast(x, plans[0].casts.x), projections)
-
-
-def autocast_off(plan: Plan, x: Tensor) -> AbstractContextManager[Any]:
-    """Leaves the autocast region of a call, whose casts the plan has made."""
-    return torch.autocast(x.device.type, enabled=False) if plan.autocast else nullcontext()
 
 
 def _lora_linear(x: Tensor, p: Projection) -> Tensor:

@@ -181,5 +181,5 @@ def _signature(found: Plan) -> tuple[Any, ...]:
         else (t.data_ptr(), None if t.is_inference() else t._version, t.requires_grad)
         for t in tensors
     ]
-    call = (found.casts, found.autocast, found.rows, found.invoked)
+    call = (found.casts, found.rows, found.invoked)
     return *call, id(parts.quant_state), *identity, *numbers
