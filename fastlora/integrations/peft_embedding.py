@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import inspect
-import textwrap
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +27,7 @@ from .peft_guard import (
     tensors_reason,
 )
 from .peft_run import cast
+from .peft_source import source_tree
 
 OP = "lora_embedding_fwd"
 # Forwards of scaled embeddings, Gemma's and Bart's, and whether the scale is rounded to the table's
@@ -204,14 +203,8 @@ def _scale_reason(layer: Any, base: nn.Module) -> str | None:
 @functools.cache
 def _returned(forward: Any) -> str:
     """What a forward returns, as source, if that is all it does; "" for all others."""
-    if hasattr(forward, "__wrapped__"):
-        return ""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
-    except (OSError, TypeError, SyntaxError):
-        return ""
-    function = tree.body[0]
-    if not isinstance(function, ast.FunctionDef):
+    function = source_tree(forward)
+    if function is None or hasattr(forward, "__wrapped__"):
         return ""
     last = function.body[-1]
     if function.decorator_list or len(function.body) != 1 or not isinstance(last, ast.Return):

@@ -18,7 +18,7 @@ from torch import nn
 
 
 @functools.cache
-def _tree(forward: Any) -> ast.FunctionDef | None:
+def source_tree(forward: Any) -> ast.FunctionDef | None:
     """A forward as a syntax tree, None where there is no source that can be followed."""
     try:
         source = inspect.getsource(inspect.unwrap(forward))
@@ -34,7 +34,7 @@ def _tree(forward: Any) -> ast.FunctionDef | None:
 def is_readable(module: nn.Module) -> bool:
     """Whether the source of a module's forward is there to be read."""
     kind: Any = type(module)
-    return _tree(kind.forward) is not None
+    return source_tree(kind.forward) is not None
 
 
 # ---- shared inputs ---------------------------------------------------------------------------
@@ -51,7 +51,7 @@ def shared_inputs(module: nn.Module, names: Collection[str]) -> list[list[str]]:
         Lists of two names or more.
     """
     kind: Any = type(module)
-    tree = _tree(kind.forward)
+    tree = source_tree(kind.forward)
     if tree is None:
         return []
     reader = _Reader(names)
@@ -123,7 +123,7 @@ class GatedSource(NamedTuple):
 def gated_mlp(module: nn.Module) -> GatedSource | None:
     """The gated MLP that the forward of `module` computes and nothing else; None for all others."""
     kind: Any = type(module)
-    tree = _tree(kind.forward)
+    tree = source_tree(kind.forward)
     if tree is None or tree.decorator_list or hasattr(kind.forward, "__wrapped__"):
         return None
     parameters = tree.args
