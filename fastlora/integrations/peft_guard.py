@@ -162,16 +162,22 @@ def state_reason(layer: Any) -> str | None:
     return None
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks around its forward or backward."""
+    inner = module.__dict__
+    return bool(
+        inner["_forward_hooks"]
+        or inner["_forward_pre_hooks"]
+        or inner["_backward_hooks"]
+        or inner["_backward_pre_hooks"]
+    )
+
+
 def modules_reason(roles: Iterable[tuple[str, nn.Module]]) -> str | None:
     """Why modules, each with its role, can't be bypassed, or None."""
     for role, module in roles:
         inner = module.__dict__
-        if (
-            inner["_forward_hooks"]
-            or inner["_forward_pre_hooks"]
-            or inner["_backward_hooks"]
-            or inner["_backward_pre_hooks"]
-        ):
+        if has_hooks(module):
             return f"{role} has hooks, which fastlora would not call"
         if ("forward" in inner or "_hf_hook" in inner) and not _forward_is_plain(module):
             return f"{role} has a forward of its own (accelerate's offloading, or another patch)"

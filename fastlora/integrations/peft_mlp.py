@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..autograd import autocast_off, draw_seed
 from ..fused import gated_mlp
 from ..reference import ACTIVATIONS, activate
-from .peft_guard import LAST_REASON, plan
+from .peft_guard import LAST_REASON, has_hooks, plan
 from .peft_layers import bypass_reason, not_linear_reason
 from .peft_run import Plan, cast
 from .peft_source import GatedSource, global_of
@@ -32,7 +32,7 @@ def activation_of(module: nn.Module, source: GatedSource) -> str | None:
         found = getattr(module, found, None)
     if isinstance(found, nn.Module):
         home = type(found).__module__.split(".")[0]
-        if home not in ("torch", "transformers") or found._modules or _has_hooks(found):
+        if home not in ("torch", "transformers") or found._modules or has_hooks(found):
             return None
         if "forward" in found.__dict__:
             return None
@@ -108,7 +108,7 @@ class GatedMLP:
         if self.dotted and global_of(self.forward, self.dotted) is not self.function:
             return "the activation was replaced"
         if self.act is not None:
-            if _has_hooks(self.act):
+            if has_hooks(self.act):
                 return "the activation has hooks, which fastlora would not call"
             replaced = "forward" in self.act.__dict__
             if replaced or type(self.act).forward is not self.act_forward:
@@ -194,17 +194,8 @@ def _closed(layer: Any) -> str | None:
     """Why the call of a layer must be a call of its own, and can't be a part of its parent's."""
     if (reason := not_linear_reason(layer)) is not None:
         return reason
-    if _has_hooks(layer):
+    if has_hooks(layer):
         return "it has hooks, which fastlora would not call"
     if "_hf_hook" in layer.__dict__:
         return "accelerate's hooks wrap its forward"
     return bypass_reason(layer)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
