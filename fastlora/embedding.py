@@ -97,7 +97,7 @@ def lora_embedding(
         padding_idx %= V
     # The backend is settled now: the backward may run outside of a `use_backend` block.
     backend = forced_backend(backend)
-    args = (ids.reshape(-1).long().contiguous(), weight, lora_A, lora_B, scaling, weight_scale)
+    args = (ids.reshape(-1).long(), weight, lora_A, lora_B, scaling, weight_scale)
     with autocast_off(ids.device):
         if torch.is_grad_enabled() and (lora_A.requires_grad or lora_B.requires_grad):
             y = LoraEmbeddingFunction.apply(*args, padding_idx, backend)

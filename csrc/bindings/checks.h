@@ -44,6 +44,12 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes,
   return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes), dtype);
 }
 
+// A gradient, empty where it is not asked for.
+inline Tensor wanted(const Tensor& like, bool needed, std::initializer_list<int64_t> sizes,
+                     std::optional<ScalarType> dtype) {
+  return needed ? empty(like, sizes, dtype) : empty(like, {0}, dtype);
+}
+
 inline void check_matrix(const Tensor& t, const char* name, int64_t rows, int64_t columns) {
   STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name, " must be [",
                   rows, ", ", columns, "]");

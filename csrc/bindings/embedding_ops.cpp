@@ -24,8 +24,9 @@ void check_adapter(const Tensor& A, const Tensor& B, int64_t N, int64_t R, int64
   STD_TORCH_CHECK(A.scalar_type() == B.scalar_type(), "lora_B must have lora_A's dtype");
 }
 
-Tensor lora_embedding_fwd(Tensor ids, Tensor weight_any, Tensor A_any, Tensor B_any, double scaling,
-                          double weight_scale) {
+Tensor lora_embedding_fwd(Tensor ids_any, Tensor weight_any, Tensor A_any, Tensor B_any,
+                          double scaling, double weight_scale) {
+  const Tensor ids = torch::stable::contiguous(ids_any);
   const int64_t M = ids.numel(), V = weight_any.size(0), N = weight_any.size(1), R = A_any.size(0);
   check_ids(ids, V);
   check_adapter(A_any, B_any, N, R, V);
@@ -50,17 +51,18 @@ Tensor lora_embedding_fwd(Tensor ids, Tensor weight_any, Tensor A_any, Tensor B_
   return y;
 }
 
-std::tuple<Tensor, Tensor> lora_embedding_bwd(Tensor dy_any, Tensor ids, Tensor A_any, Tensor B_any,
-                                              double scaling, int64_t padding_idx, bool need_dA,
-                                              bool need_dB) {
+std::tuple<Tensor, Tensor> lora_embedding_bwd(Tensor dy_any, Tensor ids_any, Tensor A_any,
+                                              Tensor B_any, double scaling, int64_t padding_idx,
+                                              bool need_dA, bool need_dB) {
+  const Tensor ids = torch::stable::contiguous(ids_any);
   const int64_t M = ids.numel(), V = A_any.size(1), N = B_any.size(0), R = A_any.size(0);
   check_ids(ids, V);
   check_adapter(A_any, B_any, N, R, V);
   check_matrix(dy_any, "dy", M, N);
   const Tensor dy = with_contiguous_rows(dy_any);
   const Tensor A = torch::stable::contiguous(A_any), B = torch::stable::contiguous(B_any);
-  Tensor dA = need_dA ? empty(dy, {R, V}, ScalarType::Float) : empty(dy, {0}, ScalarType::Float);
-  Tensor dB = need_dB ? empty(dy, {N, R}, ScalarType::Float) : empty(dy, {0}, ScalarType::Float);
+  Tensor dA = wanted(dy, need_dA, {R, V}, ScalarType::Float);
+  Tensor dB = wanted(dy, need_dB, {N, R}, ScalarType::Float);
   LoraEmbeddingBwd p{};
   p.M = M;
   p.N = N;

@@ -211,9 +211,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy_any, const Optional
     S = torch::stable::contiguous(*S_any);
   }
   const Tensor A = torch::stable::contiguous(A_any), B = torch::stable::contiguous(B_any);
-  Tensor dx = need_dx ? empty(dy, {M, K}) : empty(dy, {0});
-  Tensor dA = need_dA ? empty(dy, {E, R, K}, ScalarType::Float) : empty(dy, {0}, ScalarType::Float);
-  Tensor dB = need_dB ? empty(dy, {E, N, R}, ScalarType::Float) : empty(dy, {0}, ScalarType::Float);
+  Tensor dx = wanted(dy, need_dx, {M, K}, std::nullopt);
+  Tensor dA = wanted(dy, need_dA, {E, R, K}, ScalarType::Float);
+  Tensor dB = wanted(dy, need_dB, {E, N, R}, ScalarType::Float);
   if (need_dx) clear_from(dx, segments.end);
 
   LoraLinearBwd all{};

@@ -78,11 +78,6 @@ struct Needs {
   bool dx, dA, dB, dbias;
 };
 
-Tensor wanted(const Tensor& x, bool needed, std::initializer_list<int64_t> sizes,
-              std::optional<ScalarType> dtype) {
-  return needed ? empty(x, sizes, dtype) : empty(x, {0}, dtype);
-}
-
 // One layer of a backward: what `params` points into, and what it writes, but dx.
 struct Backward {
   // x has contiguous rows; dx is null where it is not needed.

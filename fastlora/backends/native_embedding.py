@@ -21,7 +21,7 @@ def lora_embedding_fwd(
     weight_scale: float = 1.0,
 ) -> Tensor:
     """`embedding_reference.lora_embedding_fwd`."""
-    args = (ids.contiguous(), weight, lora_A, lora_B, scaling, weight_scale)
+    args = (ids, weight, lora_A, lora_B, scaling, weight_scale)
     if weight.numel() == 0:
         return reference.lora_embedding_fwd(*args)
     try:
@@ -45,7 +45,7 @@ def lora_embedding_bwd(
     if lora_A.numel() == 0 or lora_B.numel() == 0:
         return reference.lora_embedding_bwd(dy, ids, lora_A, lora_B, scaling, padding_idx, needs)
     padding = -1 if padding_idx is None else padding_idx
-    dA, dB = ops.lora_embedding_bwd(dy, ids.contiguous(), lora_A, lora_B, scaling, padding, *needs)
+    dA, dB = ops.lora_embedding_bwd(dy, ids, lora_A, lora_B, scaling, padding, *needs)
     return dA if needs[0] else None, dB if needs[1] else None
 
 
