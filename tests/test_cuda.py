@@ -40,6 +40,13 @@ EDGES = (
     Case("one below each edge", 127, 127, 96, 31, dropout_p=0.1),
     Case("one past each edge", 129, 129, 160, 33, dropout_p=0.3),
     Case("half a step, few outputs", 65, 8, 32, 1, bias=False),
+    Case("few tokens, no decoding: one of a wider row", 1, 40, 96, 4, strided=True),
+    Case("ragged rows, one code past a run", 130, 131, 161, 33, dropout_p=0.1),
+    Case("ragged rows, one code short of a tile", 67, 40, 127, 5, dropout_p=0.2),
+    Case("ragged rows, few tokens and no whole run", 5, 9, 7, 2, dropout_p=0.1, strided=True),
+    Case("ragged rows, one column", 70, 130, 1, 1, bias=False),
+    Case("ragged rows, sum of the forward in two parts", 66, 20, 1090, 4, dropout_p=0.1),
+    Case("ragged rows, sum of dx in two parts", 33, 1101, 50, 3, dropout_p=0.1),
     Case("sum of the forward in two parts", 70, 64, 1056, 5, dropout_p=0.1),
     Case("sum of dx in two parts", 66, 1100, 64, 3, dropout_p=0.2),
     Case("few tokens, no decoding: half a step", 7, 40, 96, 4, dropout_p=0.1, strided=True),
@@ -325,7 +332,7 @@ def test_code_table_comes_from_the_state(backend: str) -> None:
 
 
 @pytest.mark.parametrize("M", [3, 70])
-@pytest.mark.parametrize(("N", "K"), [(70, 160), (8, 96), (130, 64)])
+@pytest.mark.parametrize(("N", "K"), [(70, 160), (8, 96), (130, 64), (70, 161), (9, 45)])
 @pytest.mark.parametrize("odd", [torch.nan, torch.inf])
 def test_a_scale_that_is_not_finite_stays_where_it_is(
     M: int, N: int, K: int, odd: float, backend: str
@@ -402,7 +409,6 @@ def test_opcheck(op: str) -> None:
         ("qlora_gemm_fwd", 0, torch.randn(5, 64), "x must be bf16 or fp16"),
         ("qlora_gemm_fwd", 1, torch.zeros(3, dtype=torch.uint8), "weight must be contiguous with"),
         ("qlora_gemm_fwd", 9, torch.randn(4, 2), "S must be .5, 2."),
-        ("qlora_gemm_dx", 9, torch.randn(2, 48), "K must be a multiple of 32, got 48"),
         ("qlora_gemm_dx", 11, None, "seed must be an int64 tensor"),
         ("qlora_decode", 7, 32, "K and blocksize must be multiples of 64"),
         ("qlora_decode", 9, torch.randn(3, 64), "lora_B must be .12, 3."),
@@ -439,7 +445,8 @@ def test_decode_tokens_is_the_kernels() -> None:
         (1, 4128, 64, torch.bfloat16, "gemm"),
         (512, 4096, 64, torch.bfloat16, "gemm"),
         (513, 4096, 64, torch.bfloat16, "dequantize"),
-        (1, 4100, 64, torch.bfloat16, "dequantize"),
+        (1, 4100, 64, torch.bfloat16, "gemm"),
+        (513, 4100, 64, torch.bfloat16, "dequantize"),
         (1, 4096, 64, torch.float32, "dequantize"),
     ],
 )

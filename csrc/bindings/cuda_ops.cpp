@@ -27,12 +27,12 @@ bool is_aligned(const Tensor& t) {
 }
 
 // The kernels copy rows in pieces of 16 bytes: t itself, or a copy whose rows start at multiples of
-// that.
+// that. So must those past the end, which are not read: a single row needs such a stride, too.
 Tensor with_aligned_rows(const Tensor& t) {
   STD_TORCH_CHECK(t.dim() == 2, "x and dy must be matrices");
   const int64_t M = t.size(0), K = t.size(1);
   const int64_t unit = cuda::kRowAlignment / static_cast<int64_t>(t.element_size());
-  const bool rows_fit = M <= 1 || (t.stride(0) >= K && t.stride(0) % unit == 0);
+  const bool rows_fit = t.stride(0) >= K && t.stride(0) % unit == 0;
   if (rows_fit && (K <= 1 || t.stride(1) == 1) && is_aligned(t)) return t;
   Tensor wide = empty(t, {M, (K + unit - 1) / unit * unit});
   Tensor copy = torch::stable::narrow(wide, 1, 0, K);
@@ -72,7 +72,6 @@ OptionalTensor contiguous(const OptionalTensor& t) {
 }
 
 Weight weight_of(const QuantTensors& quant, int64_t N, int64_t K, const Tensor& x) {
-  STD_TORCH_CHECK(K % 32 == 0, "K must be a multiple of 32, got ", K);
   // Sizes and steps are counted with 32 bits.
   STD_TORCH_CHECK(N < (int64_t{1} << 31) && K < (int64_t{1} << 31),
                   "weight must have fewer than 2^31 rows and columns, got [", N, ", ", K, "]");

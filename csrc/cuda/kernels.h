@@ -20,7 +20,7 @@ constexpr int64_t kRowAlignment = 16;
 //                                                       adapter A [R, K]
 struct QloraGemm {
   int64_t M, R;
-  Weight weight;  // K a multiple of 32; compute_dtype bf16 or fp16, that of x
+  Weight weight;  // compute_dtype bf16 or fp16, that of x
   const void* x;  // rows of stride ldx
   int64_t ldx;
   const float* S;  // [M, R]

@@ -91,6 +91,11 @@ FASTLORA_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
   return result;
 }
 
+// The upper half of the 64 bits `high`, `low` shifted left by 0 to 31 bits.
+FASTLORA_DEVICE uint32_t shift_left(uint32_t high, uint32_t low, int bits) {
+  return __funnelshift_l(low, high, static_cast<uint32_t>(bits));
+}
+
 // ---- across lanes and warps --------------------------------------------------------------------
 
 FASTLORA_DEVICE void block_barrier() { __syncthreads(); }
@@ -129,6 +134,11 @@ FASTLORA_DEVICE void store_shared(uint32_t address, T value) {
   *static_cast<T*>(__cvta_shared_to_generic(address)) = value;
 }
 
+// Starts the copy of 4 bytes; those past `bytes` become zero and are not read.
+FASTLORA_DEVICE void copy_async_word(uint32_t shared, const void* global, int bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(bytes)
+               : "memory");
+}
 // Starts the copy of 16 bytes; those past `bytes` become zero and are not read.
 FASTLORA_DEVICE void copy_async(uint32_t shared, const void* global, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),

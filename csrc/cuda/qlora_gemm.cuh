@@ -1,4 +1,5 @@
-// The tile kernel of qlora_gemm_fwd and qlora_gemm_dx (struct QloraGemm in kernels.h).
+// The tile kernel of qlora_gemm_fwd and qlora_gemm_dx (struct QloraGemm in kernels.h), for rows of
+// whole runs of codes and for ragged ones (code_runs.cuh).
 //
 // A block makes a tile of 128 tokens (64, if there are no more) by 128 outputs with eight warps, each
 // of half the tokens and a quarter of the outputs. Forward and dx differ in one point: the sum runs
@@ -15,11 +16,11 @@
 // are split into two bf16 parts, and the product of the two lower parts, 2^-16 of it, is left out.
 #pragma once
 
+#include "cuda/code_runs.cuh"
 #include "cuda/dropout.cuh"
 #include "cuda/finish.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/parts.cuh"
-#include "cuda/weights.cuh"
 
 namespace fastlora::cuda {
 
@@ -27,17 +28,17 @@ constexpr int kThreads = 256, kWarp = 32;
 constexpr int kMostTokens = 128, kFewTokens = 64, kOutputs = 128;  // of a tile
 constexpr int kStep = 64;                                          // terms of the sum at once
 constexpr int kProduct = 16;  // terms of one tensor core instruction
-constexpr int kRun = 32;      // codes that a thread decodes: they share one absmax
 constexpr int kRanks = 32;    // ranks at once: high and low parts fill a step
+static_assert(kStep == 2 * kRun && kOutputs * kStep == kThreads * kRun);
 constexpr int kWarpOutputs = 32;
 
 // Shared memory. A tile's rows have 128 bytes, eight chunks of 16.
 constexpr uint32_t kRowBytes = 128, kChunkBytes = 16;
 constexpr uint32_t kWBytes = kOutputs * kRowBytes;
 constexpr uint32_t kHalfBytes = kStep * kRowBytes;  // dx: W's tile is two halves of 64 columns
-constexpr uint32_t kPackedBytes = kThreads * kChunkBytes;
-template <bool kForward, int kTokens>
+template <class Codes, bool kForward, int kTokens>
 struct Layout {
+  static constexpr uint32_t kPackedBytes = kThreads * Codes::kBytes;
   static constexpr uint32_t kXBytes = kTokens * kRowBytes;
   static constexpr uint32_t kXAt = 0, kWAt = kXAt + 2 * kXBytes, kPackedAt = kWAt + 2 * kWBytes;
   static constexpr uint32_t kTablesAt = kPackedAt + 2 * kPackedBytes;
@@ -89,10 +90,11 @@ struct Place {
   int tokens;  // of the tile that exist
 };
 
-template <class T, bool kForward, int kTokens>
+template <class T, class Codes, bool kForward, int kTokens>
 struct Gemm : Place<kTokens> {
   using At = Place<kTokens>;
-  using Memory = Layout<kForward, kTokens>;
+  using Memory = Layout<Codes, kForward, kTokens>;
+  using Scales = typename Codes::Scales;
   using At::split, At::token0, At::output0, At::tokens;
   using At::thread, At::lane, At::warp, At::warp_token, At::warp_output;
   static constexpr int kRowTiles = At::kWarpTokens / 16;  // of a warp
@@ -113,18 +115,14 @@ struct Gemm : Place<kTokens> {
   // The thread's part of x in the step that is loaded next: a chunk of every 32nd row.
   const T* x_source = static_cast<const T*>(p.op.x) + int64_t{token0 + thread / 8} * p.op.ldx +
                       begin * kStep + thread % 8 * 8;
-  // What it decodes of W's tile: 32 codes of a row, four chunks. They lie inside of W in the first
-  // `code_steps` steps.
+  // What it decodes of W's tile: a run of a row, four chunks. In the sum's next step the run is that
+  // of the same row 64 columns further (forward), or of the 64th row below (dx).
   const int code_row = kForward ? thread / 2 : thread / 2 % kStep;
   const int code_half = kForward ? 0 : thread / (kThreads / 2);
   const uint32_t w_write =
       static_cast<uint32_t>(code_half) * kHalfBytes + swizzled(code_row, thread % 2 * 4);
-  const int fixed = kForward ? output0 + code_row : output0 + code_half * kStep + thread % 2 * kRun;
-  const int moving = kForward ? thread % 2 * kRun : code_row;
-  const int code_steps = fixed < p.outputs ? (p.inputs - moving + kStep - 1) / kStep : 0;
-  int64_t code = kForward ? fixed * p.op.weight.K + begin * kStep + moving
-                          : smaller(begin * kStep + moving, p.inputs - 1) * p.op.weight.K +
-                                smaller<int64_t>(fixed, p.outputs - kRun);
+  Codes codes{p.op.weight, kForward ? output0 + code_row : code_row,
+              thread % 2 * kRun + (kForward ? 0 : output0 + code_half * kStep), begin};
   float sums[kRowTiles][4][4] = {};  // [16 tokens][8 outputs][element of an mma's result]
 
   FASTLORA_DEVICE uint32_t x_tile(int i) const {
@@ -134,8 +132,8 @@ struct Gemm : Place<kTokens> {
     return shared + Memory::kWAt + static_cast<uint32_t>(i & 1) * kWBytes;
   }
   FASTLORA_DEVICE uint32_t packed(int i) const {
-    return shared + Memory::kPackedAt + static_cast<uint32_t>(i & 1) * kPackedBytes +
-           static_cast<uint32_t>(thread) * kChunkBytes;
+    return shared + Memory::kPackedAt + static_cast<uint32_t>(i & 1) * Memory::kPackedBytes +
+           static_cast<uint32_t>(thread) * Codes::kBytes;
   }
 
   // ---- loads -----------------------------------------------------------------------------------
@@ -155,27 +153,19 @@ struct Gemm : Place<kTokens> {
     x_source += kStep;
   }
 
-  // Starts the copy of the thread's codes, and loads their absmax.
-  //
-  // Past the end W is times zero, and a scale that is not finite would make NaN of it. There the
-  // forward takes zero. dx, which has no register for that, stays in the last of the thread's rows:
-  // where the scale there is not finite, the outputs that it meets aren't anyway.
-  FASTLORA_DEVICE Absmax load_codes(int step) {
-    const Quant4bit& quant = p.op.weight.quant;
-    const bool inside = step < code_steps;
-    copy_async(packed(step), quant.packed + (code >> 1), inside ? kRun / 2 : 0);
-    Absmax absmax = load_absmax(quant, inside || !kForward ? code : 0);
-    if (kForward && !inside) absmax.scale = 0.0f;
-    if (kForward || step + 1 < code_steps) code += kForward ? kStep : kStep * p.op.weight.K;
-    return absmax;
-  }
+  // Starts the copy of the thread's codes, and loads their scales.
+  FASTLORA_DEVICE Scales load_codes(int step) { return codes.load(step, packed(step)); }
 
   // ---- decoding --------------------------------------------------------------------------------
 
+  FASTLORA_DEVICE typename Codes::Decoder decoder_of(int step, const Scales& scales) const {
+    return codes.decoder(step, packed(step), scales, shared + Memory::kTablesAt);
+  }
+
   // A quarter of the thread's run, eight codes, to W's tile.
-  FASTLORA_DEVICE void decode_quarter(int step, int quarter, uint32_t codes,
-                                      const Planes& planes) const {
-    store_shared<Words4>(moved(w_tile(step) + w_write, 0, quarter), decode(codes, planes));
+  FASTLORA_DEVICE void decode_quarter(int step, int quarter,
+                                      typename Codes::Decoder& decoder) const {
+    store_shared<Words4>(moved(w_tile(step) + w_write, 0, quarter), decoder.quarter(quarter));
   }
 
   // ---- products --------------------------------------------------------------------------------
@@ -377,11 +367,10 @@ struct Gemm : Place<kTokens> {
   // ---- all of it -------------------------------------------------------------------------------
 
   FASTLORA_DEVICE void run() {
-    const uint32_t tables = shared + Memory::kTablesAt;
-    copy_tables(tables, p.op.weight.quant, thread, kThreads);
+    copy_tables(shared + Memory::kTablesAt, p.op.weight.quant, thread, kThreads);
     load_x(begin);
-    const Absmax first = load_codes(begin);
-    Absmax next = load_codes(begin + 1);
+    const Scales first = load_codes(begin);
+    Scales next = load_codes(begin + 1);
     copy_async_commit();
     block_barrier();
     if (split == 0) {
@@ -391,10 +380,9 @@ struct Gemm : Place<kTokens> {
 
     copy_async_wait<0>();
     {
-      const Planes planes = make_planes<T>(tables, absmax_value(p.op.weight.quant, first, tables));
-      const Words4 codes = load_shared<Words4>(packed(begin));
+      auto decoder = decoder_of(begin, first);
 #pragma unroll
-      for (int i = 0; i < 4; i++) decode_quarter(begin, i, codes.w[i], planes);
+      for (int i = 0; i < 4; i++) decode_quarter(begin, i, decoder);
     }
 #pragma unroll 1
     for (int step = begin; step < end; step++) {
@@ -402,17 +390,13 @@ struct Gemm : Place<kTokens> {
       // Step's x and decoded W are there; what the step before has read may be overwritten.
       block_barrier();
       if (step + 1 < end) load_x(step + 1);
-      const Planes planes = make_planes<T>(tables, absmax_value(p.op.weight.quant, next, tables));
+      auto decoder = decoder_of(step + 1, next);
       // A thread decodes the codes that it has copied itself.
       next = load_codes(step + 2);
       copy_async_commit();
-      Words2 codes;
 #pragma unroll
       for (int part = 0; part < kStep / kProduct; part++) {
-        // Lanes 8 apart meet in a bank. To begin with the other half in every other eight lanes
-        // takes 2 to 10 instructions a step, and registers that sm_90a and sm_100 have to spill for.
-        if (part % 2 == 0) codes = load_shared<Words2>(packed(step + 1) + 4 * part);
-        decode_quarter(step + 1, part, codes.w[part % 2], planes);
+        decode_quarter(step + 1, part, decoder);
         multiply_part<T>(x_tile(step + 1), part, w_tile(step), part);
       }
     }
@@ -422,41 +406,50 @@ struct Gemm : Place<kTokens> {
   }
 };
 
-// Blocks that share a multiprocessor's registers: two where the shared memory of two fits. The host's
-// pass has the larger number, and asks blocks_at_once().
+// Blocks that share a multiprocessor: two where their shared memory and registers fit. The host's pass
+// has the larger number, and asks blocks_at_once().
 #if defined(__CUDA_ARCH__) && \
     (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ == 1200)
+template <class Codes>
 constexpr int kBlocksAtOnce = 1;
 #else
-constexpr int kBlocksAtOnce = 2;
+template <class Codes>
+constexpr int kBlocksAtOnce = Codes::kMostAtOnce;
 #endif
 
-template <class T, bool kForward, int kTokens>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce) qlora_gemm(const GemmParams p) {
-  Gemm<T, kForward, kTokens>(p).run();
+template <template <class, bool> class Codes, class T, bool kForward, int kTokens>
+__global__ void __launch_bounds__(kThreads, (kBlocksAtOnce<Codes<T, kForward>>))
+    qlora_gemm(const GemmParams p) {
+  Gemm<T, Codes<T, kForward>, kForward, kTokens>(p).run();
 }
 
-// Parts of the sum: enough for every place that a multiprocessor has for a block, and no part under
+// The sum's parts: enough for every place that a multiprocessor has for a block, and no part under
 // eight steps.
-template <bool kForward, int kTokens>
+template <class Codes, bool kForward, int kTokens>
 int gemm_splits(int64_t M, int64_t outputs, int64_t inputs) {
   const int64_t blocks = ceil_div(M, kTokens) * ceil_div(outputs, kOutputs);
   constexpr int64_t kLeastSteps = 8;
   const int64_t most = ceil_div(inputs, kStep) / kLeastSteps;
   const int64_t places =
-      multiprocessors() * blocks_at_once(Layout<kForward, kTokens>::kBytes, kBlocksAtOnce);
+      multiprocessors() *
+      blocks_at_once(Layout<Codes, kForward, kTokens>::kBytes, kBlocksAtOnce<Codes>);
   const int64_t wanted = places / larger<int64_t>(blocks, 1);
   return static_cast<int>(larger<int64_t>(1, smaller(most, wanted)));
 }
 
-template <bool kForward>
-int64_t gemm_workspace(int64_t M, int64_t outputs, int64_t inputs) {
-  const int64_t splits = M <= kFewTokens ? gemm_splits<kForward, kFewTokens>(M, outputs, inputs)
-                                         : gemm_splits<kForward, kMostTokens>(M, outputs, inputs);
+template <template <class, bool> class Codes, bool kForward, int kTokens>
+int64_t tiles_workspace(int64_t M, int64_t outputs, int64_t inputs) {
+  const int64_t splits = gemm_splits<Codes<bf16, kForward>, kForward, kTokens>(M, outputs, inputs);
   return splits == 1 ? 0 : splits * M * outputs;
 }
 
-template <bool kForward, int kTokens>
+template <template <class, bool> class Codes, bool kForward>
+int64_t gemm_workspace(int64_t M, int64_t outputs, int64_t inputs) {
+  return M <= kFewTokens ? tiles_workspace<Codes, kForward, kFewTokens>(M, outputs, inputs)
+                         : tiles_workspace<Codes, kForward, kMostTokens>(M, outputs, inputs);
+}
+
+template <template <class, bool> class Codes, class T, bool kForward, int kTokens>
 const char* run_tiles(const QloraGemm& op, float* workspace, Stream stream) {
   if (op.M == 0) return nullptr;
   GemmParams p{};
@@ -465,16 +458,12 @@ const char* run_tiles(const QloraGemm& op, float* workspace, Stream stream) {
   p.inputs = static_cast<int>(kForward ? op.weight.K : op.weight.N);
   p.token_tiles = static_cast<int>(ceil_div(op.M, kTokens));
   p.steps = static_cast<int>(ceil_div(p.inputs, kStep));
-  p.splits = gemm_splits<kForward, kTokens>(op.M, p.outputs, p.inputs);
+  p.splits = gemm_splits<Codes<T, kForward>, kForward, kTokens>(op.M, p.outputs, p.inputs);
   if (p.splits > 1) p.partial = workspace;
   const int64_t blocks = ceil_div(p.outputs, kOutputs) * p.token_tiles * p.splits;
-  const auto start = [&](auto kernel) {
-    constexpr size_t kShared = Layout<kForward, kTokens>::kBytes;
-    return launch(kernel, blocks, kThreads, kShared, stream, p);
-  };
-  const char* error = op.weight.compute_dtype == DType::bf16
-                          ? start(qlora_gemm<bf16, kForward, kTokens>)
-                          : start(qlora_gemm<f16, kForward, kTokens>);
+  constexpr size_t kShared = Layout<Codes<T, kForward>, kForward, kTokens>::kBytes;
+  const char* error =
+      launch(qlora_gemm<Codes, T, kForward, kTokens>, blocks, kThreads, kShared, stream, p);
   if (error != nullptr || p.splits == 1) return error;
   FinishParams end{};
   end.M = op.M;
@@ -488,10 +477,21 @@ const char* run_tiles(const QloraGemm& op, float* workspace, Stream stream) {
   return finish(end, stream);
 }
 
-template <bool kForward>
-const char* run_qlora_gemm(const QloraGemm& op, float* workspace, Stream stream) {
-  return op.M <= kFewTokens ? run_tiles<kForward, kFewTokens>(op, workspace, stream)
-                            : run_tiles<kForward, kMostTokens>(op, workspace, stream);
+template <template <class, bool> class Codes, bool kForward>
+const char* run_gemm(const QloraGemm& op, float* workspace, Stream stream) {
+  const bool few = op.M <= kFewTokens;
+  if (op.weight.compute_dtype == DType::bf16) {
+    return few ? run_tiles<Codes, bf16, kForward, kFewTokens>(op, workspace, stream)
+               : run_tiles<Codes, bf16, kForward, kMostTokens>(op, workspace, stream);
+  }
+  return few ? run_tiles<Codes, f16, kForward, kFewTokens>(op, workspace, stream)
+             : run_tiles<Codes, f16, kForward, kMostTokens>(op, workspace, stream);
 }
+
+// Where K is no multiple of kRun: units of their own, for they compile as long as the others.
+int64_t qlora_gemm_ragged_fwd_workspace(int64_t M, int64_t N, int64_t K);
+const char* qlora_gemm_ragged_fwd(const QloraGemm& p, float* workspace, Stream stream);
+int64_t qlora_gemm_ragged_dx_workspace(int64_t M, int64_t N, int64_t K);
+const char* qlora_gemm_ragged_dx(const QloraGemm& p, float* workspace, Stream stream);
 
 }  // namespace fastlora::cuda

@@ -3,14 +3,14 @@
 
 namespace fastlora::cuda {
 
-static_assert(kOutputs == kDropoutBlock, "a tile's columns are one block of random bits");
-
 int64_t qlora_gemm_dx_workspace(int64_t M, int64_t N, int64_t K) {
-  return gemm_workspace<false>(M, K, N);
+  return K % kRun == 0 ? gemm_workspace<AlignedCodes, false>(M, K, N)
+                       : qlora_gemm_ragged_dx_workspace(M, N, K);
 }
 
 const char* qlora_gemm_dx(const QloraGemm& p, float* workspace, Stream stream) {
-  return run_qlora_gemm<false>(p, workspace, stream);
+  return p.weight.K % kRun == 0 ? run_gemm<AlignedCodes, false>(p, workspace, stream)
+                                : qlora_gemm_ragged_dx(p, workspace, stream);
 }
 
 }  // namespace fastlora::cuda

@@ -60,16 +60,17 @@ def nvcc_release() -> str | None:
 
 
 def short_name(mangled: str) -> str:
-    """`qlora_gemm_fwd_64_bf16`: the kernel and its template arguments."""
+    """`qlora_gemm_ragged_fwd_64_bf16`: the kernel and its template arguments."""
     name = re.search(KERNEL, mangled)
     if name is None:
         raise ValueError(f"unknown kernel {mangled}")
     rest = mangled[name.end(1) :]
     number = re.search(r"NS0_\d+(bf16|f16)E", rest)
     kind = number[1] if number else "f32" if rest.startswith("If") else ""
+    ragged = ["ragged"] if "RaggedCodes" in rest else []
     directions = [{"1": "fwd", "0": "dx"}[flag] for flag in re.findall(r"Lb(\d)E", rest)]
     numbers = re.findall(r"Li(\d+)E", rest)
-    return "_".join(part for part in (name[1], *directions, *numbers, kind) if part)
+    return "_".join(part for part in (name[1], *ragged, *directions, *numbers, kind) if part)
 
 
 def main_loop(code: list[tuple[int, str]]) -> list[str]:

@@ -53,13 +53,13 @@ class Races {
     return nullptr;
   }
 
-  // After write(): the 16 bytes at `address` are under way.
-  void begin_copy(uint32_t address) {
-    for (size_t i = address / 4; i < address / 4 + 4; i++) words_[i].copying = true;
+  // After write(): the `bytes` at `address` are under way.
+  void begin_copy(uint32_t address, size_t bytes) {
+    for (size_t i = address / 4; i < (address + bytes) / 4; i++) words_[i].copying = true;
   }
   // They have arrived for `thread`, and for others after the next barrier.
-  void end_copy(uint32_t address, int thread) {
-    for (size_t i = address / 4; i < address / 4 + 4; i++) {
+  void end_copy(uint32_t address, size_t bytes, int thread) {
+    for (size_t i = address / 4; i < (address + bytes) / 4; i++) {
       words_[i].copying = false;
       words_[i].writer = thread;
       words_[i].write_interval = interval_;

@@ -45,7 +45,7 @@ enum class State { running, at_warp, at_barrier, done };
 struct Copy {
   uint32_t to;
   const void* from;
-  int bytes;
+  int bytes, size;  // from memory, and in all
   bool landed;
 };
 
@@ -182,7 +182,7 @@ void land(Copy& copy) {
   copy.landed = true;
   std::byte* to = machine().shared + copy.to;
   std::memcpy(to, copy.from, static_cast<size_t>(copy.bytes));
-  std::memset(to + copy.bytes, 0, 16 - static_cast<size_t>(copy.bytes));
+  std::memset(to + copy.bytes, 0, static_cast<size_t>(copy.size - copy.bytes));
 }
 
 // ---- scheduler ---------------------------------------------------------------------------------
@@ -342,14 +342,16 @@ void count_access(uint32_t address, size_t bytes, const std::source_location& wh
   machine().banks.access(machine().current, address, bytes, where);
 }
 
-void copy_async(uint32_t to, const void* from, int bytes) {
+void copy_async(uint32_t to, const void* from, int bytes, int size) {
   Machine& m = machine();
-  if (bytes < 0 || bytes > 16) fail("cp.async: more than 16 bytes");
-  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) fail("cp.async: the source is not aligned");
-  shared(to, 16, Access::write);
-  m.races.begin_copy(to);
+  if (bytes < 0 || bytes > size) fail("cp.async: more bytes than it copies");
+  if (reinterpret_cast<uintptr_t>(from) % static_cast<uintptr_t>(size) != 0) {
+    fail("cp.async: the source is not aligned");
+  }
+  shared(to, static_cast<size_t>(size), Access::write);
+  m.races.begin_copy(to, static_cast<size_t>(size));
   m.counters.async_copies++;
-  self().copies.back().push_back({to, from, bytes, false});
+  self().copies.back().push_back({to, from, bytes, size, false});
   if (m.random() % 2 == 0) land(self().copies.back().back());
 }
 
@@ -360,7 +362,7 @@ void copy_async_wait(int left) {
   while (groups.size() - 1 > static_cast<size_t>(left)) {
     for (Copy& copy : groups.front()) {
       land(copy);
-      machine().races.end_copy(copy.to, machine().current);
+      machine().races.end_copy(copy.to, static_cast<size_t>(copy.size), machine().current);
     }
     groups.erase(groups.begin());
   }

@@ -68,7 +68,8 @@ void* shared(uint32_t address, size_t bytes, Access access, int lane = -1);
 // Counts a plain access, load or store, among those of its warp: banks.h.
 void count_access(uint32_t address, size_t bytes, const std::source_location& where);
 
-void copy_async(uint32_t shared, const void* global, int bytes);
+// Of `size` bytes, those past `bytes` zero.
+void copy_async(uint32_t shared, const void* global, int bytes, int size);
 void copy_async_commit();
 void copy_async_wait(int left);
 

@@ -107,6 +107,10 @@ inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
   return result;
 }
 
+inline uint32_t shift_left(uint32_t high, uint32_t low, int bits) {
+  return static_cast<uint32_t>((uint64_t{high} << 32 | low) << bits >> 32);
+}
+
 // ---- across lanes and warps --------------------------------------------------------------------
 
 inline void block_barrier() { simt::block_barrier(); }
@@ -166,8 +170,11 @@ void store_shared(uint32_t address, T value, const Where& where = Where::current
               sizeof(T));
 }
 
+inline void copy_async_word(uint32_t shared, const void* global, int bytes) {
+  simt::copy_async(shared - kSharedStart, global, bytes, 4);
+}
 inline void copy_async(uint32_t shared, const void* global, int bytes) {
-  simt::copy_async(shared - kSharedStart, global, bytes);
+  simt::copy_async(shared - kSharedStart, global, bytes, 16);
 }
 inline void copy_async_commit() { simt::copy_async_commit(); }
 template <int kLeft>

@@ -1,0 +1,14 @@
+// qlora_gemm_dx for a K that is no multiple of 32: see code_runs.cuh.
+#include "cuda/qlora_gemm.cuh"
+
+namespace fastlora::cuda {
+
+int64_t qlora_gemm_ragged_dx_workspace(int64_t M, int64_t N, int64_t K) {
+  return gemm_workspace<RaggedCodes, false>(M, K, N);
+}
+
+const char* qlora_gemm_ragged_dx(const QloraGemm& p, float* workspace, Stream stream) {
+  return run_gemm<RaggedCodes, false>(p, workspace, stream);
+}
+
+}  // namespace fastlora::cuda
