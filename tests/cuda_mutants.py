@@ -54,6 +54,7 @@ class Fault:
 
 
 FWD, DX, DECODE, FINISH = "qlora_gemm_fwd", "qlora_gemm_dx", "qlora_decode", "finish"
+RAGGED_FWD, RAGGED_DX = "qlora_gemm_ragged_fwd", "qlora_gemm_ragged_dx"
 LOOP_BARRIER = "      block_barrier();\n      if (step + 1 < end) load_x(step + 1);\n"
 LAST_WAIT = "    copy_async_wait<0>();\n    store_sums();\n"
 LOOP_LOAD = "      if (step + 1 < end) load_x(step + 1);\n"
@@ -61,6 +62,10 @@ LOOP_LOAD = "      if (step + 1 < end) load_x(step + 1);\n"
 
 def gemm(name: str, unit: str, old: str, new: str, noticed: str) -> Fault:
     return Fault(name, "qlora_gemm.cuh", unit, old, new, noticed)
+
+
+def runs(name: str, unit: str, old: str, new: str, noticed: str = "wrong") -> Fault:
+    return Fault(name, "code_runs.cuh", unit, old, new, noticed)
 
 
 def decode(name: str, old: str, new: str, noticed: str) -> Fault:
@@ -174,8 +179,8 @@ FAULTS = (
     gemm(
         "the absmax of the first step for all",
         FWD,
-        "absmax_value(p.op.weight.quant, next, tables)",
-        "absmax_value(p.op.weight.quant, first, tables)",
+        "decoder_of(step + 1, next)",
+        "decoder_of(step + 1, first)",
         "wrong",
     ),
     gemm(
@@ -265,12 +270,47 @@ FAULTS = (
         "    if (split == 0) {\n",
         "race",
     ),
-    gemm(
+    runs(
         "dx past W's last row in another block",
         DX,
-        "inside || !kForward ? code : 0",
-        "inside ? code : 0",
-        "wrong",
+        "inside || !kForward ? first_ : 0",
+        "inside ? first_ : 0",
+    ),
+    runs("codes that are not shifted", RAGGED_FWD, "shift_left(word_, next, bits_)", "word_"),
+    runs(
+        "a shift by bytes alone",
+        RAGGED_DX,
+        "4 * static_cast<int>(run.first %",
+        "8 * static_cast<int>(run.first / 2 %",
+    ),
+    runs("words as they lie", RAGGED_FWD, "return permute(word, 0, 0x0123);", "return word;"),
+    runs(
+        "the last word of a run left out",
+        RAGGED_FWD,
+        "static_cast<uint32_t>(i + 1)));",
+        "static_cast<uint32_t>(smaller(i + 1, 3))));",
+    ),
+    runs("one absmax for a ragged run", RAGGED_DX, "from_code(change_ -", "from_code(2 -"),
+    runs(
+        "a change of absmax one code late",
+        RAGGED_FWD,
+        "const int change = blocksize -",
+        "const int change = 1 + blocksize -",
+    ),
+    runs("a scale for runs past the row's end", RAGGED_FWD, "if (run.codes == 0)", "if (false)"),
+    runs("codes past W's last row", RAGGED_DX, "row >= weight_.N || column", "column"),
+    runs(
+        "the run of the step before",
+        RAGGED_DX,
+        "run_of(int step) const {",
+        "run_of(int step) const {\n    step--;",
+    ),
+    runs(
+        "copies of ragged codes over each other",
+        RAGGED_FWD,
+        "copy_async_word(to + i,",
+        "copy_async_word(to,",
+        "race",
     ),
     gemm(
         "infinite values in both parts",
@@ -346,6 +386,8 @@ CASES = {
     ),
     FWD: (Case("", 130, 137, 224, 40), Case("", 70, 64, 1056, 5)),
     DX: (Case("", 130, 136, 224, 40, dropout_p=0.3),),
+    RAGGED_FWD: (Case("", 130, 137, 221, 40), Case("", 70, 64, 1059, 5)),
+    RAGGED_DX: (Case("", 130, 139, 221, 40, dropout_p=0.3),),
     DECODE: (Case("", 9, 33, 2112, 5, dropout_p=0.3),),
 }
 
@@ -365,8 +407,10 @@ def check(unit: str, library: Path) -> None:
             for name in ("y", "dx", "dA", "dB"):
                 results = (getattr(which, name) for which in (got, exact, plain))
                 assert_close_to_exact(*results, what=name)
-        if unit in (FWD, DX):
-            test_a_scale_that_is_not_finite_stays_where_it_is(3, 70, 160, torch.nan, backend)
+        ragged = unit in (RAGGED_FWD, RAGGED_DX)
+        if unit in (FWD, DX) or ragged:
+            K = 145 if ragged else 160
+            test_a_scale_that_is_not_finite_stays_where_it_is(3, 70, K, torch.nan, backend)
             test_infinite_fp32_operands_stay_infinite(3, backend)
             assert max(lora_term_errors(backend)) < LORA_TERM_ERROR, "LoRA term"
         if unit == "quantize_absmax":
@@ -378,7 +422,9 @@ def check(unit: str, library: Path) -> None:
             assert torch.equal(packed, want) and torch.equal(again.absmax, state.absmax)
             out = ops.dequantize_4bit(packed, state, torch.float32, backend=backend)
             assert torch.equal(out, reference.dequantize_4bit(want, state, torch.float32))
-        for kernel, (conflicts, turns) in plain_conflicts(controls).items():
+        for kernel, (conflicts, turns) in plain_conflicts(
+            controls, K=499 if ragged else 512
+        ).items():
             if conflicts > PLAIN_CONFLICTS[kernel] * turns:
                 raise RuntimeError(f"banks: {conflicts} turns more than {turns}")
     if controls.simt_counters().bank_conflicts:

@@ -25,7 +25,7 @@ template <class T, bool kForward>
 class AlignedCodes {
  public:
   static constexpr uint32_t kBytes = kRun / 2;
-  static constexpr int kMostAtOnce = 2;  // blocks on a multiprocessor: registers for two
+  static constexpr bool kFewRegisters = true;  // two blocks with a large tile have enough
   using Scales = Absmax;
 
   class Decoder {
@@ -76,25 +76,25 @@ class AlignedCodes {
 };
 
 // The words that hold a run are copied one by one, are shifted to begin with its first code, and are
-// decoded with either scale. What lies past the row's end, or W's, becomes zero.
+// decoded with either scale. Codes past the row's end have one of the row's own scales, runs past W's
+// end have zero.
 template <class T, bool kForward>
 class RaggedCodes {
  public:
   static constexpr int kCodesOfWord = 8;
   static constexpr int kWords = kRun / kCodesOfWord + 1;
   static constexpr uint32_t kBytes = kWords * sizeof(uint32_t);
-  static constexpr int kMostAtOnce = 1;
+  static constexpr bool kFewRegisters = false;
   struct Scales {
     Absmax first, second;
   };
 
   class Decoder {
    public:
-    // Code `change` of the run and those behind it have the second scale, `end` and those behind it
-    // are zero.
-    FASTLORA_DEVICE Decoder(uint32_t from, int bits, int change, int end, const Planes& first,
+    // Code `change` of the run and those behind it have the second scale.
+    FASTLORA_DEVICE Decoder(uint32_t from, int bits, int change, const Planes& first,
                             const Planes& second)
-        : first_(first), second_(second), from_(from), bits_(bits), change_(change), end_(end) {
+        : first_(first), second_(second), from_(from), bits_(bits), change_(change) {
       word_ = swapped(load_shared<uint32_t>(from));
     }
 
@@ -107,9 +107,8 @@ class RaggedCodes {
       const Words4 other = decode(codes, second_);
 #pragma unroll
       for (int w = 0; w < 4; w++) {
-        const int code = kCodesOfWord * i + 2 * w;
-        const uint32_t behind = from_code(change_ - code);
-        out.w[w] = ((out.w[w] & ~behind) | (other.w[w] & behind)) & ~from_code(end_ - code);
+        const uint32_t behind = from_code(change_ - (kCodesOfWord * i + 2 * w));
+        out.w[w] = (out.w[w] & ~behind) | (other.w[w] & behind);
       }
       return out;
     }
@@ -124,7 +123,7 @@ class RaggedCodes {
 
     const Planes first_, second_;
     const uint32_t from_;
-    const int bits_, change_, end_;
+    const int bits_, change_;
     uint32_t word_;
   };
 
@@ -144,7 +143,9 @@ class RaggedCodes {
       byte += most;
     }
     const int64_t last = run.first + larger(run.codes - 1, 0);
-    return {load_absmax(quant, run.first), load_absmax(quant, last)};
+    Scales scales = {load_absmax(quant, run.first), load_absmax(quant, last)};
+    if (run.codes == 0) scales.first.scale = scales.second.scale = 0.0f;
+    return scales;
   }
 
   FASTLORA_DEVICE Decoder decoder(int step, uint32_t from, const Scales& scales,
@@ -154,7 +155,7 @@ class RaggedCodes {
     const int blocksize = static_cast<int>(quant.blocksize);
     const int change = blocksize - static_cast<int>(run.first & (blocksize - 1));
     const int bits = 4 * static_cast<int>(run.first % kCodesOfWord);
-    return Decoder(from, bits, change, run.codes,
+    return Decoder(from, bits, change,
                    make_planes<T>(tables, absmax_value(quant, scales.first, tables)),
                    make_planes<T>(tables, absmax_value(quant, scales.second, tables)));
   }

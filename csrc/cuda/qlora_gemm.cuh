@@ -410,15 +410,15 @@ struct Gemm : Place<kTokens> {
 // has the larger number, and asks blocks_at_once().
 #if defined(__CUDA_ARCH__) && \
     (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ == 1200)
-template <class Codes>
+template <class Codes, int kTokens>
 constexpr int kBlocksAtOnce = 1;
 #else
-template <class Codes>
-constexpr int kBlocksAtOnce = Codes::kMostAtOnce;
+template <class Codes, int kTokens>
+constexpr int kBlocksAtOnce = kTokens == kFewTokens || Codes::kFewRegisters ? 2 : 1;
 #endif
 
 template <template <class, bool> class Codes, class T, bool kForward, int kTokens>
-__global__ void __launch_bounds__(kThreads, (kBlocksAtOnce<Codes<T, kForward>>))
+__global__ void __launch_bounds__(kThreads, (kBlocksAtOnce<Codes<T, kForward>, kTokens>))
     qlora_gemm(const GemmParams p) {
   Gemm<T, Codes<T, kForward>, kForward, kTokens>(p).run();
 }
@@ -432,7 +432,7 @@ int gemm_splits(int64_t M, int64_t outputs, int64_t inputs) {
   const int64_t most = ceil_div(inputs, kStep) / kLeastSteps;
   const int64_t places =
       multiprocessors() *
-      blocks_at_once(Layout<Codes, kForward, kTokens>::kBytes, kBlocksAtOnce<Codes>);
+      blocks_at_once(Layout<Codes, kForward, kTokens>::kBytes, kBlocksAtOnce<Codes, kTokens>);
   const int64_t wanted = places / larger<int64_t>(blocks, 1);
   return static_cast<int>(larger<int64_t>(1, smaller(most, wanted)));
 }
