@@ -242,15 +242,41 @@ def read_gates() -> list[Row]:
         ]
 
 
-def write_gates(rows: list[Row]) -> None:
-    """Replaces the rows of one Triton, in the order of versions, classes and kernels."""
-    version = rows[0].triton
-    kept = [row for row in read_gates() if row.triton != version]
+def vanished(rows: list[Row], gates: list[Row], archs: list[str], kernels: str) -> list[Row]:
+    """Rows of the gate file that should have been compiled with `rows` and were not.
+
+    Args:
+        archs, kernels: what was asked for.
+    """
+    versions, found = {row.triton for row in rows}, {row.key for row in rows}
+    return [
+        gate
+        for gate in gates
+        if gate.triton in versions
+        and gate.arch in archs
+        and re.search(kernels, gate.kernel)
+        and gate.key not in found
+    ]
+
+
+def write_gates(rows: list[Row], archs: list[str], kernels: str) -> None:
+    """Puts `rows` in place of those that were asked for; all others stay.
+
+    Args:
+        archs, kernels: what was asked for.
+    """
+    gates = read_gates()
+    gone = {row.key for row in (*rows, *vanished(rows, gates, archs, kernels))}
+    kept = [row for row in gates if row.key not in gone]
     GATES.parent.mkdir(exist_ok=True)
     with GATES.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
         writer.writeheader()
-        for row in sorted(kept + rows, key=lambda row: row.triton):
+        places = {row.key: place for place, row in enumerate(gates)}
+        # Rows keep their places; new ones stand behind the others of their Triton.
+        for row in sorted(
+            kept + rows, key=lambda row: (row.triton, places.get(row.key, len(places)))
+        ):
             writer.writerow(asdict(row))
 
 
@@ -305,8 +331,12 @@ def main(argv: list[str] | None = None) -> int:
         print(*asdict(row).values(), sep=", ", flush=True)
         dense = [r for r in rows if (r.arch, r.kernel) == (row.arch, "base_product fwd")]
         broken += faults(row, gates.get(row.key), dense[0] if dense else None)
+    if not rows:
+        parser.error(f"--kernels: expected a pattern that a kernel has, got {args.kernels!r}")
+    for row in vanished(rows, list(gates.values()), archs, args.kernels):
+        broken.append(f"{row.arch} {row.kernel} ({row.dtypes}, triton {row.triton}): is gone")
     if args.write:
-        write_gates(rows)
+        write_gates(rows, archs, args.kernels)
     if args.check:
         print(*broken, sep="\n", file=sys.stderr)
         return 1 if broken else 0

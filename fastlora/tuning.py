@@ -59,8 +59,8 @@ def lookup(device: str, op: str, shape: str) -> Choice | None:
     return _choices_of(device, os.environ.get("FASTLORA_CACHE", "")).get(f"{op} | {shape}")
 
 
-def store(device: str, op: str, shape: str, choice: Choice) -> Path:
-    """Keeps `choice`, in place of an older one; returns the file.
+def store(device: str, op: str, shape: str, choice: Choice | None) -> Path:
+    """Keeps `choice`, in place of an older one; None forgets that one. Returns the file.
 
     Processes that store at the same time wait for each other, and a reader finds the old file or
     the new one, never a part.
@@ -71,7 +71,10 @@ def store(device: str, op: str, shape: str, choice: Choice) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        choices = _read(path, device) | {f"{op} | {shape}": dict(choice)}
+        choices = _read(path, device)
+        choices.pop(f"{op} | {shape}", None)
+        if choice is not None:
+            choices[f"{op} | {shape}"] = dict(choice)
         content = {"device": device, "fastlora": __version__, "choices": choices}
         text = json.dumps(content, indent=1, sort_keys=True)
         # The lock keeps other writers out; open() gives the file the user's usual permissions.

@@ -84,6 +84,26 @@ def test_a_worse_kernel_is_a_fault(change: dict, says: str) -> None:
     assert any("no row" in line for line in static_report.faults(GOOD, None, DENSE))
 
 
+def test_a_part_of_the_gates_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gates = static_report.read_gates()
+    path = tmp_path / "triton.csv"
+    path.write_text(static_report.GATES.read_text())
+    monkeypatch.setattr(static_report, "GATES", path)
+    asked = [row for row in gates if row.key[:2] == (gates[-1].triton, "sm_90")]
+    static_report.write_gates(asked, ["sm_90"], "")
+    assert static_report.read_gates() == gates
+    *others, changed = [Row(**{**vars(row), "registers": 9}) for row in asked]
+    gone = asked[0]
+    assert static_report.vanished(asked[1:], gates, ["sm_90"], "") == [gone]
+    assert static_report.vanished(asked[1:], gates, ["sm_90"], changed.kernel + "$") == []
+    static_report.write_gates([*others[1:], changed], ["sm_90"], "")
+    after = static_report.read_gates()
+    assert len(after) == len(gates) - 1 and gone.key not in {row.key for row in after}
+    assert all((row.registers == 9) == (row.key in {r.key for r in asked}) for row in after)
+
+
 def test_loops_are_found_in_both_assemblers() -> None:
     sass = """
 .L_x_1:

@@ -28,6 +28,10 @@ def test_what_is_stored_is_found() -> None:
     assert tuning.lookup(DEVICE, "op", "M16") == {"way": "fused", "BM": 64}
     assert tuning.lookup(DEVICE, "op", "M32") == {"way": "fused", "BM": 128}
     assert tuning.lookup(DEVICE, "other", "M16") is None
+    for _ in range(2):
+        tuning.store(DEVICE, "op", "M32", None)
+        assert tuning.lookup(DEVICE, "op", "M32") is None
+        assert tuning.lookup(DEVICE, "op", "M16") == {"way": "fused", "BM": 64}
 
 
 def test_another_driver_or_version_is_another_device(monkeypatch: pytest.MonkeyPatch) -> None:

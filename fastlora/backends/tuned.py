@@ -24,7 +24,7 @@ class Kept(NamedTuple):
     Args:
         backend: the fastest one.
         kernel: the fastest of the native backend's, as `native_cuda.kernels` names them; None where
-            all were slower than addmm.
+            all were slower than addmm, or where none was measured by its name.
     """
 
     backend: str

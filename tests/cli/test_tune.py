@@ -129,6 +129,11 @@ def test_the_native_backend_competes(monkeypatch: pytest.MonkeyPatch) -> None:
     given["native backend"] = 2.5
     assert tune.tune(problem(op), "cpu", 1, 0.0).kept == "vendor's product"
     assert kept_backend(op) == "triton"
+    # What has won before is forgotten once it loses.
+    given["addmm"] = 0.5
+    assert tune.tune(problem(op), "cpu", 1, 0.0).kept is None
+    assert kept_backend(op) is None
+    assert launcher_on_cpu().choice(op, torch.bfloat16, (20, 48, 64, 4)) is None
 
 
 @pytest.mark.parametrize("fastest", ["decode", "gemm", "vendor"])

@@ -217,7 +217,7 @@ class Trial:
 
 
 def keep(trial: Trial, faster: Sequence[tuning.Choice]) -> None:
-    """Stores what won for the trial's problem and device.
+    """Stores what won for the trial's problem and device, and forgets what has won there before.
 
     Args:
         faster: the choices that beat addmm, the fastest first; it names the backend. The first
@@ -226,14 +226,14 @@ def keep(trial: Trial, faster: Sequence[tuning.Choice]) -> None:
     """
     problem, key = trial.problem, trial.gpu.key
     shape = shape_key(problem.dtype, problem.sizes)
-    for choice in faster:
-        if not _is_native(choice):
-            tuning.store(key, problem.op, shape, choice)
-            break
-    if problem.four_bit and faster:
-        backend = native.NAME if _is_native(faster[0]) else "triton"
-        kernel = next((choice["kernel"] for choice in faster if "kernel" in choice), None)
-        kept = {"backend": backend} if kernel is None else {"backend": backend, "kernel": kernel}
+    tile = next((choice for choice in faster if not _is_native(choice)), None)
+    tuning.store(key, problem.op, shape, tile)
+    if problem.four_bit:
+        kept: tuning.Choice | None = None
+        if faster:
+            kept = {"backend": native.NAME if _is_native(faster[0]) else "triton"}
+            kernel = next((choice["kernel"] for choice in faster if "kernel" in choice), None)
+            kept = kept if kernel is None else {**kept, "kernel": kernel}
         tuning.store(key, tuned.key(problem.op), shape, kept)
 
 
