@@ -16,7 +16,7 @@ class LoraEmbeddingFunction(torch.autograd.Function):
     """`y[m] = weight_scale * weight[id] + scaling * A[:, id] B^T`, with gradients for lora_A and
     lora_B, each only where asked for.
 
-    Saves ids and the adapters. The formulas are those of `embedding_reference`. A backward that is
+    Saves ids and the adapters. The formulas are those of `reference`. A backward that is
     differentiated itself (`create_graph=True`) runs in plain torch.
     """
 

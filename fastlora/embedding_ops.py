@@ -1,6 +1,6 @@
 """The stateless ops of LoRA on an embedding: check the arguments once, choose a backend, call it.
 
-Same names, arguments and results as in `embedding_reference`, where the formulas stand.
+Same names, arguments and results as in `reference`, where the formulas stand.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def lora_embedding_fwd(
 ) -> Tensor:
     """`y[m] = weight_scale * weight[ids[m]] + scaling * A[:, ids[m]] B^T`.
 
-    See `embedding_reference.lora_embedding_fwd`.
+    See `reference.lora_embedding_fwd`.
 
     Raises:
         ValueError: a shape does not fit. TypeError: a dtype does not fit.
@@ -56,7 +56,7 @@ def lora_embedding_bwd(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """`(dA, dB)` of `lora_embedding_fwd`; see `embedding_reference.lora_embedding_bwd`.
+    """`(dA, dB)` of `lora_embedding_fwd`; see `reference.lora_embedding_bwd`.
 
     Raises:
         ValueError: a shape, or padding_idx, does not fit. TypeError: a dtype does not fit.

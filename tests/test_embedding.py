@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from fastlora import embedding_ops as ops
-from fastlora import embedding_reference as reference
-from fastlora import lora_embedding
+from fastlora import lora_embedding, reference
 from fastlora.backends import BACKENDS
 from tests.conftest import poisoned_memory
 from tests.embedding_cases import CASES, DTYPES, Case, Inputs, make_inputs, peft_results

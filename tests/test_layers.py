@@ -18,7 +18,7 @@ PACKAGE = ROOT / "fastlora"
 # __version__ and _C; its lazy exports and __main__ are above all.
 LEVELS = (
     ("quant", "tolerance", "tuning"),
-    ("reference", "embedding_reference"),
+    ("reference",),
     ("backends",),
     ("ops", "embedding_ops"),
     ("autograd", "embedding", "fused", "grouped"),
