@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import embedding_ops as ops
+from . import ops
 from .autograd import autocast_off
 from .backends import forced_backend
 

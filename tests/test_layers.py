@@ -20,7 +20,7 @@ LEVELS = (
     ("quant", "tolerance", "tuning"),
     ("reference",),
     ("backends",),
-    ("ops", "embedding_ops"),
+    ("ops",),
     ("autograd", "embedding", "fused", "grouped"),
     ("nn",),
     ("integrations",),
