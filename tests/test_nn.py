@@ -699,9 +699,13 @@ def test_merged_4bit_layer_passes_the_gradient_through() -> None:
 def test_an_adapter_of_zeros_merges_without_an_update() -> None:
     for build in (LoraLinear, QLoraLinear):
         layer = build(K, N, r=R)
+        saved = copy.deepcopy(layer.state_dict())
         error = layer.merge()
-        if build is LoraLinear:
-            assert (error.max_abs, error.relative, error.relative_to_update) == (0, 0, 0)
+        assert (error.max_abs, error.relative, error.relative_to_update) == (0, 0, 0)
+        for key, value in layer.state_dict().items():
+            assert torch.equal(value, saved[key]), key
+        layer.unmerge()
+        assert not layer.merged
 
 
 @pytest.mark.parametrize("build", [LoraLinear, QLoraLinear])
