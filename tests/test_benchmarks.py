@@ -470,6 +470,8 @@ def test_a_failing_worker_is_reported(tmp_path: Path) -> None:
         (["--dropout", "1"], "must be from 0 to below 1"),
         (["--tokens", "0"], "must be 1 or more"),
         (["--compare", "peft"], "expected A:B"),
+        (["--compare", "fastlora:unsloth"], "--compare: expected some of frozen, "),
+        (["--compare", "addmm:peft", "--quick"], "expected some of frozen, peft, fastlora, "),
     ],
 )
 def test_wrong_arguments_take_one_line(

@@ -27,7 +27,8 @@ def lora_embedding_fwd(
     try:
         return ops.lora_embedding_fwd(*args)
     except RuntimeError as error:
-        if "ids must be from" in str(error):  # as torch's own embedding has it
+        # The binding raises one type for all; torch's own embedding an IndexError for its ids.
+        if ((ids < 0) | (ids >= len(weight))).any():
             raise IndexError(f"ids must be from 0 to {len(weight) - 1}") from error
         raise
 
