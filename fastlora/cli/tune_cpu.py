@@ -121,20 +121,20 @@ def climb(
         accepts: whether the kernels can use some sizes.
     """
     best = dict(sizes)
-    candidates = {
-        step: {**best, name: value}
-        for step, value in (("half", best[name] // 2), ("double", best[name] * 2))
-    }
-    candidates = {step: tried for step, tried in candidates.items() if accepts(tried)}
+
+    def usable(**values: int) -> dict[str, dict[str, int]]:
+        # A size of 0, half or double, is 0 again.
+        tried = {step: {**best, name: value} for step, value in values.items()}
+        return {step: each for step, each in tried.items() if each != best and accepts(each)}
+
+    candidates = usable(half=best[name] // 2, double=best[name] * 2)
     while candidates:
         found = compare(best, candidates)
         step = max(found, key=lambda candidate: found[candidate].gain)
         if not found[step].wins:
             break
         best = dict(candidates[step])
-        value = best[name] // 2 if step == "half" else best[name] * 2
-        candidates = {step: {**best, name: value}}
-        candidates = {step: tried for step, tried in candidates.items() if accepts(tried)}
+        candidates = usable(**{step: best[name] // 2 if step == "half" else best[name] * 2})
     return best
 
 

@@ -70,6 +70,13 @@ def test_sizes_that_the_kernels_refuse_are_not_tried() -> None:
     assert climbed == {"rows": 128}
 
 
+def test_zero_is_not_measured_against_itself() -> None:
+    def compare(sizes, candidates):  # type: ignore[no-untyped-def]
+        raise AssertionError(candidates)
+
+    assert tune_cpu.climb("rows", {"rows": 0}, compare, lambda _: True) == {"rows": 0}
+
+
 def test_what_loses_on_one_case_is_not_taken() -> None:
     compare = comparing({"rows": 64}, gain=2.0, worst=0.9)
     climbed = tune_cpu.climb("rows", {"rows": 32}, lambda *a: compare(None, *a), lambda _: True)
