@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import io
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -726,6 +728,14 @@ def test_merge_refuses(build: Any) -> None:
         layer.unmerge()
     with pytest.raises(RuntimeError, match="unmerge"):
         layer.load_state_dict(saved)
+
+
+def test_the_readmes_example(capsys: pytest.CaptureFixture[str]) -> None:
+    """The block under "Models of your own" runs as it stands."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    block = readme.split("**Models of your own.**")[1].split("```python\n")[1].split("```")[0]
+    exec(block, {"__name__": "readme"})
+    assert re.match(r"MergeError\(max_abs=0\.\d+, relative=0\.\d+", capsys.readouterr().out)
 
 
 # ---- arguments ---------------------------------------------------------------------------------
