@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastlora import LoraLinear, QLoraLinear, lora_linear, reference
-from fastlora.nn import Linear4bit
+from fastlora.nn import Linear4bit, MergeError
 from fastlora.quant import packed_bytes
 
 peft = pytest.importorskip("peft", reason="PEFT, the measure of these layers, is not installed")
@@ -530,6 +530,12 @@ def test_4bit_state_dict_errors() -> None:
 
 
 # ---- copies, moves, casts ----------------------------------------------------------------------
+
+
+def test_pickles_name_one_module() -> None:
+    """So that they load wherever in fastlora.nn a class may stand."""
+    classes = (LoraLinear, QLoraLinear, Linear4bit, MergeError)
+    assert {kind.__module__ for kind in classes} == {"fastlora.nn"}
 
 
 @pytest.mark.parametrize("merged", [False, True], ids=["plain", "merged"])

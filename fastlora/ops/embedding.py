@@ -25,8 +25,8 @@ def lora_embedding_fwd(
 
     Raises:
         ValueError: a shape does not fit. TypeError: a dtype does not fit.
-        RuntimeError: the backend asked for can't run the op; the message says why. An id outside of
-            the table raises RuntimeError, or IndexError where torch's own gather finds it.
+        IndexError: an id lies outside of the table.
+        RuntimeError: the backend asked for can't run the op; the message says why.
     """
     if weight.dim() != 2:
         raise ValueError(f"weight must be [V, N], got {tuple(weight.shape)}")
