@@ -157,7 +157,7 @@ def environment(run: Run, until: float) -> dict[str, Any]:
 
 def verify(run: Run, until: float) -> dict[str, Any]:
     """Every op, base and dtype against the definition; a row for each cell of the table."""
-    from fastlora.cli.verify import check, unsupported
+    from fastlora.cli.verify.check import check, unsupported
 
     backends = [name for name in _BACKENDS if unsupported(name, run.device) is None]
     failures: list[str] = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -185,6 +186,18 @@ def tables(rows: list[Row]) -> dict[str, str]:
     }
 
 
+def dirty(rows: Iterable[Row]) -> str | None:
+    """How many rows come from files that no commit holds, in one sentence; None without any."""
+    rows = list(rows)
+    commits = Counter(row["commit"] for row in rows if row["commit"].endswith("-dirty"))
+    if not commits:
+        return None
+    return (
+        f"{commits.total()} of {len(rows)} rows were measured on uncommitted changes, and nobody "
+        f"can measure them again: {', '.join(sorted(commits))}"
+    )
+
+
 def readme_tables(rows: list[Row]) -> dict[str, str]:
     """The table of README.md: time of PEFT / time of fastlora, under tcmalloc and under glibc."""
     cells: dict[tuple[str, int, int, str, int], dict[str, str]] = {}
@@ -221,12 +234,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("csv", type=Path, nargs="?", default=RESULTS)
     parser.add_argument("--print", action="store_true", help="print the tables, write nothing")
     args = parser.parse_args(argv)
-    made = tables(read(args.csv))
+    rows = read(args.csv)
+    if (warning := dirty(rows)) is not None:
+        print(f"warning: {warning}", file=sys.stderr)
+    made = tables(rows)
     if args.print:
         print("\n".join(made.values()))
     else:
         DOCS.write_text(fill(DOCS.read_text(), made))
-        README.write_text(fill(README.read_text(), readme_tables(read(args.csv))))
+        README.write_text(fill(README.read_text(), readme_tables(rows)))
     return 0
 
 

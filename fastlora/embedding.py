@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import embedding_ops as ops
+from . import ops
 from .autograd import autocast_off
 from .backends import forced_backend
 
@@ -16,7 +16,7 @@ class LoraEmbeddingFunction(torch.autograd.Function):
     """`y[m] = weight_scale * weight[id] + scaling * A[:, id] B^T`, with gradients for lora_A and
     lora_B, each only where asked for.
 
-    Saves ids and the adapters. The formulas are those of `embedding_reference`. A backward that is
+    Saves ids and the adapters. The formulas are those of `reference`. A backward that is
     differentiated itself (`create_graph=True`) runs in plain torch.
     """
 

@@ -11,7 +11,7 @@ from torch.nn.functional import embedding
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes of one call, as in `embedding_reference`."""
+    """Sizes of one call, as in `reference`."""
 
     name: str
     M: int

@@ -470,6 +470,8 @@ def test_a_failing_worker_is_reported(tmp_path: Path) -> None:
         (["--dropout", "1"], "must be from 0 to below 1"),
         (["--tokens", "0"], "must be 1 or more"),
         (["--compare", "peft"], "expected A:B"),
+        (["--compare", "fastlora:unsloth"], "--compare: expected some of frozen, "),
+        (["--compare", "addmm:peft", "--quick"], "expected some of frozen, peft, fastlora, "),
     ],
 )
 def test_wrong_arguments_take_one_line(
@@ -497,6 +499,20 @@ def test_the_tables_of_the_documents_are_those_of_the_results() -> None:
     assert fill(readme, performance.readme_tables(measured)) == readme
     with pytest.raises(ValueError, match="lacks <!-- nf4 -->"):
         fill("no marks", {"nf4": "a table"})
+
+
+def test_rows_of_uncommitted_changes_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks import performance
+
+    made = [a_row("peft", [4.0]), {**a_row("fastlora", [2.0]), "commit": "0123abc-dirty"}]
+    rows.append(tmp_path / "rows.csv", made)
+    assert performance.main([str(tmp_path / "rows.csv"), "--print"]) == 0
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: 1 of 2 rows were measured on uncommitted changes")
+    assert warning.endswith(": 0123abc-dirty\n")
+    assert performance.dirty(made[:1]) is None
 
 
 def test_the_table_of_merging_is_that_of_its_results() -> None:

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from fastlora import embedding_ops as ops
-from fastlora import embedding_reference as reference
-from fastlora import lora_embedding
+from fastlora import lora_embedding, ops, reference
 from fastlora.backends import BACKENDS
 from tests.conftest import poisoned_memory
 from tests.embedding_cases import CASES, DTYPES, Case, Inputs, make_inputs, peft_results
@@ -170,7 +168,7 @@ def test_ids_outside_of_the_table(wrong: int) -> None:
         ({"weight": torch.zeros(9)}, ValueError, r"weight must be \[V, N\], got \(9,\)"),
         ({"lora_A": torch.zeros(2, 8)}, ValueError, r"lora_A must be \[R, 9\].*\(2, 8\)"),
         ({"lora_A": torch.zeros(0, 9)}, ValueError, r"R >= 1, got \(0, 9\)"),
-        ({"lora_A": torch.zeros(2, 9).half()}, TypeError, "lora_A must be fp32 or in the table's"),
+        ({"lora_A": torch.zeros(2, 9).half()}, TypeError, "lora_A must be fp32 or the table's"),
         ({"lora_B": torch.zeros(5, 3)}, ValueError, r"lora_B must be \[5, 2\].*\(5, 3\)"),
         ({"lora_B": torch.zeros(5, 2).half()}, TypeError, "lora_B must have lora_A's dtype"),
         ({"lora_B": torch.zeros(5, 2, device="meta")}, ValueError, "lora_B must be on ids' device"),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import io
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastlora import LoraLinear, QLoraLinear, lora_linear, reference
-from fastlora.nn import Linear4bit
+from fastlora.nn import Linear4bit, MergeError
 from fastlora.quant import packed_bytes
 
 peft = pytest.importorskip("peft", reason="PEFT, the measure of these layers, is not installed")
@@ -530,6 +532,12 @@ def test_4bit_state_dict_errors() -> None:
 # ---- copies, moves, casts ----------------------------------------------------------------------
 
 
+def test_pickles_name_one_module() -> None:
+    """So that they load wherever in fastlora.nn a class may stand."""
+    classes = (LoraLinear, QLoraLinear, Linear4bit, MergeError)
+    assert {kind.__module__ for kind in classes} == {"fastlora.nn"}
+
+
 @pytest.mark.parametrize("merged", [False, True], ids=["plain", "merged"])
 @pytest.mark.parametrize("build", [LoraLinear, QLoraLinear])
 def test_deepcopy_and_pickle(build: Any, merged: bool) -> None:
@@ -699,9 +707,13 @@ def test_merged_4bit_layer_passes_the_gradient_through() -> None:
 def test_an_adapter_of_zeros_merges_without_an_update() -> None:
     for build in (LoraLinear, QLoraLinear):
         layer = build(K, N, r=R)
+        saved = copy.deepcopy(layer.state_dict())
         error = layer.merge()
-        if build is LoraLinear:
-            assert (error.max_abs, error.relative, error.relative_to_update) == (0, 0, 0)
+        assert (error.max_abs, error.relative, error.relative_to_update) == (0, 0, 0)
+        for key, value in layer.state_dict().items():
+            assert torch.equal(value, saved[key]), key
+        layer.unmerge()
+        assert not layer.merged
 
 
 @pytest.mark.parametrize("build", [LoraLinear, QLoraLinear])
@@ -722,6 +734,14 @@ def test_merge_refuses(build: Any) -> None:
         layer.unmerge()
     with pytest.raises(RuntimeError, match="unmerge"):
         layer.load_state_dict(saved)
+
+
+def test_the_readmes_example(capsys: pytest.CaptureFixture[str]) -> None:
+    """The block under "Models of your own" runs as it stands."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    block = readme.split("**Models of your own.**")[1].split("```python\n")[1].split("```")[0]
+    exec(block, {"__name__": "readme"})
+    assert re.match(r"MergeError\(max_abs=0\.\d+, relative=0\.\d+", capsys.readouterr().out)
 
 
 # ---- arguments ---------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import embedding_reference as reference
+from .. import reference
 
 ops: Any = torch.ops.fastlora
 
@@ -20,14 +20,15 @@ def lora_embedding_fwd(
     scaling: float,
     weight_scale: float = 1.0,
 ) -> Tensor:
-    """`embedding_reference.lora_embedding_fwd`."""
+    """`reference.lora_embedding_fwd`."""
     args = (ids, weight, lora_A, lora_B, scaling, weight_scale)
     if weight.numel() == 0:
         return reference.lora_embedding_fwd(*args)
     try:
         return ops.lora_embedding_fwd(*args)
     except RuntimeError as error:
-        if "ids must be from" in str(error):  # as torch's own embedding has it
+        # The binding raises one type for all; torch's own embedding an IndexError for its ids.
+        if ((ids < 0) | (ids >= len(weight))).any():
             raise IndexError(f"ids must be from 0 to {len(weight) - 1}") from error
         raise
 
@@ -41,7 +42,7 @@ def lora_embedding_bwd(
     padding_idx: int | None = None,
     needs: tuple[bool, bool] = (True, True),
 ) -> tuple[Tensor | None, Tensor | None]:
-    """`embedding_reference.lora_embedding_bwd`."""
+    """`reference.lora_embedding_bwd`."""
     if lora_A.numel() == 0 or lora_B.numel() == 0:
         return reference.lora_embedding_bwd(dy, ids, lora_A, lora_B, scaling, padding_idx, needs)
     padding = -1 if padding_idx is None else padding_idx

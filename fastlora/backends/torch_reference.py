@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..embedding_reference import lora_embedding_bwd, lora_embedding_fwd
 from ..reference import (
     dequantize_4bit,
     grouped_lora_linear_bwd,
     grouped_lora_linear_fwd,
     grouped_qlora_linear_bwd,
     grouped_qlora_linear_fwd,
+    lora_embedding_bwd,
+    lora_embedding_fwd,
     lora_linear_bwd,
     lora_linear_fwd,
     qlora_linear_bwd,

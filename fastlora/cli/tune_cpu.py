@@ -53,6 +53,16 @@ class Comparison:
 Compare = Callable[[Sizes, Mapping[str, Sizes]], dict[str, Comparison]]
 
 
+@dataclass(frozen=True)
+class Trial:
+    """One size that was tried in place of another, all else being equal."""
+
+    name: str
+    before: int
+    tried: int
+    found: Comparison
+
+
 def run(args: argparse.Namespace, shapes: Sequence[tuple[int, int]]) -> int:
     """Measures, keeps what is faster, prints what it found; 1 when a result was wrong."""
     from .. import _C
@@ -69,16 +79,21 @@ def run(args: argparse.Namespace, shapes: Sequence[tuple[int, int]]) -> int:
     before = library.tile_sizes()
     console = Console()
     timer = _Timer(cases, Budget(args.rounds, args.sample_ms * 1e-3), library.set_tile_sizes)
+    trials: list[Trial] = []
     try:
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task("tuning", total=len(before))
             best = dict(before)
             for name in before:
                 progress.update(task, description=name)
-                best = climb(name, best, timer.compare, _accepted(library.set_tile_sizes))
+                compare = _recorded(timer.compare, name, trials)
+                best = climb(name, best, compare, _accepted(library.set_tile_sizes))
                 progress.advance(task)
         final = timer.compare(before, {"tuned": best})["tuned"]
         if not final.wins:
+            console.print(_trials_table(trials))
+            if best != before:
+                console.print(_table(final))
             console.print(f"Nothing is faster than the sizes in use on {isa}; nothing was stored.")
             return 0
         if fault := timer.fault(best):
@@ -106,21 +121,35 @@ def climb(
         accepts: whether the kernels can use some sizes.
     """
     best = dict(sizes)
-    candidates = {
-        step: {**best, name: value}
-        for step, value in (("half", best[name] // 2), ("double", best[name] * 2))
-    }
-    candidates = {step: tried for step, tried in candidates.items() if accepts(tried)}
+
+    def usable(**values: int) -> dict[str, dict[str, int]]:
+        # A size of 0, half or double, is 0 again.
+        tried = {step: {**best, name: value} for step, value in values.items()}
+        return {step: each for step, each in tried.items() if each != best and accepts(each)}
+
+    candidates = usable(half=best[name] // 2, double=best[name] * 2)
     while candidates:
         found = compare(best, candidates)
         step = max(found, key=lambda candidate: found[candidate].gain)
         if not found[step].wins:
             break
         best = dict(candidates[step])
-        value = best[name] // 2 if step == "half" else best[name] * 2
-        candidates = {step: {**best, name: value}}
-        candidates = {step: tried for step, tried in candidates.items() if accepts(tried)}
+        candidates = usable(**{step: best[name] // 2 if step == "half" else best[name] * 2})
     return best
+
+
+def _recorded(compare: Compare, name: str, trials: list[Trial]) -> Compare:
+    """`compare`, which adds what it has found for size `name` to `trials`."""
+
+    def recorded(sizes: Sizes, candidates: Mapping[str, Sizes]) -> dict[str, Comparison]:
+        found = compare(sizes, candidates)
+        trials.extend(
+            Trial(name, sizes[name], candidates[step][name], comparison)
+            for step, comparison in found.items()
+        )
+        return found
+
+    return recorded
 
 
 def _accepted(use: Callable[..., None]) -> Callable[[Sizes], bool]:
@@ -190,4 +219,12 @@ def _table(final: Comparison) -> Table:
     for case, ratio in final.ratios.items():
         table.add_row(str(case.layer), PASSES[case.mode], str(case.M), f"{ratio:.2f}")
     table.add_row("all", "", "", f"{final.gain:.3f}")
+    return table
+
+
+def _trials_table(trials: Sequence[Trial]) -> Table:
+    table = Table("size", "before", "tried", "time before / tried", "worst case", box=None)
+    for trial in trials:
+        figures = (f"{trial.found.gain:.3f}", f"{trial.found.worst:.2f}")
+        table.add_row(trial.name, str(trial.before), str(trial.tried), *figures)
     return table

@@ -22,8 +22,7 @@ from torch import nn
 from . import bitsandbytes as bnb
 from .peft_explain import Explanation, Row, explain
 from .peft_fuse import Fuse, Fusion, check_fuse, join_layers, separate
-from .peft_guard import fast_path
-from .peft_layers import FastLoraLinear, swap_in, swap_out
+from .peft_layers import FastLoraLinear, fast_path, swap_in, swap_out
 
 if TYPE_CHECKING:
     from .peft_bnb import FastLoraLinear4bit

@@ -15,17 +15,9 @@ from peft.tuners.lora.layer import Embedding
 from torch import Tensor, nn
 
 from ..embedding import lora_embedding
-from .peft_guard import (
-    PLAIN,
-    SUPPORTED_DTYPES,
-    Unserved,
-    backend_reason,
-    call_reason,
-    modules_reason,
-    record,
-    state_reason,
-    tensors_reason,
-)
+from .peft_casts import SUPPORTED_DTYPES, backend_reason
+from .peft_guard import Unserved, call_reason, record
+from .peft_plain import PLAIN, modules_reason, state_reason, tensors_reason
 from .peft_run import cast
 from .peft_source import source_tree
 

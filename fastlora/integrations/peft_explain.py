@@ -18,12 +18,14 @@ from .. import __version__
 from ..backends import choose
 from . import bitsandbytes as bnb
 from .layer_names import kind_of
+from .peft_casts import casts
 from .peft_embedding import OP as EMBEDDING_OP
 from .peft_embedding import EmbeddingParts, embedding_casts, embedding_parts
 from .peft_fuse import Fusion, fusions
-from .peft_guard import LAST_REASON, casts, layer_parts
+from .peft_guard import LAST_REASON
 from .peft_layers import bypass_reason, fast_class, is_fast
 from .peft_params import ParamParts, param_parts
+from .peft_parts import layer_parts
 from .peft_run import Parts
 
 if TYPE_CHECKING:

@@ -13,9 +13,10 @@ from peft.tuners.lora.layer import Embedding, Linear, ParamWrapper
 from torch import Tensor, nn
 
 from .bitsandbytes import disable_cpu_repacking
-from .peft_embedding import FastLoraEmbedding
-from .peft_guard import LAST_REASON, SHARED, forward_or_stock
-from .peft_params import FastParamWrapper
+from .peft_embedding import EmbeddingParts, FastLoraEmbedding, embedding_plan
+from .peft_guard import LAST_REASON, SHARED, forward_or_stock, plan
+from .peft_params import FastParamWrapper, ParamParts, param_plan
+from .peft_run import Plan
 
 # Set on a class made by `_rebased`: the class that it was made from.
 _MADE_FROM = "_fastlora_made_from"
@@ -42,6 +43,31 @@ class FastSVDLinear(SVDLinear):
 
     def _get_name(self) -> str:
         return type(self).__name__.removeprefix("Fast")
+
+
+def fast_path(
+    layer: nn.Module, x: Tensor, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+) -> tuple[bool, str]:
+    """Whether `layer(x, *args, **kwargs)` may run on fastlora, and why not, in one sentence.
+
+    Args:
+        layer: one of PEFT's LoRA layers: around `nn.Linear`, transformers' `Conv1D`, bitsandbytes'
+            `Linear4bit` or an embedding, or on a parameter.
+        x: its input.
+        args, kwargs: the other arguments of the call.
+
+    Returns:
+        `(True, "")` or `(False, reason)`.
+    """
+    kwargs = kwargs or {}
+    found: Plan | EmbeddingParts | ParamParts | str
+    if isinstance(layer, Embedding):
+        found = embedding_plan(layer, x, args, kwargs)
+    elif isinstance(layer, ParamWrapper):
+        found = param_plan(layer, kwargs)
+    else:
+        found = plan(layer, x, args, kwargs)
+    return (False, found) if isinstance(found, str) else (True, "")
 
 
 def swap_in(layer: nn.Module) -> None:

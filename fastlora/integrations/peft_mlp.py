@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ..autograd import autocast_off, draw_seed
 from ..fused import gated_mlp
 from ..reference import ACTIVATIONS, activate
-from .peft_guard import LAST_REASON, has_hooks, plan
+from .peft_guard import LAST_REASON, plan
 from .peft_layers import bypass_reason, not_linear_reason
+from .peft_plain import has_hooks
 from .peft_run import Plan, cast
 from .peft_source import GatedSource, global_of
 

@@ -15,15 +15,9 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
-from .peft_guard import (
-    PLAIN,
-    SUPPORTED_DTYPES,
-    Unserved,
-    backend_reason,
-    call_reason,
-    record,
-    state_reason,
-)
+from .peft_casts import SUPPORTED_DTYPES, backend_reason
+from .peft_guard import Unserved, call_reason, record
+from .peft_plain import PLAIN, state_reason
 from .peft_weight import adapted_weight
 
 
@@ -63,7 +57,7 @@ class FastParamWrapper(ParamWrapper):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The wrapped module's own forward with the adapted weight, or PEFT's code."""
-        found = _plan(self, kwargs)
+        found = param_plan(self, kwargs)
         if isinstance(found, str):
             record(self, found)
             return super().forward(x, *args, **kwargs)
@@ -172,7 +166,8 @@ def _stacked(factors: tuple[tuple[Tensor, Tensor, float], ...]) -> tuple[Tensor,
     return torch.cat(lefts, dim=-1), torch.cat(rights, dim=-2), 1.0
 
 
-def _plan(layer: nn.Module, kwargs: dict[str, Any]) -> ParamParts | str:
+def param_plan(layer: nn.Module, kwargs: dict[str, Any]) -> ParamParts | str:
+    """How to run a call with `kwargs` on fastlora, or why PEFT's own code has to run."""
     if kwargs.get("adapter_names") is not None:
         return "the call passes adapter_names, which PEFT refuses on parameters"
     if torch.compiler.is_compiling():

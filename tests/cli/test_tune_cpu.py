@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -69,6 +70,13 @@ def test_sizes_that_the_kernels_refuse_are_not_tried() -> None:
     assert climbed == {"rows": 128}
 
 
+def test_zero_is_not_measured_against_itself() -> None:
+    def compare(sizes, candidates):  # type: ignore[no-untyped-def]
+        raise AssertionError(candidates)
+
+    assert tune_cpu.climb("rows", {"rows": 0}, compare, lambda _: True) == {"rows": 0}
+
+
 def test_what_loses_on_one_case_is_not_taken() -> None:
     compare = comparing({"rows": 64}, gain=2.0, worst=0.9)
     climbed = tune_cpu.climb("rows", {"rows": 32}, lambda *a: compare(None, *a), lambda _: True)
@@ -92,9 +100,12 @@ def test_the_fastest_is_kept_and_used_by_the_next_process(
 def test_nothing_is_stored_when_nothing_is_faster(
     cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(tune_cpu._Timer, "compare", comparing({}))
+    monkeypatch.setattr(tune_cpu._Timer, "compare", comparing({}, worst=0.95))
     assert main(ARGUMENTS) == 0
-    assert "nothing was stored" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "nothing was stored" in out
+    # What was measured is shown all the same.
+    assert re.search(r"decode_rows +32 +64 +0\.975 +0\.95", out)
     assert not list(cache.iterdir())
 
 

@@ -10,6 +10,7 @@ import pytest
 from fastlora import backends, reference
 from fastlora.backends import native
 from fastlora.cli import main, verify
+from fastlora.cli.verify import check
 
 FUNCTIONS = (
     "lora_linear_fwd",
@@ -23,7 +24,7 @@ FUNCTIONS = (
 
 @pytest.fixture
 def one_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "_QUICK_SIZES", ((17, 67, 65, 16),))
+    monkeypatch.setattr(check, "_QUICK_SIZES", ((17, 67, 65, 16),))
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def test_a_wrong_gradient_is_named(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(verify, "BASES", verify.BASES[:1])
+    monkeypatch.setattr(check, "BASES", check.BASES[:1])
     backend_with(lora_linear_bwd=wrong_gradient(index))
     assert main(["verify", "--quick", "--backend", "odd"]) == 1
     output = capsys.readouterr().out
@@ -93,7 +94,7 @@ def test_one_wrong_bit_fails(
         packed[3] ^= 1
         return packed, state
 
-    monkeypatch.setattr(verify, "BASES", verify.BASES[:2])
+    monkeypatch.setattr(check, "BASES", check.BASES[:2])
     backend_with(quantize_4bit=quantize)
     assert main(["verify", "--quick", "--backend", "odd"]) == 1
     output = capsys.readouterr().out

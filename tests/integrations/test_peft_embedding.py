@@ -14,6 +14,7 @@ from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 import fastlora
+from fastlora.integrations.peft import fast_path
 from fastlora.integrations.peft_embedding import FastLoraEmbedding, embedding_plan
 from tests.integrations.models import assert_all_close, gradients, last_reasons, lora_layers
 
@@ -99,6 +100,7 @@ def test_ids_and_arguments_that_change_nothing() -> None:
     for ids, kwargs in ((IDS.int(), {}), (IDS, {"alora_offsets": [1, None, 2]})):
         assert torch.equal(fast(ids, **kwargs), y)
         assert last_reasons(fast) == {""}
+        assert fast_path(fast, ids, (), kwargs) == (True, "")
     assert fast(IDS[:0]).shape == (0, 4, N)
     assert torch.equal(fast(IDS[0, 0]), y[0, 0])
 
@@ -191,6 +193,7 @@ def test_pefts_own_code(change: Any, reason: str, kwargs: dict[str, Any]) -> Non
         assert torch.equal(fast(IDS, **kwargs), stock(IDS, **kwargs))
     (said,) = last_reasons(fast)
     assert said is not None and said.startswith(reason)
+    assert fast_path(fast, IDS, (), kwargs) == (False, said)
 
 
 def test_a_scaled_embedding_compiles_as_pefts() -> None:

@@ -24,7 +24,10 @@ from torch.autograd import forward_ad
 
 import fastlora
 from fastlora.integrations.peft import fast_path
-from fastlora.integrations.peft_guard import LAST_REASON, Casts, Parts, casts, layer_parts
+from fastlora.integrations.peft_casts import casts
+from fastlora.integrations.peft_guard import LAST_REASON
+from fastlora.integrations.peft_parts import layer_parts
+from fastlora.integrations.peft_run import Casts, Parts
 from tests.integrations.models import MLP, MLP4bit, fill_adapters, lora_layers, peft_model
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16

@@ -28,6 +28,7 @@ from transformers import (
 )
 
 import fastlora
+from fastlora.integrations.peft import fast_path
 from fastlora.integrations.peft_params import FastParamWrapper, param_parts
 from fastlora.integrations.peft_weight import AdaptedWeight, adapted_weight
 from tests.integrations.conftest import BACKENDS
@@ -317,12 +318,15 @@ def test_conditions() -> None:
     layer: Any = next(layer for layer in lora_layers(model) if layer.num_experts > 1)
     owner, name = layer.get_base_layer(), layer.parameter_name
 
+    x = torch.randn(3, 32)
+
     def reason() -> str:
         found = param_parts(layer)
         assert isinstance(found, str)
+        assert fast_path(layer, x) == (False, found)
         return found
 
-    assert not isinstance(param_parts(layer), str)
+    assert fast_path(layer, x) == (True, "")
     weight = owner._parameters[name]
     weight.requires_grad_()
     assert "is being trained" in reason()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -127,8 +128,14 @@ def run(args: argparse.Namespace) -> int:
     """Measures, prints the tables; 1 when a result was wrong."""
     if args.providers == "list":
         return _list_providers()
-    plan = model_plan_of(args) if args.model else plan_of(args, cases_of(args))
-    return execute([plan], output_of(args))
+    output = output_of(args)
+    if args.model:
+        return execute([model_plan_of(args)], output)
+    plan = plan_of(args, cases_of(args))
+    for name in itertools.chain(*args.compare or ()):
+        if name not in plan.providers:
+            raise CliError(f"--compare: expected some of {', '.join(plan.providers)}, got {name}")
+    return execute([plan], output)
 
 
 def cases_of(args: argparse.Namespace) -> list[Case]:
@@ -195,7 +202,12 @@ def plan_of(args: argparse.Namespace, cases: list[Case]) -> Plan:
 
 def output_of(args: argparse.Namespace) -> Output:
     """What the options say about where results go."""
+    from .providers import PROVIDERS
+
     comparisons = args.compare or COMPARISONS
+    for name in itertools.chain(*comparisons):
+        if name not in PROVIDERS:
+            raise CliError(f"--compare: expected some of {', '.join(PROVIDERS)}, got {name}")
     return Output(args.csv, args.markdown, args.plot, comparisons, args.times)
 
 

@@ -1,14 +1,12 @@
-"""The stateless ops of LoRA on an embedding: check the arguments once, choose a backend, call it.
-
-Same names, arguments and results as in `embedding_reference`, where the formulas stand.
-"""
+"""LoRA on an embedding."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .backends import choose
+from ..backends import choose
+from .checks import check_adapter_dtypes, check_devices
 
 
 def lora_embedding_fwd(
@@ -23,17 +21,18 @@ def lora_embedding_fwd(
 ) -> Tensor:
     """`y[m] = weight_scale * weight[ids[m]] + scaling * A[:, ids[m]] B^T`.
 
-    See `embedding_reference.lora_embedding_fwd`.
+    See `reference.lora_embedding_fwd`.
 
     Raises:
         ValueError: a shape does not fit. TypeError: a dtype does not fit.
-        RuntimeError: the backend asked for can't run the op; the message says why. An id outside of
-            the table raises RuntimeError, or IndexError where torch's own gather finds it.
+        IndexError: an id lies outside of the table.
+        RuntimeError: the backend asked for can't run the op; the message says why.
     """
     if weight.dim() != 2:
         raise ValueError(f"weight must be [V, N], got {tuple(weight.shape)}")
     _check(ids, weight.dtype, lora_A, lora_B, *weight.shape)
-    _check_devices(ids, weight=weight, lora_A=lora_A, lora_B=lora_B)
+    tensors = (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B))
+    check_devices("ids'", ids.device, *tensors)
     b = choose(
         "lora_embedding_fwd",
         ids.device.type,
@@ -56,7 +55,7 @@ def lora_embedding_bwd(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """`(dA, dB)` of `lora_embedding_fwd`; see `embedding_reference.lora_embedding_bwd`.
+    """`(dA, dB)` of `lora_embedding_fwd`; see `reference.lora_embedding_bwd`.
 
     Raises:
         ValueError: a shape, or padding_idx, does not fit. TypeError: a dtype does not fit.
@@ -71,7 +70,7 @@ def lora_embedding_bwd(
         raise ValueError(f"dy must be [{ids.shape[0]}, {N}], got {tuple(dy.shape)}")
     if padding_idx is not None and not 0 <= padding_idx < V:
         raise ValueError(f"padding_idx must be None or from 0 to {V - 1}, got {padding_idx}")
-    _check_devices(ids, dy=dy, lora_A=lora_A, lora_B=lora_B)
+    check_devices("ids'", ids.device, ("dy", dy), ("lora_A", lora_A), ("lora_B", lora_B))
     b = choose(
         "lora_embedding_bwd",
         ids.device.type,
@@ -94,13 +93,4 @@ def _check(ids: Tensor, dtype: torch.dtype, lora_A: Tensor, lora_B: Tensor, V: i
         raise ValueError(
             f"lora_B must be [{N}, {lora_A.shape[0]}] to match lora_A, got {tuple(lora_B.shape)}"
         )
-    if lora_A.dtype not in (torch.float32, dtype):
-        raise TypeError(f"lora_A must be fp32 or in the table's dtype {dtype}, got {lora_A.dtype}")
-    if lora_B.dtype != lora_A.dtype:
-        raise TypeError(f"lora_B must have lora_A's dtype {lora_A.dtype}, got {lora_B.dtype}")
-
-
-def _check_devices(ids: Tensor, **tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if tensor.device != ids.device:
-            raise ValueError(f"{name} must be on ids' device {ids.device}, got {tensor.device}")
+    check_adapter_dtypes("the table's", dtype, lora_A, lora_B)

@@ -1,7 +1,4 @@
-"""The definition of LoRA on an embedding, in plain torch, as `reference` has that of the others.
-
-Sizes: M tokens, V rows of the table, N columns, R rank.
-"""
+"""LoRA on an embedding. Sizes: M tokens, V rows of the table, N columns, R rank."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from .reference import _acc
+from .precision import sum_dtype
 
 
 def lora_embedding_fwd(
@@ -35,7 +32,7 @@ def lora_embedding_fwd(
 
     Source: PEFT's `lora.Embedding`, whose two parameters have these shapes.
     """
-    acc = _acc(weight)
+    acc = sum_dtype(weight)
     S = lora_A.to(acc).T[ids]
     return (weight_scale * weight[ids].to(acc) + scaling * (S @ lora_B.to(acc).T)).to(weight.dtype)
 
@@ -62,7 +59,7 @@ def lora_embedding_bwd(
     Returns:
         dA [R, V] and dB [N, R] in lora_A's dtype, None where not wanted.
     """
-    acc = _acc(dy)
+    acc = sum_dtype(dy)
     wide = dy.to(acc)
     dA: Tensor | None = None
     dB: Tensor | None = None

@@ -1,0 +1,203 @@
+"""One layer whose results are checked: its inputs, and who computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ... import ops, reference
+from ...tolerance import exceeds
+
+# x, adapter and, for a 4-bit weight, compute dtype: the combinations that PEFT makes.
+DTYPES = {
+    "fp32": (("float32", "float32", None),),
+    "bf16": (("bfloat16", "float32", None), ("bfloat16", "bfloat16", None)),
+    "fp16": (("float16", "float32", None), ("float16", "float16", None)),
+    "fp32 in bf16": (("float32", "float32", "bfloat16"),),
+}
+_SCALING = 1.5
+_RESULTS = ("y", "S", "dx", "dA", "dB", "dbias")
+_ENOUGH_ELEMENTS = 256
+
+
+@dataclass(frozen=True)
+class Base:
+    """The frozen weight: dense, or 4-bit with plain or nested absmax."""
+
+    quant_type: str | None
+    nested: bool = False
+
+    @property
+    def forward(self) -> str:
+        """The op of a layer's forward."""
+        return "lora_linear_fwd" if self.quant_type is None else "qlora_linear_fwd"
+
+    def __str__(self) -> str:
+        if self.quant_type is None:
+            return "dense"
+        return f"{self.quant_type} nested" if self.nested else self.quant_type
+
+
+BASES = (
+    Base(None),
+    *(Base(quant_type, nested) for quant_type in ("nf4", "fp4") for nested in (False, True)),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """The forward and the backward of one layer, in one size."""
+
+    base: Base
+    names: tuple[str, str, str | None]
+    size: tuple[int, int, int, int]
+    dropout: float
+    column: str
+    device: str
+
+    def __str__(self) -> str:
+        dtypes = "/".join(name for name in self.names if name)
+        sizes = " ".join(f"{n}={v}" for n, v in zip("MNKR", self.size, strict=True))
+        return f"{dtypes}, {sizes}, dropout {self.dropout:g}"
+
+    def ratios(self, backends: Sequence[str]) -> Iterator[tuple[str, str, str, float]]:
+        """(backend, op, result, error over bound) of every result of the forward and the backward.
+
+        Twice the error of plain torch is a statement about many errors: small results are drawn
+        again until there are enough of them.
+        """
+        M, _, _, R = self.size
+        draws = [_Inputs.draw(self, seed) for seed in range(-(-_ENOUGH_ELEMENTS // (M * R)))]
+
+        def joined(results: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+            return {name: torch.stack([r[name] for r in results]) for name in _RESULTS}
+
+        exact = joined([draw.exact() for draw in draws])
+        plain = joined([draw.plain() for draw in draws])
+        for backend in backends:
+            for name, out in joined([draw.run(backend) for draw in draws]).items():
+                report = exceeds(out, exact[name], plain[name])
+                forward = self.base.forward
+                op = forward.replace("fwd", "bwd") if name.startswith("d") else forward
+                yield backend, op, name, max(report.max_ratio, report.rms_ratio)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """One draw of a case's inputs."""
+
+    dropout: float
+    x: Tensor
+    weight: Tensor
+    state: Any
+    bias: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    dy: Tensor
+    seed: Tensor
+    compute_dtype: torch.dtype | None
+
+    @classmethod
+    def draw(cls, case: Case, seed: int) -> _Inputs:
+        """Random inputs. B is not zero: it would hide A's gradient."""
+        x_dtype, adapter_dtype = getattr(torch, case.names[0]), getattr(torch, case.names[1])
+        M, N, K, R = case.size
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(case.device)
+
+        weight, state = normal(N, K).mul(K**-0.5).to(x_dtype), None
+        if case.base.quant_type is not None:
+            weight, state = reference.quantize_4bit(
+                weight, 64, case.base.quant_type, case.base.nested
+            )
+        return cls(
+            dropout=case.dropout,
+            x=normal(M, K).to(x_dtype),
+            weight=weight,
+            state=state,
+            bias=normal(N).to(x_dtype),
+            lora_A=normal(R, K).mul(K**-0.5).to(adapter_dtype),
+            lora_B=normal(N, R).mul(R**-0.5).to(adapter_dtype),
+            dy=normal(M, N).to(x_dtype),
+            seed=torch.tensor([seed], device=case.device),
+            compute_dtype=getattr(torch, case.names[2]) if case.names[2] else None,
+        )
+
+    def run(self, backend: str) -> dict[str, Tensor]:
+        """The ops of `backend`."""
+        x, dy, A, B, p, seed = self.x, self.dy, self.lora_A, self.lora_B, self.dropout, self.seed
+        needs = (True, True, True, True)
+        if self.state is None:
+            y, S = ops.lora_linear_fwd(
+                x, self.weight, self.bias, A, B, _SCALING, p, seed, backend=backend
+            )
+            grads = ops.lora_linear_bwd(
+                dy, x, self.weight, A, B, S, _SCALING, p, seed, needs, backend=backend
+            )
+        else:
+            W, state, dtype = self.weight, self.state, self.compute_dtype
+            y, S = ops.qlora_linear_fwd(
+                x, W, state, self.bias, A, B, _SCALING, p, seed, dtype, backend=backend
+            )
+            grads = ops.qlora_linear_bwd(
+                dy, x, W, state, A, B, S, _SCALING, p, seed, dtype, needs, backend=backend
+            )
+        return _by_name(y, S, *grads)
+
+    def exact(self) -> dict[str, Tensor]:
+        """The reference in float64, with a 4-bit W decoded to the dtype that it is used in."""
+        weight, x, bias, A, B, dy = (
+            t.double() if t.is_floating_point() else t
+            for t in (self.weight, self.x, self.bias, self.lora_A, self.lora_B, self.dy)
+        )
+        if self.state is None:
+            y, S = reference.lora_linear_fwd(
+                x, weight, bias, A, B, _SCALING, self.dropout, self.seed
+            )
+            grads = reference.lora_linear_bwd(
+                dy, x, weight, A, B, S, _SCALING, self.dropout, self.seed, needs=(True,) * 4
+            )
+        else:
+            state, dtype = self.state, self.compute_dtype or self.x.dtype
+            y, S = reference.qlora_linear_fwd(
+                x, weight, state, bias, A, B, _SCALING, self.dropout, self.seed, dtype
+            )
+            grads = reference.qlora_linear_bwd(
+                dy, x, weight, state, A, B, S, _SCALING, self.dropout, self.seed, dtype, (True,) * 4
+            )
+        return _by_name(y, S, *grads)
+
+    def plain(self) -> dict[str, Tensor]:
+        """PEFT's own sequence of torch calls in the working dtypes, and autograd's gradients."""
+        leaves = [t.clone().requires_grad_() for t in (self.x, self.lora_A, self.lora_B, self.bias)]
+        x, A, B, bias = leaves
+        if self.state is None:
+            result = linear(x, self.weight, bias)
+        else:
+            dtype = self.compute_dtype or x.dtype
+            weight = reference.dequantize_4bit(self.weight, self.state, dtype)
+            result = linear(x.to(dtype), weight, bias.to(dtype)).to(x.dtype)
+        dropped = x.to(A.dtype)
+        if self.dropout:
+            _, scale = reference.dropout_threshold(self.dropout)
+            M, K = x.shape
+            mask = reference.dropout_mask(M, K, self.dropout, self.seed, x.device)
+            dropped = dropped * mask * scale
+        S = linear(dropped, A)
+        lora = linear(S, B) * _SCALING
+        # PEFT's dense layer adds in the wider dtype, its 4-bit layer in the base's.
+        y = result + (lora if self.state is None else lora.to(result.dtype))
+        y = y.to(x.dtype)
+        dx, dA, dB, dbias = torch.autograd.grad(y, leaves, self.dy)
+        return _by_name(y.detach(), S.detach(), dx, dA, dB, dbias)
+
+
+def _by_name(*tensors: Tensor | None) -> dict[str, Tensor]:
+    return {n: t for n, t in zip(_RESULTS, tensors, strict=True) if t is not None}

@@ -1,0 +1,81 @@
+"""What has to be plain, modules and tensors, so that fastlora may read around PEFT's own code."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+PLAIN = (Tensor, nn.Parameter)
+
+
+def state_reason(layer: Any) -> str | None:
+    """Why the adapters of a layer take no part in its forward, or None."""
+    if layer.__dict__.get("_disable_adapters"):
+        return "the adapters are disabled"
+    if layer.__dict__.get("merged_adapters"):
+        return "the adapter is merged into the base weight"
+    return None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks around its forward or backward."""
+    inner = module.__dict__
+    return bool(
+        inner["_forward_hooks"]
+        or inner["_forward_pre_hooks"]
+        or inner["_backward_hooks"]
+        or inner["_backward_pre_hooks"]
+    )
+
+
+def modules_reason(roles: Iterable[tuple[str, nn.Module]]) -> str | None:
+    """Why modules, each with its role, can't be bypassed, or None."""
+    for role, module in roles:
+        inner = module.__dict__
+        if has_hooks(module):
+            return f"{role} has hooks, which fastlora would not call"
+        if ("forward" in inner or "_hf_hook" in inner) and not _forward_is_plain(module):
+            return f"{role} has a forward of its own (accelerate's offloading, or another patch)"
+    if nn_module._has_any_global_hook():
+        return "global module hooks are registered, which fastlora would not call"
+    return None
+
+
+def tensors_reason(tensors: Iterable[tuple[str, Tensor | None]]) -> str | None:
+    """Why tensors, each with its role, can't be read as plain memory, or None."""
+    for role, tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in PLAIN:
+            kind = type(tensor).__name__
+            if kind == "DTensor":
+                return f"the {role} is sharded (a DTensor; FSDP2 gathers it during the forward)"
+            return f"the {role} is a {kind}, a tensor subclass"
+        if tensor.is_meta:
+            return f"the {role} is on the meta device (offloaded or not loaded)"
+    return None
+
+
+def _forward_is_plain(module: nn.Module) -> bool:
+    """True when the forward in the module's `__dict__` computes what that of its class computes.
+
+    Accelerate puts one there for each module of a model that is spread over devices. Unless it
+    offloads, all that it does is to move the input to the weight's device, where `casts` wants it.
+    Taking the hooks off leaves the class's own forward there.
+    """
+    inner = module.__dict__
+    forward, hook = inner.get("forward"), inner.get("_hf_hook")
+    if hook is not None:
+        kind = type(hook)
+        if (kind.__module__, kind.__name__) != ("accelerate.hooks", "AlignDevicesHook"):
+            return False
+        if hook.offload or hook.no_grad or not isinstance(forward, functools.partial):
+            return False
+        if forward.func.__module__ != "accelerate.hooks":
+            return False
+        forward = inner.get("_old_forward")
+    return getattr(forward, "__func__", None) is type(module).forward

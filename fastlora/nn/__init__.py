@@ -1,0 +1,29 @@
+"""LoRA and QLoRA linear layers for models of one's own. Parameters are named as PEFT names them.
+
+State-dict keys are `base_layer.weight`, `base_layer.bias`, `lora_A.<adapter_name>.weight` and
+`lora_B.<adapter_name>.weight`; a 4-bit base adds bitsandbytes' keys (`base_layer.weight.absmax`,
+...). So checkpoints go to and from PEFT's own layers unchanged.
+"""
+
+from __future__ import annotations
+
+from .linear4bit import Linear4bit
+from .lora import LoraLinear
+from .merge import MergeError
+from .options import TRAIN_BIAS, LoraOptions, QLoraOptions, QuantOptions
+from .qlora import QLoraLinear
+
+__all__ = [
+    "TRAIN_BIAS",
+    "Linear4bit",
+    "LoraLinear",
+    "LoraOptions",
+    "MergeError",
+    "QLoraLinear",
+    "QLoraOptions",
+    "QuantOptions",
+]
+
+# Pickles name the module of a class: they go on naming this one, whatever file holds the class.
+for _class in (Linear4bit, LoraLinear, MergeError, QLoraLinear):
+    _class.__module__ = __name__

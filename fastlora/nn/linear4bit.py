@@ -1,0 +1,150 @@
+"""A frozen linear layer in 4 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..autograd import lora_linear
+from ..quant import QuantState, as_quant_state, packed_bytes
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Linear4bit(nn.Module):
+    """`y = x W^T + bias`, W stored in 4 bits and frozen.
+
+    The packed bytes are the uint8 parameter `weight`, `[(N K + 1) // 2, 1]`; `quant_state` holds
+    the rest. No cast of the module reaches either of them; moves between devices do.
+
+    Args:
+        packed: bytes of the packed weight, in any storage dtype; shared, not copied.
+        quant_state: fastlora's or bitsandbytes'; its shape is (N, K).
+        bias: [N] or None.
+        compute_dtype: dtype of the base product; x's when None.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        packed: Tensor,
+        quant_state: Any,
+        bias: nn.Parameter | None = None,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.quant_state = as_quant_state(quant_state)
+        if len(self.quant_state.shape) != 2:
+            raise ValueError(
+                f"quant_state.shape must be (N, K), got {tuple(self.quant_state.shape)}"
+            )
+        self.out_features, self.in_features = self.quant_state.shape
+        self.weight = nn.Parameter(packed_bytes(packed)[:, None], requires_grad=False)
+        self.register_parameter("bias", bias)
+        self.compute_dtype = compute_dtype
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        quant_type: str = "nf4",
+        blocksize: int = 64,
+        compress_statistics: bool = True,
+        compute_dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Quantises the weight of `linear`; the bias is shared with it."""
+        packed, state = ops.quantize_4bit(
+            linear.weight.detach(), blocksize, quant_type, compress_statistics
+        )
+        return cls(packed, state, linear.bias, compute_dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] to y [..., N], in x's dtype."""
+        # A rank-1 adapter of zeros: the base product alone, by the kernel that serves QLoraLinear.
+        return lora_linear(
+            x,
+            self.weight,
+            self.bias,
+            torch.zeros(1, self.in_features, dtype=x.dtype, device=x.device),
+            torch.zeros(self.out_features, 1, dtype=x.dtype, device=x.device),
+            0.0,
+            quant_state=self.quant_state,
+            compute_dtype=self.compute_dtype,
+        )
+
+    def extra_repr(self) -> str:
+        state = self.quant_state
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, quant_type={state.quant_type}, "
+            f"blocksize={state.blocksize}, nested={state.nested}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def move(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return moved if moved.dtype == t.dtype else t.to(moved.device)
+
+        super()._apply(lambda t: move(t) if t.dtype == torch.uint8 else fn(t), recurse)
+        self.quant_state = _map_state(move, self.quant_state)
+        return self
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for key, value in self.quant_state.as_dict().items():
+            destination[f"{prefix}weight.{key}"] = value
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        weight_key = f"{prefix}weight"
+        entries = {
+            key.removeprefix(f"{weight_key}."): value
+            for key, value in state_dict.items()
+            if key.startswith(f"{weight_key}.")
+        }
+        own = {k: v for k, v in state_dict.items() if not k.startswith(f"{weight_key}.")}
+        if weight_key in own:
+            own[weight_key] = packed_bytes(own[weight_key])[:, None]
+        super()._load_from_state_dict(
+            own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if not entries:
+            missing_keys += [f"{weight_key}.{key}" for key in self.quant_state.as_dict()]
+            return
+        try:
+            state = QuantState.from_dict(entries)
+        except ValueError as error:
+            error_msgs.append(f"{weight_key}: {error}")
+            return
+        if state.shape != self.quant_state.shape:
+            error_msgs.append(
+                f"{weight_key}: shape must be {tuple(self.quant_state.shape)}, "
+                f"got {tuple(state.shape)}"
+            )
+            return
+        if not local_metadata.get("assign_to_params_buffers", False):
+            device = self.weight.device
+            state = _map_state(lambda t: t.to(device, copy=True), state)
+        self.quant_state = state
+
+
+def _map_state(fn: Callable[[Tensor], Tensor], state: QuantState) -> QuantState:
+    tensors = [None if t is None else fn(t) for t in state.tensors()]
+    return state.with_tensors(*tensors)  # type: ignore[arg-type]

@@ -1,0 +1,35 @@
+"""The stateless ops: check the arguments once, choose a backend, call it.
+
+Same names, arguments and results as in `reference`, where the formulas stand. None of them is
+differentiable; `fastlora.lora_linear` is.
+"""
+
+from __future__ import annotations
+
+from .embedding import lora_embedding_bwd, lora_embedding_fwd
+from .grouped import (
+    grouped_lora_linear_bwd,
+    grouped_lora_linear_fwd,
+    grouped_qlora_linear_bwd,
+    grouped_qlora_linear_fwd,
+)
+from .linear import lora_linear_bwd, lora_linear_fwd, qlora_linear_bwd, qlora_linear_fwd
+from .quantize import dequantize_4bit, quantize_4bit
+from .shared import shared_linear_bwd, shared_linear_fwd
+
+__all__ = [
+    "dequantize_4bit",
+    "grouped_lora_linear_bwd",
+    "grouped_lora_linear_fwd",
+    "grouped_qlora_linear_bwd",
+    "grouped_qlora_linear_fwd",
+    "lora_embedding_bwd",
+    "lora_embedding_fwd",
+    "lora_linear_bwd",
+    "lora_linear_fwd",
+    "qlora_linear_bwd",
+    "qlora_linear_fwd",
+    "quantize_4bit",
+    "shared_linear_bwd",
+    "shared_linear_fwd",
+]

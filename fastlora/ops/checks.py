@@ -1,0 +1,123 @@
+"""What several ops ask of their arguments."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..quant import QuantState, packed_bytes
+
+
+def check_weight(x: Tensor, weight: Tensor, lora_B: Tensor) -> None:
+    """A dense weight against x and lora_B."""
+    if weight.dim() != 2 or x.dim() != 2 or weight.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"x must be [M, K] and weight [N, K], got {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    if weight.shape[0] != lora_B.shape[0]:
+        raise ValueError(
+            f"lora_B must be [{weight.shape[0]}, R] to match weight, got {tuple(lora_B.shape)}"
+        )
+    if weight.dtype != x.dtype:
+        raise TypeError(f"weight must have x's dtype {x.dtype}, got {weight.dtype}")
+    check_devices("x's", x.device, ("weight", weight))
+
+
+def check_bytes(packed: Tensor, state: QuantState) -> None:
+    """How many bytes and how many absmax a quant state's shape and blocksize ask for."""
+    elements = 1
+    for size in state.shape:
+        elements *= size
+    if packed.numel() != (elements + 1) // 2:
+        raise ValueError(
+            f"weight must hold {(elements + 1) // 2} bytes for shape {tuple(state.shape)}, "
+            f"got {packed.numel()}"
+        )
+    blocks = -(-elements // state.blocksize)
+    if state.absmax.numel() != blocks:
+        raise ValueError(
+            f"quant_state.absmax must hold {blocks} values for blocksize {state.blocksize}, "
+            f"got {state.absmax.numel()}"
+        )
+
+
+def check_packed(x: Tensor, weight: Tensor, state: QuantState, lora_B: Tensor) -> Tensor:
+    """The bytes of a packed weight, flat, after checking them against x and lora_B."""
+    shape = tuple(state.shape)
+    if x.dim() != 2 or len(shape) != 2 or shape[1] != x.shape[1]:
+        raise ValueError(
+            f"x must be [M, K] and quant_state.shape (N, K), got {tuple(x.shape)} and {shape}"
+        )
+    if shape[0] != lora_B.shape[0]:
+        raise ValueError(
+            f"lora_B must be [{shape[0]}, R] to match weight, got {tuple(lora_B.shape)}"
+        )
+    parts = [("quant_state's tensors", tensor) for tensor in state.tensors()]
+    check_devices("x's", x.device, ("weight", weight), *parts)
+    packed = packed_bytes(weight)
+    check_bytes(packed, state)
+    return packed
+
+
+def check_common(
+    x: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> None:
+    """Bias and adapter of one linear layer against x."""
+    K, N = x.shape[1], lora_B.shape[0]
+    if lora_A.dim() != 2 or lora_A.shape[1] != K:
+        raise ValueError(f"lora_A must be [R, {K}] to match x, got {tuple(lora_A.shape)}")
+    if lora_B.dim() != 2 or lora_B.shape[1] != lora_A.shape[0]:
+        raise ValueError(
+            f"lora_B must be [N, {lora_A.shape[0]}] to match lora_A, got {tuple(lora_B.shape)}"
+        )
+    if bias is not None and tuple(bias.shape) != (N,):
+        raise ValueError(f"bias must be [{N}], got {tuple(bias.shape)}")
+    check_devices("x's", x.device, ("bias", bias))
+    check_adapter(x, lora_A, lora_B, dropout_p, seed)
+
+
+def check_adapter(
+    x: Tensor, lora_A: Tensor, lora_B: Tensor, dropout_p: float, seed: Tensor | None
+) -> None:
+    """Dtypes, devices and dropout; the shapes have been checked."""
+    check_adapter_dtypes("x's", x.dtype, lora_A, lora_B)
+    check_devices("x's", x.device, ("lora_A", lora_A), ("lora_B", lora_B), ("seed", seed))
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
+    if dropout_p > 0.0 and (seed is None or seed.numel() != 1 or seed.dtype != torch.int64):
+        got = "None" if seed is None else f"{tuple(seed.shape)} in {seed.dtype}"
+        raise ValueError(
+            f"seed must be an int64 tensor of one element when dropout_p > 0, got {got}"
+        )
+
+
+def check_backward(dy: Tensor, x: Tensor, lora_B: Tensor, S: Tensor) -> None:
+    """What the backward takes beside the forward's arguments."""
+    M, N, R = x.shape[0], lora_B.shape[0], lora_B.shape[1]
+    if tuple(dy.shape) != (M, N):
+        raise ValueError(f"dy must be [{M}, {N}], got {tuple(dy.shape)}")
+    if dy.dtype != x.dtype:
+        raise TypeError(f"dy must have x's dtype {x.dtype}, got {dy.dtype}")
+    if tuple(S.shape) != (M, R):
+        raise ValueError(f"S must be [{M}, {R}], got {tuple(S.shape)}")
+    check_devices("x's", x.device, ("dy", dy), ("S", S))
+
+
+def check_adapter_dtypes(whose: str, dtype: torch.dtype, lora_A: Tensor, lora_B: Tensor) -> None:
+    """The dtypes of an adapter beside `dtype`, which is that of x or of what `whose` names."""
+    if lora_A.dtype not in (dtype, torch.float32):
+        raise TypeError(f"lora_A must be fp32 or {whose} dtype {dtype}, got {lora_A.dtype}")
+    if lora_B.dtype != lora_A.dtype:
+        raise TypeError(f"lora_B must have lora_A's dtype {lora_A.dtype}, got {lora_B.dtype}")
+
+
+def check_devices(whose: str, device: torch.device, *tensors: tuple[str, Tensor | None]) -> None:
+    """Named tensors on `device`, which is that of x or of what `whose` names."""
+    for name, tensor in tensors:
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} must be on {whose} device {device}, got {tensor.device}")

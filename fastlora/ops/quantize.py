@@ -1,0 +1,65 @@
+"""4-bit weights: quantise and decode."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backends import choose
+from ..quant import BLOCKSIZES, QuantState, as_quant_state, packed_bytes
+from .checks import check_bytes
+
+
+def quantize_4bit(
+    weight: Tensor,
+    blocksize: int = 64,
+    quant_type: str = "nf4",
+    compress_statistics: bool = False,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, QuantState]:
+    """Packed 4-bit codes and quant state of `weight`; see `reference.quantize_4bit`.
+
+    Raises:
+        ValueError: unknown blocksize or quant_type. TypeError: weight is not fp32, bf16 or fp16.
+    """
+    if blocksize not in BLOCKSIZES:
+        raise ValueError(f"blocksize must be one of {BLOCKSIZES}, got {blocksize}")
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"weight must be fp32, bf16 or fp16, got {weight.dtype}")
+    place = weight.device
+    b = choose("quantize_4bit", place.type, backend, dtype=weight.dtype, index=place.index)
+    return b.quantize_4bit(weight, blocksize, quant_type, compress_statistics)
+
+
+def dequantize_4bit(
+    packed: Tensor,
+    quant_state: QuantState,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """`code[q] * absmax` in `dtype`; see `reference.dequantize_4bit`.
+
+    Args:
+        out: tensor of quant_state.shape and the output dtype, written and returned. Reusing one
+            spares the page faults of fresh memory.
+
+    Raises:
+        ValueError: packed or out has the wrong size. TypeError: out has the wrong dtype.
+    """
+    state = as_quant_state(quant_state)
+    dtype = dtype or (out.dtype if out is not None else state.dtype)
+    packed = packed_bytes(packed)
+    check_bytes(packed, state)
+    if out is not None and (tuple(out.shape) != tuple(state.shape) or not out.is_contiguous()):
+        raise ValueError(
+            f"out must be contiguous with shape {tuple(state.shape)}, got shape "
+            f"{tuple(out.shape)} with strides {out.stride()}"
+        )
+    if out is not None and out.dtype != dtype:
+        raise TypeError(f"out must have dtype {dtype}, got {out.dtype}")
+    place = packed.device
+    b = choose("dequantize_4bit", place.type, backend, dtype=dtype, index=place.index)
+    return b.dequantize_4bit(packed, state, dtype, out)

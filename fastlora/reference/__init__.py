@@ -1,0 +1,68 @@
+"""The definition of every op, in plain torch. All backends are checked against these functions.
+
+Sizes: M tokens, N out_features, K in_features, R rank. Sums are taken in fp32 (fp64 for fp64
+inputs) and each result is rounded once, at the end.
+"""
+
+from __future__ import annotations
+
+from .dropout import PHILOX_ROUNDS, dropout_mask, dropout_threshold
+from .embedding import lora_embedding_bwd, lora_embedding_fwd
+from .gated import ACTIVATIONS, activate, gated_bwd, gated_fwd
+from .grouped import (
+    grouped_lora_linear_bwd,
+    grouped_lora_linear_fwd,
+    grouped_qlora_linear_bwd,
+    grouped_qlora_linear_fwd,
+    segments,
+)
+from .linear import (
+    expand_dx,
+    lora_linear_bwd,
+    lora_linear_fwd,
+    merge_weight,
+    qlora_linear_bwd,
+    qlora_linear_fwd,
+    shrink,
+    skinny_bwd,
+)
+from .quantize import _quantize_absmax as _quantize_absmax
+from .quantize import (
+    dequantize_4bit,
+    dequantize_absmax,
+    nested,
+    quantize_4bit,
+)
+from .shared import Projection, shared_linear_bwd, shared_linear_fwd
+
+__all__ = [
+    "ACTIVATIONS",
+    "PHILOX_ROUNDS",
+    "Projection",
+    "activate",
+    "dequantize_4bit",
+    "dequantize_absmax",
+    "dropout_mask",
+    "dropout_threshold",
+    "expand_dx",
+    "gated_bwd",
+    "gated_fwd",
+    "grouped_lora_linear_bwd",
+    "grouped_lora_linear_fwd",
+    "grouped_qlora_linear_bwd",
+    "grouped_qlora_linear_fwd",
+    "lora_embedding_bwd",
+    "lora_embedding_fwd",
+    "lora_linear_bwd",
+    "lora_linear_fwd",
+    "merge_weight",
+    "nested",
+    "qlora_linear_bwd",
+    "qlora_linear_fwd",
+    "quantize_4bit",
+    "segments",
+    "shared_linear_bwd",
+    "shared_linear_fwd",
+    "shrink",
+    "skinny_bwd",
+]
