@@ -222,10 +222,22 @@ def test_any_schedule_gives_the_same_bits(backend: str) -> None:
 @pytest.mark.parametrize(
     ("sm", "blocks_at_once"), [(80, 2), (86, 1), (89, 1), (90, 2), (100, 2), (120, 1)]
 )
-def test_sums_are_cut_for_every_place_of_a_gpu(sm: int, blocks_at_once: int, backend: str) -> None:
-    """Six multiprocessors, each with shared memory for one block or for two; three tiles."""
+@pytest.mark.parametrize(
+    ("M", "K", "kernels"),
+    [
+        (70, 2112, "qlora_gemm_(fwd|dx)_.*"),
+        (70, 2113, "qlora_gemm_ragged_.*_128_.*"),
+        (60, 2113, "qlora_gemm_ragged_.*_64_.*"),
+    ],
+)
+def test_sums_are_cut_for_every_place_of_a_gpu(
+    sm: int, blocks_at_once: int, M: int, K: int, kernels: str, backend: str
+) -> None:
+    """Six multiprocessors, each with memory and registers for one block or for two; three tiles."""
+    if "128" in kernels:
+        blocks_at_once = 1
     library, parts = emulated.load(), 2 * blocks_at_once
-    case = Case("", M=70, N=384, K=2112, R=4)
+    case = Case("", M, N=384, K=K, R=4)
     inputs = make_inputs(case, NESTED, DTYPES["bf16"])
     quant = (inputs.weight, *native_cuda.state_args(inputs.quant_state))
     S = reference.shrink(inputs.x, inputs.lora_A, 0.0, None)
@@ -235,14 +247,12 @@ def test_sums_are_cut_for_every_place_of_a_gpu(sm: int, blocks_at_once: int, bac
     y = native_cuda.ops.qlora_gemm_fwd(inputs.x, *quant, *options)
     blocks = library.simt_counters().blocks - before
     library.simt_set_architecture(80)
-    adding = 9 * 2  # blocks of 8 tokens and 256 outputs add the parts
+    adding = -(-M // 8) * 2  # blocks of 8 tokens and 256 outputs add the parts
     assert blocks == 3 * parts + adding
     # As many have registers there: 65536 of a multiprocessor, for blocks of 256 threads.
     _, gates = cuda_gates.read_gates()
     compiled = [row for row in gates if re.fullmatch(f"sm_{sm}a?", row["arch"])]
-    registers = [
-        int(row["registers"]) for row in compiled if row["kernel"].startswith("qlora_gemm")
-    ]
+    registers = [int(row["registers"]) for row in compiled if re.fullmatch(kernels, row["kernel"])]
     assert registers and max(registers) * 256 * blocks_at_once <= 65536
     plain = plain_results(case, inputs).y
     assert_close_to_exact(y, exact_results(case, inputs).y, plain, what="y")
@@ -266,7 +276,7 @@ PLAIN_CONFLICTS = {
     "quantize_4bit": 0.0,
     "quantize_absmax": 1.5,
     "dequantize_4bit": 0.03,
-    "qlora_gemm_fwd": 0.2,
+    "qlora_gemm_fwd": 0.21,
     "qlora_gemm_dx": 0.2,
     "qlora_decode": 0.15,
 }
