@@ -326,7 +326,8 @@ def test_main_loops_meet_in_banks_for_packed_codes_alone(backend: str) -> None:
     library = emulated.load()
     short, long = (plain_conflicts(library, 70, K, nested=False) for K in (512, 1024))
     more = {kernel: long[kernel][0] - short[kernel][0] for kernel in short}
-    steps, warps = 512 // 64, 8
+    # The longer sum is cut into two parts: one block more decodes a first step before its loop.
+    steps, warps = 512 // 64 + 1, 8
     assert more["qlora_gemm_fwd"] == steps * warps * 4
     assert more["qlora_decode"] == 0
 
