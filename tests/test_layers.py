@@ -18,10 +18,10 @@ PACKAGE = ROOT / "fastlora"
 # __version__ and _C; its lazy exports and __main__ are above all.
 LEVELS = (
     ("quant", "tolerance", "tuning"),
-    ("reference", "embedding_reference"),
+    ("reference", "dora_reference", "embedding_reference"),
     ("backends",),
-    ("ops", "embedding_ops"),
-    ("autograd", "embedding", "fused", "grouped"),
+    ("ops", "dora_ops", "embedding_ops"),
+    ("autograd", "dora", "embedding", "fused", "grouped"),
     ("nn",),
     ("integrations",),
     ("cli",),

@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..dora_reference import (
+    dora_dropout_bwd,
+    dora_dropout_fwd,
+    dora_magnitude_bwd,
+    dora_magnitude_fwd,
+    dora_norm,
+    qdora_norm,
+)
 from ..embedding_reference import lora_embedding_bwd, lora_embedding_fwd
 from ..reference import (
     dequantize_4bit,
@@ -22,6 +30,11 @@ from ..reference import (
 
 __all__ = [
     "dequantize_4bit",
+    "dora_dropout_bwd",
+    "dora_dropout_fwd",
+    "dora_magnitude_bwd",
+    "dora_magnitude_fwd",
+    "dora_norm",
     "grouped_lora_linear_bwd",
     "grouped_lora_linear_fwd",
     "grouped_qlora_linear_bwd",
@@ -30,6 +43,7 @@ __all__ = [
     "lora_embedding_fwd",
     "lora_linear_bwd",
     "lora_linear_fwd",
+    "qdora_norm",
     "qlora_linear_bwd",
     "qlora_linear_fwd",
     "quantize_4bit",
