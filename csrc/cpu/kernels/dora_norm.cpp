@@ -76,6 +76,9 @@ FASTLORA_INLINE void add_squares_of(int64_t nr, const float* B, int64_t ldb, con
 
 template <class Compute, class Source, class Adapter>
 struct Norm {
+  // Others are decoded or turned first.
+  static constexpr bool kReadAsStored = kStoredByRows<Source> && !std::is_same_v<Source, FourBit>;
+
   const DoraNorm& p;
   const Operand<Source> operand;
   const int64_t N, K, padded;  // padded: ranks of a row of B
@@ -115,7 +118,7 @@ struct Norm {
     memset(squares, 0, static_cast<size_t>(kRows * kLanes) * sizeof(float));
     for (int64_t k = 0; k < K; k += kColumns) {
       const int64_t columns = min(kColumns, K - k);
-      if constexpr (requires { operand.source.data; } && kStoredByRows<Source>) {
+      if constexpr (kReadAsStored) {
         add(B, k, count, Rows{operand.source.data + n * K + k, K, columns}, squares);
       } else {
         weight_rows(Compute{}, operand.source, n, count, k, columns, W, units);
