@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from fastlora import grouped_lora_linear, lora_embedding, lora_linear, ops, reference
 from fastlora.backends import BACKENDS, native
+from fastlora.dora import dora_dropout, dora_magnitude
 from fastlora.fused import shared_linear
 from fastlora.reference import Projection
 from fastlora.tolerance import exceeds
@@ -207,6 +208,46 @@ def check_embedding(size: tuple[int, int, int, int], dtypes: tuple[torch.dtype, 
         assert report.ok, f"embedding {name}, {size}, {dtypes}: {report}"
 
 
+def check_dora(size: tuple[int, int, int, int], dtypes: tuple[torch.dtype, ...]) -> None:
+    """DoRA's norms, and its magnitude on what dropout splits, on the backend that is chosen."""
+    M, N, K, R = size
+    dtype, adapter_dtype = dtypes
+    torch.manual_seed(M)
+    A, B = torch.randn(R, K).to(adapter_dtype), torch.randn(N, R).to(adapter_dtype)
+    weight = torch.randn(N, K).to(dtype)
+    packed, state = reference.quantize_4bit(weight, 64, "nf4", compress_statistics=True)
+    for W, norms in (
+        (weight, ops.dora_norm(weight, A, B, SCALING)),
+        (weight, ops.dora_norm(weight.T.contiguous().T, A, B, SCALING)),
+        (
+            reference.dequantize_4bit(packed, state),
+            ops.qdora_norm(packed, state, A, B, SCALING),
+        ),
+    ):
+        exact, base = (
+            torch.linalg.norm(W.to(wide) + SCALING * (B.to(wide) @ A.to(wide)), dim=1)
+            for wide in (torch.float64, torch.float32)
+        )
+        report = exceeds(norms, exact, base)
+        assert report.ok, f"DoRA's norms, {size}, {dtypes}: {report}"
+
+    inputs = {"x": torch.randn(M, K).to(dtype), "factor": torch.rand(K) + 0.5}
+    dy, seed = torch.randn(M, K).to(dtype), torch.tensor([M])
+    mine, usual, wide = leaves(inputs), leaves(inputs), leaves(inputs, torch.float64)
+
+    def sequence(x: Tensor, factor: Tensor) -> Tensor:
+        mask = reference.dropout_mask(M, K, DROPOUT, seed)
+        kept = torch.where(mask, x, 0)
+        return factor.to(x.dtype) * kept + (x - kept * reference.dropout_threshold(DROPOUT)[1])
+
+    kept, rest = dora_dropout(mine["x"], DROPOUT, seed=seed)
+    out = results(dora_magnitude(kept, mine["factor"], rest), dy, mine)
+    exact, base = results(sequence(**wide), dy, wide), results(sequence(**usual), dy, usual)
+    for name in out:
+        report = exceeds(out[name], exact[name], base[name])
+        assert report.ok, f"DoRA's {name}, {size}, {dtypes}: {report}"
+
+
 def check_4bit(backend: str) -> None:
     """Quantise and dequantise, bit by bit."""
     for quant_type in ("nf4", "fp4"):
@@ -228,6 +269,7 @@ def main() -> None:
     for size in SIZES:
         for dtypes in DTYPES:
             check_embedding(size, dtypes)
+            check_dora(size, dtypes)
             for quantized in (False, True):
                 check_layer(size, dtypes, quantized, backend)
                 check_shared(size, dtypes, quantized, backend)

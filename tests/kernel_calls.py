@@ -40,6 +40,11 @@ KERNELS = (
     "lora_embedding_bwd",
     "quantize_4bit",
     "dequantize_4bit",
+    "dora_norm",
+    "dora_magnitude_fwd",
+    "dora_magnitude_bwd",
+    "dora_dropout_fwd",
+    "dora_dropout_bwd",
 )
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -262,6 +267,93 @@ def quant_calls(
     yield Call(f"dequantize: {name}", record, (out_dtype,), check_dequantize)
 
 
+def norm_call(case: Case, base: Base, dtypes: str) -> Call:
+    """DoRA's norms, held to the error policy."""
+    torch.manual_seed(0)
+    inputs = make_inputs(case, base, DTYPES[dtypes])
+    W, state, A, B = inputs.weight, inputs.quant_state, inputs.lora_A, inputs.lora_B
+    if state is not None:
+        W = reference.dequantize_4bit(W, state, inputs.compute_dtype or inputs.x.dtype)
+    exact, plain = (
+        torch.linalg.norm(W.to(t) + inputs.scaling * (B.to(t) @ A.to(t)), dim=1)
+        for t in (torch.float64, torch.float32)
+    )
+    record = Record()
+    record.integers(KERNELS.index("dora_norm"), A.shape[0])
+    record.weight(case.N, case.K, inputs)
+    record.integers(FLOATS.index(A.dtype))
+    record.array(A)
+    record.array(B)
+    record.real(inputs.scaling)
+    record.integers(1)
+
+    def check(outputs: list[Tensor]) -> None:
+        assert_close_to_exact(outputs[0], exact, plain, what="norms")
+
+    return Call(f"DoRA's norms: {case}, {base}, {dtypes}", record, (torch.float32,), check)
+
+
+def dora_calls(M: int, N: int, dtype: torch.dtype, rest_rows: int) -> Iterator[Call]:
+    """DoRA's magnitude and dropout: `rest_rows` is 0 (none), 1 (a bias) or M."""
+    torch.manual_seed(0)
+    z, rest, dy = (torch.randn(M, N).to(dtype) for _ in range(3))
+    factor, p, seed = torch.rand(N) + 0.5, 0.3, torch.tensor([-12345])
+    rest = rest[:rest_rows]
+    name, number = f"{M} x {N}, {dtype}, {rest_rows} rows", FLOATS.index(dtype)
+
+    def call(op: str, outputs: tuple[torch.dtype, ...], *wanted: tuple[Tensor, Tensor]) -> Call:
+        def check(got: list[Tensor]) -> None:
+            for out, (exact, plain) in zip(got, wanted, strict=True):
+                assert_close_to_exact(out.view(exact.shape), exact, plain, what=op)
+
+        return Call(f"{op}: {name}", records[op], outputs, check)
+
+    def pair(formula: Callable[..., Tensor], *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        return formula(*(t.double() for t in tensors)), formula(*tensors)
+
+    records = {op: Record() for op in KERNELS if op.startswith("dora_m") or "dropout" in op}
+    for op, record in records.items():
+        record.integers(KERNELS.index(op), M, N, number)
+    forward, backward = records["dora_magnitude_fwd"], records["dora_magnitude_bwd"]
+    forward.integers(number)
+    forward.rows(z)
+    forward.array(factor)
+    forward.array(rest)
+    forward.integers(N if rest_rows > 1 else 0, 1)
+    added = rest if rest_rows else z.new_zeros(1, N)
+    y = pair(lambda z, f, rest: f.to(z.dtype) * z + rest, z, factor, added)
+    yield call("dora_magnitude_fwd", (dtype,), y)
+    backward.rows(dy)
+    backward.rows(z)
+    backward.array(factor)
+    backward.integers(1, 1, 1)
+    yield call(
+        "dora_magnitude_bwd",
+        (dtype, torch.float32, torch.float32),
+        pair(lambda dy, f: f.to(dy.dtype) * dy, dy, factor),
+        pair(lambda dy, z: (dy * z).sum(0), dy, z),
+        pair(lambda dy: dy.sum(0), dy),
+    )
+    mask = reference.dropout_mask(M, N, p, seed)
+    scale = reference.dropout_threshold(p)[1]
+    records["dora_dropout_fwd"].rows(z)
+    records["dora_dropout_fwd"].dropout(p, seed)
+    records["dora_dropout_fwd"].integers(1, 1)
+    kept = pair(lambda x: torch.where(mask, x, 0), z)
+    yield call(
+        "dora_dropout_fwd",
+        (dtype,) * 2,
+        kept,
+        pair(lambda x: x - torch.where(mask, x * scale, 0), z),
+    )
+    records["dora_dropout_bwd"].rows(z)
+    records["dora_dropout_bwd"].rows(dy)
+    records["dora_dropout_bwd"].dropout(p, seed)
+    records["dora_dropout_bwd"].integers(1)
+    dx = pair(lambda a, b: torch.where(mask, a, 0) + (b - torch.where(mask, b * scale, 0)), z, dy)
+    yield call("dora_dropout_bwd", (dtype,), dx)
+
+
 def make_calls() -> list[Call]:
     """Every case with every base, and every dtype with every base at least twice."""
     calls: list[Call] = []
@@ -276,6 +368,12 @@ def make_calls() -> list[Call]:
         kinds = list(embedding_cases.DTYPES)
         for dtypes in (kinds[i % len(kinds)], kinds[(i + 2) % len(kinds)]):
             calls += embedding_calls(embedding, dtypes)
+    for i, case in enumerate(CASES):
+        base, kinds = BASES[i % len(BASES)], list(DTYPES)[:5]
+        calls.append(norm_call(case, base, kinds[i % len(kinds)]))
+    for i, (M, N) in enumerate(((1, 1), (7, 33), (17, 129), (33, 1027), (129, 300))):
+        for dtype in FLOATS:
+            calls += dora_calls(M, N, dtype, (0, 1, M)[i % 3])
     calls += [mask_call(M, p) for M, p in ((5, 0.05), (37, 0.5), (37, 0.999))]
     shapes = ((7, 33), (64, 128), (1, 1), (130, 577), (3, 1, 5))
     for i, shape in enumerate(shapes):

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fastlora import grouped_lora_linear, lora_linear
 from fastlora.backends import use_backend
+from fastlora.dora import dora_magnitude
 from fastlora.fused import gated_mlp, shared_linear
-from fastlora.integrations.peft_dora import apply_magnitude
 from fastlora.integrations.peft_weight import adapted_weight
 from fastlora.ops import quantize_4bit
 from fastlora.reference import Projection
@@ -64,7 +64,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     ),
     "experts": experts(transposed=False),
     "experts, transposed": experts(transposed=True),
-    "DoRA's magnitude": lambda x: apply_magnitude(x, randn(K).requires_grad_(), x.detach()),
+    "DoRA's magnitude": lambda x: dora_magnitude(x, randn(K).requires_grad_(), x.detach()),
     "an adapted weight as a whole": whole_weight,
 }
 

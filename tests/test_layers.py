@@ -21,7 +21,7 @@ LEVELS = (
     ("reference",),
     ("backends",),
     ("ops",),
-    ("autograd", "embedding", "fused", "grouped"),
+    ("autograd", "dora", "embedding", "fused", "grouped"),
     ("nn",),
     ("integrations",),
     ("cli",),

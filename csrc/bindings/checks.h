@@ -1,4 +1,4 @@
-// Tensors to plain structs. What would corrupt memory is checked here; all else in fastlora/ops.py.
+// Tensors to plain structs. What would corrupt memory is checked here; all else in fastlora/ops/.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

@@ -1,4 +1,4 @@
-// torch.ops.fastlora.lora_embedding_*. Formulas, shapes, dtypes: fastlora/embedding_reference.py.
+// torch.ops.fastlora.lora_embedding_*. Formulas, shapes, dtypes: fastlora/reference/.
 #include <tuple>
 
 #include "checks.h"

@@ -1,6 +1,6 @@
 // torch.ops.fastlora.grouped_*: the layers of a stack of experts, each on its own rows of x.
 //
-// Formulas, shapes and dtypes: fastlora/reference.py. Every expert runs the kernel of the plain op on
+// Formulas, shapes and dtypes: fastlora/reference/. Every expert runs the kernel of the plain op on
 // its part of each array: nothing is copied, and nothing is padded.
 #include <algorithm>
 #include <cstring>

@@ -1,6 +1,6 @@
 // torch.ops.fastlora.*: schemas and CPU implementations, on torch's stable ABI.
 //
-// Formulas, shapes and dtypes: fastlora/reference.py. The ops allocate what they return; a gradient
+// Formulas, shapes and dtypes: fastlora/reference/. The ops allocate what they return; a gradient
 // that is not asked for comes back as an empty tensor.
 #include <tuple>
 #include <utility>

@@ -1,4 +1,4 @@
-// Parts of schemas that several files share. Formulas and shapes: fastlora/reference.py.
+// Parts of schemas that several files share. Formulas and shapes: fastlora/reference/.
 #pragma once
 
 #define FASTLORA_QUANT                                                 \

@@ -144,12 +144,41 @@ void dequantize_4bit(const Dequantize4bit& p, const ParallelFor& parallel) {
   avx512_bf16::kTable.dequantize_4bit(p, parallel);
 }
 
+void dora_norm(const DoraNorm& p, const ParallelFor& parallel) {
+  avx512_bf16::kTable.dora_norm(p, parallel);
+}
+
+void dora_magnitude_fwd(const DoraMagnitudeFwd& p, const ParallelFor& parallel) {
+  avx512_bf16::kTable.dora_magnitude_fwd(p, parallel);
+}
+
+void dora_magnitude_bwd(const DoraMagnitudeBwd& p, const ParallelFor& parallel) {
+  avx512_bf16::kTable.dora_magnitude_bwd(p, parallel);
+}
+
+void dora_dropout_fwd(const DoraDropoutFwd& p, const ParallelFor& parallel) {
+  avx512_bf16::kTable.dora_dropout_fwd(p, parallel);
+}
+
+void dora_dropout_bwd(const DoraDropoutBwd& p, const ParallelFor& parallel) {
+  avx512_bf16::kTable.dora_dropout_bwd(p, parallel);
+}
+
 }  // namespace
 
 extern const Kernels kTable;
-const Kernels kTable = {
-    "amx",         lora_linear_fwd, lora_linear_bwd, lora_embedding_fwd, lora_embedding_bwd,
-    quantize_4bit, dequantize_4bit};
+const Kernels kTable = {"amx",
+                        lora_linear_fwd,
+                        lora_linear_bwd,
+                        lora_embedding_fwd,
+                        lora_embedding_bwd,
+                        quantize_4bit,
+                        dequantize_4bit,
+                        dora_norm,
+                        dora_magnitude_fwd,
+                        dora_magnitude_bwd,
+                        dora_dropout_fwd,
+                        dora_dropout_bwd};
 
 }  // namespace FASTLORA_ISA
 }  // namespace fastlora

@@ -90,6 +90,12 @@ FASTLORA_INLINE void keep_bits_of(int64_t m, int64_t rows, int64_t k, int64_t co
   }
 }
 
+// 1 - scale without its cancellation: the factor of a kept element in x - drop(x).
+FASTLORA_INLINE float missing_share(const Dropout& dropout) {
+  const double threshold = dropout.threshold;
+  return threshold < 65536 ? static_cast<float>(-threshold / (65536 - threshold)) : 1.0f;
+}
+
 // The bits of lanes [k, k + kLanes) of a row of keep bits.
 FASTLORA_INLINE uint32_t lane_bits(const uint32_t* row, int64_t k) {
   return row[k / 32] >> (k % 32);

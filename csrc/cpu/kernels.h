@@ -1,6 +1,7 @@
 // The kernels of one instruction set, and the choice among the sets that were compiled.
 #pragma once
 
+#include "../common/dora.h"
 #include "../common/params.h"
 
 namespace fastlora {
@@ -15,6 +16,11 @@ struct Kernels {
   void (*lora_embedding_bwd)(const LoraEmbeddingBwd&, const ParallelFor&);
   void (*quantize_4bit)(const Quantize4bit&, const ParallelFor&);
   void (*dequantize_4bit)(const Dequantize4bit&, const ParallelFor&);
+  void (*dora_norm)(const DoraNorm&, const ParallelFor&);
+  void (*dora_magnitude_fwd)(const DoraMagnitudeFwd&, const ParallelFor&);
+  void (*dora_magnitude_bwd)(const DoraMagnitudeBwd&, const ParallelFor&);
+  void (*dora_dropout_fwd)(const DoraDropoutFwd&, const ParallelFor&);
+  void (*dora_dropout_bwd)(const DoraDropoutBwd&, const ParallelFor&);
 };
 
 // The best set that this CPU runs, or the one that FASTLORA_CPU_ISA names if it is lower.

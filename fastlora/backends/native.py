@@ -16,6 +16,15 @@ from ..quant import QuantState, code_table, quantize_bounds
 from ..reference import Projection
 from . import cpu, native_cuda, sequence
 from .native_cuda import state_args
+from .native_dora import (
+    dora_dropout_bwd,
+    dora_dropout_fwd,
+    dora_magnitude_bwd,
+    dora_magnitude_fwd,
+    dora_norm,
+    qdora_norm,
+)
+from .native_dora import register_fakes as register_dora_fakes
 from .native_embedding import lora_embedding_bwd, lora_embedding_fwd
 from .native_embedding import register_fakes as register_embedding_fakes
 from .native_grouped import (
@@ -29,6 +38,11 @@ from .native_grouped import register_fakes as register_grouped_fakes
 __all__ = [
     "build_info",
     "dequantize_4bit",
+    "dora_dropout_bwd",
+    "dora_dropout_fwd",
+    "dora_magnitude_bwd",
+    "dora_magnitude_fwd",
+    "dora_norm",
     "grouped_lora_linear_bwd",
     "grouped_lora_linear_fwd",
     "grouped_qlora_linear_bwd",
@@ -37,6 +51,7 @@ __all__ = [
     "lora_embedding_fwd",
     "lora_linear_bwd",
     "lora_linear_fwd",
+    "qdora_norm",
     "qlora_linear_bwd",
     "qlora_linear_fwd",
     "quantize_4bit",
@@ -415,3 +430,4 @@ if _build is not None:
     _register_fakes()
     register_grouped_fakes()
     register_embedding_fakes()
+    register_dora_fakes()

@@ -6,6 +6,11 @@ from typing import Any
 
 from ..reference import (
     dequantize_4bit,
+    dora_dropout_bwd,
+    dora_dropout_fwd,
+    dora_magnitude_bwd,
+    dora_magnitude_fwd,
+    dora_norm,
     grouped_lora_linear_bwd,
     grouped_lora_linear_fwd,
     grouped_qlora_linear_bwd,
@@ -14,6 +19,7 @@ from ..reference import (
     lora_embedding_fwd,
     lora_linear_bwd,
     lora_linear_fwd,
+    qdora_norm,
     qlora_linear_bwd,
     qlora_linear_fwd,
     quantize_4bit,
@@ -23,6 +29,11 @@ from ..reference import (
 
 __all__ = [
     "dequantize_4bit",
+    "dora_dropout_bwd",
+    "dora_dropout_fwd",
+    "dora_magnitude_bwd",
+    "dora_magnitude_fwd",
+    "dora_norm",
     "grouped_lora_linear_bwd",
     "grouped_lora_linear_fwd",
     "grouped_qlora_linear_bwd",
@@ -31,6 +42,7 @@ __all__ = [
     "lora_embedding_fwd",
     "lora_linear_bwd",
     "lora_linear_fwd",
+    "qdora_norm",
     "qlora_linear_bwd",
     "qlora_linear_fwd",
     "quantize_4bit",

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
 from ..autograd import autocast_off, lora_linear
+from ..dora import dora_dropout, dora_magnitude
 from ..fused import shared_linear
 from ..quant import as_quant_state
-from ..reference import Projection
+from ..reference import Projection, dropout_threshold
 from . import bitsandbytes as bnb
-from .peft_dora import apply_magnitude, weight_norms
+from .peft_dora import weight_norms
 
 # The name by which PEFT's `adapter_names` asks for no adapter.
 NO_ADAPTER = "__base__"
@@ -253,8 +254,8 @@ class Plan(NamedTuple):
             x' = drop(x),   f = magnitude / norm of the rows of W + scaling * B A
 
         Without dropout that is one product, `f * (x W^T + scaling * x A^T B^T) + bias`; with it
-        two, `f * (x' W^T + scaling * x' A^T B^T) + (x - x') W^T + bias`. The mask alone goes into
-        x', which a scale of 1 / (1 - p) would round.
+        two, `f * (x' W^T + scaling * x' A^T B^T) + (x - x') W^T + bias`. The scale of 1 / (1 - p)
+        goes into f, since it would round x'.
         """
         parts = self.parts
         state = None if parts.quant_state is None else as_quant_state(parts.quant_state)
@@ -264,14 +265,12 @@ class Plan(NamedTuple):
         factor = adapter.magnitude.float() / norms
         bias = self._base_bias()
         if not adapter.drops:
-            return apply_magnitude(_lora_linear(x, self._projection(None, adapter)), factor, bias)
-        scale = 1.0 / (1.0 - float(getattr(adapter.dropout, "p", 0.0)))
-        kept = adapter.dropout(torch.ones_like(x)) != 0
-        masked = self._projection(None, adapter._replace(dropout=nn.Identity()))
-        z = _lora_linear(x * kept, masked)
-        rest = torch.where(kept, x * (1.0 - scale), x)
-        base = _lora_linear(rest, self._base(x))
-        return apply_magnitude(z, scale * factor, base)
+            return dora_magnitude(_lora_linear(x, self._projection(None, adapter)), factor, bias)
+        dropout_p = float(getattr(adapter.dropout, "p", 0.0))
+        kept, rest = dora_dropout(x, dropout_p)
+        z = _lora_linear(kept, self._projection(None, adapter._replace(dropout=nn.Identity())))
+        _, scale = dropout_threshold(dropout_p)
+        return dora_magnitude(z, scale * factor, _lora_linear(rest, self._base(x)))
 
 
 def run_together(plans: Sequence[Plan], x: Tensor) -> tuple[Tensor, ...]:

@@ -6,6 +6,14 @@ differentiable; `fastlora.lora_linear` is.
 
 from __future__ import annotations
 
+from .dora import (
+    dora_dropout_bwd,
+    dora_dropout_fwd,
+    dora_magnitude_bwd,
+    dora_magnitude_fwd,
+    dora_norm,
+    qdora_norm,
+)
 from .embedding import lora_embedding_bwd, lora_embedding_fwd
 from .grouped import (
     grouped_lora_linear_bwd,
@@ -19,6 +27,11 @@ from .shared import shared_linear_bwd, shared_linear_fwd
 
 __all__ = [
     "dequantize_4bit",
+    "dora_dropout_bwd",
+    "dora_dropout_fwd",
+    "dora_magnitude_bwd",
+    "dora_magnitude_fwd",
+    "dora_norm",
     "grouped_lora_linear_bwd",
     "grouped_lora_linear_fwd",
     "grouped_qlora_linear_bwd",
@@ -27,6 +40,7 @@ __all__ = [
     "lora_embedding_fwd",
     "lora_linear_bwd",
     "lora_linear_fwd",
+    "qdora_norm",
     "qlora_linear_bwd",
     "qlora_linear_fwd",
     "quantize_4bit",

@@ -6,6 +6,14 @@ inputs) and each result is rounded once, at the end.
 
 from __future__ import annotations
 
+from .dora import (
+    dora_dropout_bwd,
+    dora_dropout_fwd,
+    dora_magnitude_bwd,
+    dora_magnitude_fwd,
+    dora_norm,
+    qdora_norm,
+)
 from .dropout import PHILOX_ROUNDS, dropout_mask, dropout_threshold
 from .embedding import lora_embedding_bwd, lora_embedding_fwd
 from .gated import ACTIVATIONS, activate, gated_bwd, gated_fwd
@@ -42,6 +50,11 @@ __all__ = [
     "activate",
     "dequantize_4bit",
     "dequantize_absmax",
+    "dora_dropout_bwd",
+    "dora_dropout_fwd",
+    "dora_magnitude_bwd",
+    "dora_magnitude_fwd",
+    "dora_norm",
     "dropout_mask",
     "dropout_threshold",
     "expand_dx",
@@ -57,6 +70,7 @@ __all__ = [
     "lora_linear_fwd",
     "merge_weight",
     "nested",
+    "qdora_norm",
     "qlora_linear_bwd",
     "qlora_linear_fwd",
     "quantize_4bit",

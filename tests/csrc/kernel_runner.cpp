@@ -261,8 +261,80 @@ void dequantize_4bit(Call& call) {
   table->dequantize_4bit(p, kBackwards);
 }
 
-void (*const kRun[])(Call&) = {lora_linear_fwd,    lora_linear_bwd, lora_embedding_fwd,
-                               lora_embedding_bwd, quantize_4bit,   dequantize_4bit};
+void dora_norm(Call& call) {
+  DoraNorm p{};
+  p.R = call.integer();
+  p.weight = read_weight(call);
+  p.adapter_dtype = call.dtype();
+  p.lora_A = call.array<void>();
+  p.lora_B = call.array<void>();
+  p.scaling = call.real();
+  p.norms = call.output<float>(p.weight.N, sizeof(float));
+  table->dora_norm(p, kBackwards);
+}
+
+void dora_magnitude_fwd(Call& call) {
+  DoraMagnitudeFwd p{};
+  p.M = call.integer();
+  p.N = call.integer();
+  p.dtype = call.dtype();
+  p.rest_dtype = call.dtype();
+  p.z = call.array<void>();
+  p.ldz = call.integer();
+  p.factor = call.array<float>();
+  p.rest = call.array<void>();
+  p.ldrest = call.integer();
+  p.y = call.output<void>(p.M * p.N, size_of(p.dtype));
+  table->dora_magnitude_fwd(p, kBackwards);
+}
+
+void dora_magnitude_bwd(Call& call) {
+  DoraMagnitudeBwd p{};
+  p.M = call.integer();
+  p.N = call.integer();
+  p.dtype = call.dtype();
+  p.dy = call.array<void>();
+  p.lddy = call.integer();
+  p.z = call.array<void>();
+  p.ldz = call.integer();
+  p.factor = call.array<float>();
+  p.dz = call.output<void>(p.M * p.N, size_of(p.dtype));
+  p.dfactor = call.output<float>(p.N, sizeof(float));
+  p.drest = call.output<float>(p.N, sizeof(float));
+  table->dora_magnitude_bwd(p, kBackwards);
+}
+
+void dora_dropout_fwd(Call& call) {
+  DoraDropoutFwd p{};
+  p.M = call.integer();
+  p.K = call.integer();
+  p.dtype = call.dtype();
+  p.x = call.array<void>();
+  p.ldx = call.integer();
+  p.dropout = read_dropout(call);
+  p.kept = call.output<void>(p.M * p.K, size_of(p.dtype));
+  p.rest = call.output<void>(p.M * p.K, size_of(p.dtype));
+  table->dora_dropout_fwd(p, kBackwards);
+}
+
+void dora_dropout_bwd(Call& call) {
+  DoraDropoutBwd p{};
+  p.M = call.integer();
+  p.K = call.integer();
+  p.dtype = call.dtype();
+  p.dkept = call.array<void>();
+  p.lddkept = call.integer();
+  p.drest = call.array<void>();
+  p.lddrest = call.integer();
+  p.dropout = read_dropout(call);
+  p.dx = call.output<void>(p.M * p.K, size_of(p.dtype));
+  table->dora_dropout_bwd(p, kBackwards);
+}
+
+void (*const kRun[])(Call&) = {lora_linear_fwd,    lora_linear_bwd,    lora_embedding_fwd,
+                               lora_embedding_bwd, quantize_4bit,      dequantize_4bit,
+                               dora_norm,          dora_magnitude_fwd, dora_magnitude_bwd,
+                               dora_dropout_fwd,   dora_dropout_bwd};
 
 void choose(bool emulated_amx) {
   table = &kernels();

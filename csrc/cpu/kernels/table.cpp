@@ -9,8 +9,9 @@ namespace FASTLORA_ISA {
 
 extern const Kernels kTable;
 const Kernels kTable = {
-    FASTLORA_TEXT(FASTLORA_ISA), lora_linear_fwd, lora_linear_bwd, lora_embedding_fwd,
-    lora_embedding_bwd,          quantize_4bit,   dequantize_4bit};
+    FASTLORA_TEXT(FASTLORA_ISA), lora_linear_fwd,    lora_linear_bwd,  lora_embedding_fwd,
+    lora_embedding_bwd,          quantize_4bit,      dequantize_4bit,  dora_norm,
+    dora_magnitude_fwd,          dora_magnitude_bwd, dora_dropout_fwd, dora_dropout_bwd};
 
 }  // namespace FASTLORA_ISA
 }  // namespace fastlora

@@ -53,7 +53,7 @@ def unsupported(
     dropout_p: float = 0.0,
 ) -> str | None:
     """One sentence that says why `op` can't run here, or None."""
-    if op in ("quantize_4bit", "lora_embedding_fwd", "lora_embedding_bwd"):
+    if op == "quantize_4bit" or "lora_embedding" in op or "dora" in op:
         return f"{op} has no Triton kernel."
     if device not in ("cpu", "cuda"):
         return f"{op} has no Triton kernel for device {device!r}."

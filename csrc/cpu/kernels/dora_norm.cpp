@@ -1,0 +1,196 @@
+// norms[n] = |W[n] + scaling * (B A)[n]|: the sum is formed in registers, and never stored. So it costs
+// what W A^T would, and loses nothing where W and B A cancel.
+#include "../scratch.h"
+#include "../table.h"
+#include "../tiles.h"
+#include "../with_weight.h"
+
+namespace fastlora {
+namespace FASTLORA_ISA {
+namespace {
+
+constexpr int64_t kRows = 48;      // of W in a tile: whole register tiles of any set
+constexpr int64_t kColumns = 512;  // of W, decoded or turned at a time
+constexpr int64_t kAhead = 2;      // panels for which W is asked for early
+
+// Rows of W as they are read: where they lie, from one to the next, and how many columns are left.
+template <class T>
+struct Rows {
+  const T* data;
+  int64_t ld, count;
+};
+
+// squares[i][kLanes] += (W[i][j] + scaling * sum over r of B[i][r] * panel[r][j])^2, i < NR.
+template <int NR, bool kWhole, class T>
+__attribute__((noinline)) static void add_squares(const float* __restrict B, int64_t ldb,
+                                                  const float* __restrict panel, int64_t R,
+                                                  float scaling, Rows<T> W,
+                                                  float* __restrict squares) {
+  constexpr int MV = kPanelVectors;
+  Vec c[NR][MV];
+#pragma GCC unroll 16
+  for (int i = 0; i < NR; i++) {
+#pragma GCC unroll 4
+    for (int j = 0; j < MV; j++) c[i][j] = zero();
+  }
+  for (int64_t r = 0; r < R; r++) {
+    Vec p[MV];
+#pragma GCC unroll 4
+    for (int j = 0; j < MV; j++) p[j] = load(panel + r * kPanel + j * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < NR; i++) {
+      const Vec b = broadcast(B[i * ldb + r]);
+#pragma GCC unroll 4
+      for (int j = 0; j < MV; j++) c[i][j] = fma(b, p[j], c[i][j]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < NR; i++) {
+    const T* w = W.data + i * W.ld;
+    Vec total = load(squares + i * kLanes);
+#pragma GCC unroll 4
+    for (int j = 0; j < MV; j++) {
+      const int64_t left = W.count - j * kLanes;
+      if (!kWhole && left <= 0) break;
+      const Vec base = kWhole ? load(w + j * kLanes) : load(w + j * kLanes, left);
+      const Vec v = fma(c[i][j], broadcast(scaling), base);
+      total = fma(v, v, total);
+    }
+    store(squares + i * kLanes, total);
+  }
+}
+
+template <int NR, class T>
+FASTLORA_INLINE void add_squares_of(int64_t nr, const float* B, int64_t ldb, const float* panel,
+                                    int64_t R, float scaling, Rows<T> W, float* squares) {
+  if constexpr (NR > 0) {
+    if (nr != NR) {
+      add_squares_of<NR - 1>(nr, B, ldb, panel, R, scaling, W, squares);
+    } else if (W.count >= kPanel) {
+      add_squares<NR, true>(B, ldb, panel, R, scaling, W, squares);
+    } else {
+      add_squares<NR, false>(B, ldb, panel, R, scaling, W, squares);
+    }
+  }
+}
+
+template <class Compute, class Source, class Adapter>
+struct Norm {
+  // Others are decoded or turned first.
+  static constexpr bool kReadAsStored = kStoredByRows<Source> && !std::is_same_v<Source, FourBit>;
+
+  const DoraNorm& p;
+  const Operand<Source> operand;
+  const int64_t N, K, padded;  // padded: ranks of a row of B
+  float* A;                    // [panels of columns][R][kPanel]
+
+  Norm(const DoraNorm& params, const float* absmax, float* panels)
+      : p(params),
+        operand(params.weight, absmax),
+        N(params.weight.N),
+        K(params.weight.K),
+        padded(round_up(params.R, kLanes)),
+        A(panels) {}
+
+  static size_t shared_bytes(const DoraNorm& p) {
+    return Pieces::bytes<float>(ceil_div(p.weight.K, kPanel) * p.R * kPanel);
+  }
+
+  void pack(int64_t panel) {
+    const int64_t k = panel * kPanel;
+    const Block<Adapter> block{static_cast<const Adapter*>(p.lora_A) + k, K, p.R,
+                               min(kPanel, K - k)};
+    pack_columns(block, KeepRows{nullptr, 0}, 0, A + panel * p.R * kPanel);
+  }
+
+  void rows(int64_t tile) {
+    using Unit = typename Compute::Unit;
+    const int64_t n = tile * kRows, count = min(kRows, N - n), units = kColumns / Compute::kPerUnit;
+    Pieces pieces{
+        static_cast<char*>(scratch(Scratch::local, Pieces::bytes<float>(kRows * padded) +
+                                                       Pieces::bytes<float>(kRows * kLanes) +
+                                                       Pieces::bytes<Unit>(kRows * units)))};
+    float* B = pieces.take<float>(kRows * padded);
+    float* squares = pieces.take<float>(kRows * kLanes);
+    Unit* W = pieces.take<Unit>(kRows * units);
+    const Block<Adapter> block{static_cast<const Adapter*>(p.lora_B) + n * p.R, p.R, count, p.R};
+    pack_rows(F32{}, block, padded, B, padded);
+    memset(squares, 0, static_cast<size_t>(kRows * kLanes) * sizeof(float));
+    for (int64_t k = 0; k < K; k += kColumns) {
+      const int64_t columns = min(kColumns, K - k);
+      if constexpr (kReadAsStored) {
+        add(B, k, count, Rows{operand.source.data + n * K + k, K, columns}, squares);
+      } else {
+        weight_rows(Compute{}, operand.source, n, count, k, columns, W, units);
+        if constexpr (Compute::kPerUnit == 2) {
+          add(B, k, count, Rows{reinterpret_cast<const bf16*>(W), kColumns, columns}, squares);
+        } else {
+          add(B, k, count, Rows<float>{W, kColumns, columns}, squares);
+        }
+      }
+    }
+    for (int64_t i = 0; i < count; i++) {
+      p.norms[n + i] = __builtin_sqrtf(sum(load(squares + i * kLanes)));
+    }
+  }
+
+  // Of columns k and on.
+  template <class T>
+  void add(const float* B, int64_t k, int64_t count, Rows<T> W, float* squares) const {
+    constexpr int64_t kTile = kTileRows[kPanelVectors];
+    for (; W.count > 0; W.count -= kPanel, W.data += kPanel, k += kPanel) {
+      for (int64_t i = 0; i < count; i += kTile) {
+        const Rows<T> some{W.data + i * W.ld, W.ld, W.count};
+        for (int64_t row = 0; row < min(kTile, count - i); row++) {
+          const T* ahead = some.data + row * W.ld + kAhead * kPanel;
+          for (int64_t j = 0; j < kPanel; j += 64 / static_cast<int64_t>(sizeof(T))) {
+            prefetch(ahead + j);
+          }
+        }
+        add_squares_of<kTile>(min(kTile, count - i), B + i * padded, padded,
+                              A + k / kPanel * p.R * kPanel, p.R, p.scaling, some,
+                              squares + i * kLanes);
+      }
+    }
+  }
+
+  void run(const ParallelFor& parallel) {
+    for_each_tile(parallel, this, &Norm::pack, ceil_div(K, kPanel), 8);
+    for_each_tile(parallel, this, &Norm::rows, ceil_div(N, kRows));
+  }
+};
+
+template <class Compute, class Source>
+void norms_of(const DoraNorm& p, const ParallelFor& parallel) {
+  with_type(p.adapter_dtype, [&](auto* adapter) {
+    using Adapter = std::remove_const_t<std::remove_pointer_t<decltype(adapter)>>;
+    using Kernel = Norm<Compute, Source, Adapter>;
+    const int64_t blocks = is_nested(p.weight) ? blocks_of(p.weight) : 0;
+    const size_t bytes = Kernel::shared_bytes(p) + Pieces::bytes<float>(blocks);
+    Pieces pieces{static_cast<char*>(scratch(Scratch::shared, bytes))};
+    const float* absmax = plain_absmax(p.weight, parallel, pieces.take<float>(blocks));
+    Kernel(p, absmax, reinterpret_cast<float*>(pieces.next)).run(parallel);
+  });
+}
+
+}  // namespace
+
+void dora_norm(const DoraNorm& p, const ParallelFor& parallel) {
+  if (p.weight.dense) {
+    with_type(p.weight.compute_dtype, [&](auto* type) {
+      using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+      p.weight.turned ? norms_of<F32, Turned<T>>(p, parallel)
+                      : norms_of<F32, Dense<T>>(p, parallel);
+    });
+#if defined(FASTLORA_PAIRS)
+  } else if (p.weight.compute_dtype == DType::bf16) {
+    norms_of<Bf16Pair, FourBit>(p, parallel);
+#endif
+  } else {
+    norms_of<F32, FourBit>(p, parallel);
+  }
+  trim_scratch(Scratch::shared);
+}
+
+}  // namespace FASTLORA_ISA
+}  // namespace fastlora
