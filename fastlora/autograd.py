@@ -12,6 +12,7 @@ from torch import Tensor
 from . import ops
 from .backends import forced_backend
 from .quant import QuantState, as_quant_state
+from .reference.precision import sum_dtype
 
 
 class LoraLinearFunction(torch.autograd.Function):
@@ -39,7 +40,7 @@ class LoraLinearFunction(torch.autograd.Function):
         backend: str | None,
     ) -> Tensor:
         options = (scaling, dropout_p, quant_state, compute_dtype, backend)
-        y, S = _forward(x, weight, bias, lora_A, lora_B, seed, *options)
+        y, S = linear_fwd(x, weight, bias, lora_A, lora_B, seed, *options)
         stats = () if quant_state is None else quant_state.tensors()
         ctx.save_for_backward(x, weight, lora_A, lora_B, S, seed, *stats)
         ctx.state = None if quant_state is None else quant_state.without_tensors()
@@ -54,26 +55,21 @@ class LoraLinearFunction(torch.autograd.Function):
         need_x, _, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
         needs = (need_x, need_A, need_B, need_bias)
         state = None if ctx.state is None else ctx.state.with_tensors(*stats)
-        lora = (lora_A, lora_B, S, scaling, dropout_p, seed)
         dbias: Tensor | None
         with autocast_off(dy.device):
             if torch.is_grad_enabled():
                 options = (scaling, dropout_p, state, compute_dtype, "reference")
                 dx, dA, dB = differentiable_gradients(
-                    lambda x, A, B: _forward(x, weight, None, A, B, seed, *options)[:1],
+                    lambda x, A, B: linear_fwd(x, weight, None, A, B, seed, *options)[:1],
                     (x, lora_A, lora_B),
                     needs[:3],
                     (dy,),
                 )
-                dbias = dy.float().sum(0) if need_bias else None
-            elif state is None:
-                weight = weight.to(compute_dtype or weight.dtype)
-                dx, dA, dB, dbias = ops.lora_linear_bwd(
-                    dy, x, weight, *lora, needs, backend=backend
-                )
+                dbias = dy.sum(0, dtype=sum_dtype(dy)) if need_bias else None
             else:
-                dx, dA, dB, dbias = ops.qlora_linear_bwd(
-                    dy, x, weight, state, *lora, compute_dtype, needs, backend=backend
+                options = (scaling, dropout_p, state, compute_dtype, backend)
+                dx, dA, dB, dbias = linear_bwd(
+                    dy, x, weight, lora_A, lora_B, S, seed, *options, needs
                 )
         dbias = None if dbias is None else dbias.to(ctx.bias_dtype)
         return dx, None, dbias, dA, dB, None, None, None, None, None, None
@@ -199,10 +195,10 @@ def _apply(
         t is not None and t.requires_grad for t in (x, bias, lora_A, lora_B)
     ):
         return LoraLinearFunction.apply(x, weight, bias, lora_A, lora_B, seed, *options)
-    return _forward(x, weight, bias, lora_A, lora_B, seed, *options)[0]
+    return linear_fwd(x, weight, bias, lora_A, lora_B, seed, *options)[0]
 
 
-def _forward(
+def linear_fwd(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -221,3 +217,26 @@ def _forward(
         weight = weight.to(compute_dtype or weight.dtype)
         return ops.lora_linear_fwd(x, weight, *lora, backend=backend)
     return ops.qlora_linear_fwd(x, weight, state, *lora, compute_dtype, backend=backend)
+
+
+def linear_bwd(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    S: Tensor,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    state: QuantState | None,
+    compute_dtype: torch.dtype | None,
+    backend: str | None,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The backward op of the base's kind: dx, dA, dB and dbias, each where `needs` says so."""
+    lora = (lora_A, lora_B, S, scaling, dropout_p, seed)
+    if state is None:
+        weight = weight.to(compute_dtype or weight.dtype)
+        return ops.lora_linear_bwd(dy, x, weight, *lora, needs, backend=backend)
+    return ops.qlora_linear_bwd(dy, x, weight, state, *lora, compute_dtype, needs, backend=backend)

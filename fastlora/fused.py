@@ -17,6 +17,7 @@ from .autograd import autocast_off, differentiable_gradients, draw_seed
 from .backends import forced_backend
 from .quant import as_quant_state
 from .reference import Projection, activate, gated_bwd, gated_fwd
+from .reference.precision import sum_dtype
 
 _Gradients = tuple[Tensor | None, ...]
 _Needs = tuple[bool, bool, bool]  # dA, dB, dbias
@@ -157,7 +158,10 @@ def _differentiable_bwd(
     some = [dy for dy in dys if dy is not None]
     dx, *flat = differentiable_gradients(run, inputs, flags, some)
     grads = [
-        (*flat[2 * i : 2 * i + 2], dy.float().sum(0) if need[2] and dy is not None else None)
+        (
+            *flat[2 * i : 2 * i + 2],
+            dy.sum(0, dtype=sum_dtype(dy)) if need[2] and dy is not None else None,
+        )
         for i, (dy, need) in enumerate(zip(dys, needs, strict=True))
     ]
     return dx, grads

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from fastlora import grouped_lora_linear, lora_embedding, lora_linear, ops, reference
 from fastlora.backends import BACKENDS, native
-from fastlora.dora import dora_dropout, dora_magnitude
+from fastlora.dora import dora_dropout_linear
 from fastlora.fused import shared_linear
 from fastlora.reference import Projection
 from fastlora.tolerance import exceeds
@@ -209,7 +209,7 @@ def check_embedding(size: tuple[int, int, int, int], dtypes: tuple[torch.dtype, 
 
 
 def check_dora(size: tuple[int, int, int, int], dtypes: tuple[torch.dtype, ...]) -> None:
-    """DoRA's norms, and its magnitude on what dropout splits, on the backend that is chosen."""
+    """DoRA's norms, and its layer with dropout, on the backend that is chosen."""
     M, N, K, R = size
     dtype, adapter_dtype = dtypes
     torch.manual_seed(M)
@@ -231,17 +231,26 @@ def check_dora(size: tuple[int, int, int, int], dtypes: tuple[torch.dtype, ...])
         report = exceeds(norms, exact, base)
         assert report.ok, f"DoRA's norms, {size}, {dtypes}: {report}"
 
-    inputs = {"x": torch.randn(M, K).to(dtype), "factor": torch.rand(K) + 0.5}
-    dy, seed = torch.randn(M, K).to(dtype), torch.tensor([M])
+    inputs = {
+        "x": torch.randn(M, K).to(dtype),
+        "lora_A": A / K**0.5,
+        "lora_B": B,
+        "factor": torch.rand(N) + 0.5,
+    }
+    dy, seed = torch.randn(M, N).to(dtype), torch.tensor([M])
     mine, usual, wide = leaves(inputs), leaves(inputs), leaves(inputs, torch.float64)
 
-    def sequence(x: Tensor, factor: Tensor) -> Tensor:
+    def sequence(x: Tensor, lora_A: Tensor, lora_B: Tensor, factor: Tensor) -> Tensor:
         mask = reference.dropout_mask(M, K, DROPOUT, seed)
-        kept = torch.where(mask, x, 0)
-        return factor.to(x.dtype) * kept + (x - kept * reference.dropout_threshold(DROPOUT)[1])
+        dropped = torch.where(mask, x * reference.dropout_threshold(DROPOUT)[1], 0)
+        W = weight.to(x.dtype)
+        lora = (dropped.to(lora_A.dtype) @ lora_A.T @ lora_B.T * SCALING).to(x.dtype)
+        return factor.to(x.dtype) * (dropped @ W.T + lora) + (x - dropped) @ W.T
 
-    kept, rest = dora_dropout(mine["x"], DROPOUT, seed=seed)
-    out = results(dora_magnitude(kept, mine["factor"], rest), dy, mine)
+    y = dora_dropout_linear(
+        weight=weight, bias=None, scaling=SCALING, dropout_p=DROPOUT, seed=seed, **mine
+    )
+    out = results(y, dy, mine)
     exact, base = results(sequence(**wide), dy, wide), results(sequence(**usual), dy, usual)
     for name in out:
         report = exceeds(out[name], exact[name], base[name])

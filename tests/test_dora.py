@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from torch.nn.functional import linear
 
 from fastlora import ops, reference
 from fastlora.backends import BACKENDS
-from fastlora.dora import dora_dropout, dora_magnitude
+from fastlora.dora import dora_dropout_linear, dora_magnitude
 from fastlora.ops import dequantize_4bit, quantize_4bit
+from fastlora.quant import QuantState
 from fastlora.reference import dropout_mask, dropout_threshold
 from tests.conftest import poisoned_memory
 from tests.test_double_backward import second_order
@@ -207,15 +209,22 @@ def dropout_results(
     return {"kept": kept.detach(), "rest": rest.detach(), "dx": dx}
 
 
+def op_results(x: Tensor, p: float, dys: tuple[Tensor, Tensor], backend: str) -> dict[str, Tensor]:
+    kept, rest = ops.dora_dropout_fwd(x, p, SEED, backend=backend)
+    return {
+        "kept": kept,
+        "rest": rest,
+        "dx": ops.dora_dropout_bwd(*dys, p, SEED, backend=backend),
+    }
+
+
 @pytest.mark.parametrize("p", [1e-6, 0.05, 0.3, 0.999, 1.0])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_dropout(shape: tuple[int, int], dtype: torch.dtype, p: float, backend: str) -> None:
     x, *dys = (torch.randn(shape).to(dtype) for _ in range(3))
     with poisoned_memory():
-        got = dropout_results(
-            lambda x: dora_dropout(x, p, seed=SEED, backend=backend), x, (dys[0], dys[1])
-        )
+        got = op_results(x, p, (dys[0], dys[1]), backend)
     exact = dropout_results(lambda x: dropout(x, p), x, (dys[0], dys[1]), torch.float64)
     plain = dropout_results(lambda x: dropout(x, p), x, (dys[0], dys[1]))
     assert torch.equal(got["kept"], plain["kept"])
@@ -226,7 +235,7 @@ def test_dropout(shape: tuple[int, int], dtype: torch.dtype, p: float, backend: 
 
 def test_dropped_infinities_are_zero(backend: str) -> None:
     x = torch.full((5, 200), torch.inf)
-    kept, rest = dora_dropout(x, P, seed=SEED, backend=backend)
+    kept, rest = ops.dora_dropout_fwd(x, P, SEED, backend=backend)
     mask = dropout_mask(5, 200, P, SEED)
     assert torch.equal(kept, torch.where(mask, x, 0))
     assert torch.equal(rest, torch.where(mask, -x, x))
@@ -245,43 +254,150 @@ def test_dropout_of_rows_that_lie_apart(backend: str) -> None:
     assert torch.equal(ops.dora_dropout_bwd(*args, backend=backend), dx)
 
 
+# ---- the layer with dropout --------------------------------------------------------------------
+
+NAMES = ("x", "bias", "lora_A", "lora_B", "factor")
+
+
+@dataclass
+class Layer:
+    """The tensors of a layer of DoRA; `weight` is what the base product multiplies with."""
+
+    leaves: list[Tensor]
+    stored: Tensor
+    state: QuantState | None
+    weight: Tensor
+    dy: Tensor
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"quant_state": self.state, "seed": SEED}
+
+
+def make_layer(
+    kind: str, dtype: torch.dtype, adapter_dtype: torch.dtype, sizes: tuple[int, int, int, int]
+) -> Layer:
+    M, N, K, R = sizes
+    weight = (torch.randn(N, K) / K**0.5).to(dtype)
+    stored, state = weight, None
+    if kind != "dense":
+        stored, state = reference.quantize_4bit(weight, 64, "nf4", kind.endswith("nested"))
+        weight = reference.dequantize_4bit(stored, state, dtype)
+    A = (torch.randn(R, K) / K**0.5).to(adapter_dtype)
+    B = torch.randn(N, R).to(adapter_dtype)
+    factor = torch.rand(N, dtype=torch.float64 if dtype == torch.float64 else FP32) + 0.5
+    leaves = [torch.randn(M, K).to(dtype), torch.randn(N).to(dtype), A, B, factor]
+    return Layer(leaves, stored, state, weight, torch.randn(M, N).to(dtype))
+
+
+def plain_layer(
+    weight: Tensor, x: Tensor, bias: Tensor, A: Tensor, B: Tensor, factor: Tensor, p: float = P
+) -> Tensor:
+    """Torch's own sequence, with the mask that fastlora makes."""
+    mask, (_, scale) = dropout_mask(*x.shape, p, SEED), dropout_threshold(p)
+    dropped = torch.where(mask, x * scale, 0)
+    lora = linear(linear(dropped.to(A.dtype), A), B) * SCALING
+    z = linear(dropped, weight) + lora.to(x.dtype)
+    return factor.to(x.dtype) * z + linear(x - dropped, weight) + bias
+
+
+def layer_results(
+    function: Callable[..., Tensor], layer: Layer, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in layer.leaves]
+    y = function(*leaves)
+    grads = torch.autograd.grad(y, leaves, layer.dy.to(y.dtype))
+    return {"y": y.detach(), **dict(zip(NAMES, grads, strict=True))}
+
+
+def run_layer(layer: Layer, *leaves: Tensor, backend: str | None = None, p: float = P) -> Tensor:
+    x, bias, A, B, factor = leaves
+    args = (x, layer.stored, bias, A, B, SCALING, factor, p)
+    return dora_dropout_linear(*args, **layer.options, backend=backend)
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5])
+@pytest.mark.parametrize("kind", ["dense", "nf4", "nf4 nested"])
+@pytest.mark.parametrize(
+    ("dtype", "adapter_dtype"), [(FP32, FP32), (BF16, FP32), (BF16, BF16), (torch.float16, FP32)]
+)
+@pytest.mark.parametrize("sizes", [(5, 17, 67, 2), (37, 66, 131, 5), (130, 96, 128, 16)], ids=str)
+def test_layer_with_dropout(
+    sizes: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    kind: str,
+    p: float,
+    backend: str,
+) -> None:
+    layer = make_layer(kind, dtype, adapter_dtype, sizes)
+    with poisoned_memory():
+        got = layer_results(lambda *t: run_layer(layer, *t, backend=backend, p=p), layer)
+    weight = layer.weight
+    exact = layer_results(lambda *t: plain_layer(weight.double(), *t, p=p), layer, torch.float64)
+    plain = layer_results(lambda *t: plain_layer(weight, *t, p=p), layer)
+    for name, out in got.items():
+        assert out.dtype == plain[name].dtype, name
+        assert_close_to_exact(out, exact[name], plain[name], what=name)
+
+
+@pytest.mark.parametrize(
+    "needed", [*((name,) for name in NAMES), ("x", "factor"), ("lora_A", "bias")]
+)
+def test_layer_computes_only_what_is_needed(needed: tuple[str, ...], backend: str) -> None:
+    layer = make_layer("nf4", BF16, FP32, (37, 66, 131, 5))
+    everything = layer_results(lambda *t: run_layer(layer, *t, backend=backend), layer)
+    leaves = [
+        t.clone().requires_grad_(name in needed)
+        for name, t in zip(NAMES, layer.leaves, strict=True)
+    ]
+    run_layer(layer, *leaves, backend=backend).backward(layer.dy)
+    for name, leaf in zip(NAMES, leaves, strict=True):
+        assert (leaf.grad is not None) == (name in needed)
+        assert leaf.grad is None or torch.equal(leaf.grad, everything[name]), name
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_layer_keeps_no_copy_of_x(trained: bool, backend: str) -> None:
+    """x itself, and where the magnitude is trained one product, beside what has no M K elements."""
+    layer = make_layer("dense", BF16, FP32, (64, 48, 512, 4))
+    leaves = [t.clone().requires_grad_() for t in layer.leaves]
+    leaves[-1].requires_grad_(trained)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        run_layer(layer, *leaves, backend=backend)
+    large = [t for t in saved if t.numel() == leaves[0].numel()]
+    assert [t.data_ptr() for t in large] == [leaves[0].data_ptr()]
+    assert sum(t.shape == layer.dy.shape for t in saved) == trained
+
+
 def test_a_seed_is_drawn() -> None:
-    x = torch.randn(20, 300)
+    layer = make_layer("dense", FP32, FP32, (20, 6, 300, 2))
+    x, bias, A, B, factor = layer.leaves
+    args = (x, layer.stored, bias, A, B, SCALING, factor, P)
     drawn = []
     for _ in range(2):
         torch.manual_seed(3)
-        drawn.append(dora_dropout(x, P)[0])
+        drawn.append(dora_dropout_linear(*args))
     assert torch.equal(*drawn)
-    assert not torch.equal(drawn[0], dora_dropout(x, P)[0])
+    assert not torch.equal(drawn[0], dora_dropout_linear(*args))
 
 
-def test_dropout_gradchecks() -> None:
-    x = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
-    function: Callable[..., Any] = lambda x: dora_dropout(x, P, seed=SEED)  # noqa: E731
-    assert torch.autograd.gradcheck(function, (x,))
-    assert torch.autograd.gradgradcheck(function, (x,))
-
-
-# ---- both --------------------------------------------------------------------------------------
+def test_layer_gradchecks() -> None:
+    layer = make_layer("dense", torch.float64, torch.float64, (6, 4, 5, 2))
+    leaves = [t.requires_grad_() for t in layer.leaves]
+    function: Callable[..., Any] = lambda *t: run_layer(layer, *t)  # noqa: E731
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves)
 
 
 def test_gradients_of_gradients() -> None:
-    x, factor, W = torch.randn(9, 8), torch.rand(6) + 0.5, torch.randn(6, 8)
-
-    def layer(split: Callable[[Tensor], tuple[Tensor, Tensor]], scale: Any) -> Any:
-        def function(x: Tensor, factor: Tensor) -> Tensor:
-            kept, rest = split(x)
-            y: Tensor = scale(linear(kept, W).square(), factor, linear(rest, W))
-            return y
-
-        return function
-
-    mine = layer(lambda x: dora_dropout(x, P, seed=SEED), dora_magnitude)
-    usual = layer(dropout, magnitude)
-    for got, want in zip(
-        second_order(mine, [x, factor]), second_order(usual, [x, factor]), strict=True
-    ):
-        assert want.abs().max() > 0.1
+    layer = make_layer("dense", FP32, FP32, (9, 6, 8, 2))
+    mine = second_order(lambda *t: run_layer(layer, *t), layer.leaves)
+    usual = second_order(lambda *t: plain_layer(layer.weight, *t), layer.leaves)
+    seen = [want.abs().max() > 0.1 for want in usual]
+    assert sum(seen) >= 4
+    for got, want in zip(mine, usual, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
 
 

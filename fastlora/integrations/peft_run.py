@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
 from ..autograd import autocast_off, lora_linear
-from ..dora import dora_dropout, dora_magnitude
+from ..dora import dora_dropout_linear, dora_magnitude
 from ..fused import shared_linear
 from ..quant import as_quant_state
-from ..reference import Projection, dropout_threshold
+from ..reference import Projection
 from . import bitsandbytes as bnb
 from .peft_dora import weight_norms
 
@@ -254,8 +254,7 @@ class Plan(NamedTuple):
             x' = drop(x),   f = magnitude / norm of the rows of W + scaling * B A
 
         Without dropout that is one product, `f * (x W^T + scaling * x A^T B^T) + bias`; with it
-        two, `f * (x' W^T + scaling * x' A^T B^T) + (x - x') W^T + bias`. The scale of 1 / (1 - p)
-        goes into f, since it would round x'.
+        two, those of `dora_dropout_linear`.
         """
         parts = self.parts
         state = None if parts.quant_state is None else as_quant_state(parts.quant_state)
@@ -264,13 +263,13 @@ class Plan(NamedTuple):
         assert adapter.magnitude is not None
         factor = adapter.magnitude.float() / norms
         bias = self._base_bias()
+        p = self._projection(None, adapter)
         if not adapter.drops:
-            return dora_magnitude(_lora_linear(x, self._projection(None, adapter)), factor, bias)
-        dropout_p = float(getattr(adapter.dropout, "p", 0.0))
-        kept, rest = dora_dropout(x, dropout_p)
-        z = _lora_linear(kept, self._projection(None, adapter._replace(dropout=nn.Identity())))
-        _, scale = dropout_threshold(dropout_p)
-        return dora_magnitude(z, scale * factor, _lora_linear(rest, self._base(x)))
+            return dora_magnitude(_lora_linear(x, p), factor, bias)
+        lora = (p.lora_A, p.lora_B, p.scaling, factor, p.dropout_p)
+        return dora_dropout_linear(
+            x, p.weight, bias, *lora, quant_state=state, compute_dtype=p.compute_dtype
+        )
 
 
 def run_together(plans: Sequence[Plan], x: Tensor) -> tuple[Tensor, ...]:
