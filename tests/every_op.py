@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from fastlora import grouped_lora_linear, lora_embedding, lora_linear, ops, reference
 from fastlora.backends import BACKENDS, native
-from fastlora.dora import dora_dropout_linear
+from fastlora.dora import dora_linear
 from fastlora.fused import shared_linear
 from fastlora.reference import Projection
 from fastlora.tolerance import exceeds
@@ -247,9 +247,7 @@ def check_dora(size: tuple[int, int, int, int], dtypes: tuple[torch.dtype, ...])
         lora = (dropped.to(lora_A.dtype) @ lora_A.T @ lora_B.T * SCALING).to(x.dtype)
         return factor.to(x.dtype) * (dropped @ W.T + lora) + (x - dropped) @ W.T
 
-    y = dora_dropout_linear(
-        weight=weight, bias=None, scaling=SCALING, dropout_p=DROPOUT, seed=seed, **mine
-    )
+    y = dora_linear(weight=weight, bias=None, scaling=SCALING, dropout_p=DROPOUT, seed=seed, **mine)
     out = results(y, dy, mine)
     exact, base = results(sequence(**wide), dy, wide), results(sequence(**usual), dy, usual)
     for name in out:

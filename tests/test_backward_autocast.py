@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastlora import grouped_lora_linear, lora_linear
 from fastlora.backends import use_backend
-from fastlora.dora import dora_dropout_linear, dora_magnitude
+from fastlora.dora import dora_linear
 from fastlora.fused import gated_mlp, shared_linear
 from fastlora.integrations.peft_weight import adapted_weight
 from fastlora.ops import quantize_4bit
@@ -64,9 +64,9 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     ),
     "experts": experts(transposed=False),
     "experts, transposed": experts(transposed=True),
-    "DoRA's magnitude": lambda x: dora_magnitude(x, randn(K).requires_grad_(), x.detach()),
-    "DoRA with dropout": lambda x: dora_dropout_linear(
-        x, *projection(N, K)[:5], torch.rand(N, requires_grad=True), 0.3
+    "DoRA": lambda x: dora_linear(x, *projection(N, K)[:5], torch.rand(N, requires_grad=True)),
+    "DoRA with dropout": lambda x: dora_linear(
+        x, *projection(N, K)[:5], torch.rand(N, requires_grad=True), dropout_p=0.3
     ),
     "an adapted weight as a whole": whole_weight,
 }

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fastlora import ops, reference
-from fastlora.backends import BACKENDS
-from fastlora.dora import dora_dropout_linear, dora_magnitude
+from fastlora.backends import BACKENDS, use_backend
+from fastlora.backends.native_cuda import state_args
+from fastlora.dora import dora_linear, has_dropout_kernel
 from fastlora.ops import dequantize_4bit, quantize_4bit
 from fastlora.quant import QuantState
 from fastlora.reference import dropout_mask, dropout_threshold
@@ -130,13 +131,23 @@ def magnitude_results(
     return {"y": y.detach(), **dict(zip(("dz", "dfactor", "drest"), grads, strict=False))}
 
 
+def magnitude_op_results(inputs: list[Tensor], dy: Tensor, backend: str) -> dict[str, Tensor]:
+    z, factor, rest = *inputs, *(None,) * (3 - len(inputs))
+    y = ops.dora_magnitude_fwd(z, factor, rest, backend=backend)
+    summed = rest is not None and rest.dim() == 1
+    needs = (True, True, summed)
+    dz, dfactor, drest = ops.dora_magnitude_bwd(dy, z, factor, needs, backend=backend)
+    found = {"y": y, "dz": dz, "dfactor": dfactor}
+    return found | ({"drest": drest.to(rest.dtype)} if summed else {})
+
+
 @pytest.mark.parametrize("kind", ["none", "bias", "fp32 bias", "matrix"])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_magnitude(shape: tuple[int, int], dtype: torch.dtype, kind: str, backend: str) -> None:
     inputs, dy = make_magnitude(shape, dtype, kind)
     with poisoned_memory():
-        got = magnitude_results(lambda *args: dora_magnitude(*args, backend=backend), inputs, dy)
+        got = magnitude_op_results(inputs, dy, backend)
     exact = magnitude_results(magnitude, inputs, dy, torch.float64)
     plain = magnitude_results(magnitude, inputs, dy)
     for name, out in got.items():
@@ -161,7 +172,7 @@ def test_magnitude_computes_only_what_is_needed(
 def test_magnitude_layouts(backend: str) -> None:
     """Rows that lie apart, and a dy that is one number for all, as from `y.sum()`."""
     inputs, dy = make_magnitude((40, 67), BF16, "matrix")
-    want = magnitude_results(lambda *args: dora_magnitude(*args, backend=backend), inputs, dy)
+    want = magnitude_op_results(inputs, dy, backend)
     z, factor, rest = inputs
     apart = [spread(z), factor[:, None].expand(-1, 2)[:, 0], rest.T.contiguous().T]
     assert not any(t.is_contiguous() for t in (apart[0], apart[2]))
@@ -174,18 +185,6 @@ def test_magnitude_layouts(backend: str) -> None:
     dz, dfactor, _ = ops.dora_magnitude_bwd(ones, z, factor, backend=backend)
     assert dz is not None and torch.equal(dz, factor.to(BF16).expand(40, 67))
     torch.testing.assert_close(dfactor, z.float().sum(0))
-
-
-@pytest.mark.parametrize("kind", ["none", "bias", "matrix"])
-def test_magnitude_gradchecks(kind: str) -> None:
-    shape = {"bias": (5,), "matrix": (2, 37, 5)}.get(kind)
-    z = torch.randn(2, 37, 5, dtype=torch.float64, requires_grad=True)
-    factor = torch.randn(5, dtype=torch.float64)
-    factor[2] = 0.0
-    factor.requires_grad_()
-    rest = None if shape is None else torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(dora_magnitude, (z, factor, rest))
-    assert torch.autograd.gradgradcheck(dora_magnitude, (z, factor, rest))
 
 
 # ---- dropout -----------------------------------------------------------------------------------
@@ -254,7 +253,7 @@ def test_dropout_of_rows_that_lie_apart(backend: str) -> None:
     assert torch.equal(ops.dora_dropout_bwd(*args, backend=backend), dx)
 
 
-# ---- the layer with dropout --------------------------------------------------------------------
+# ---- the layer ---------------------------------------------------------------------------------
 
 NAMES = ("x", "bias", "lora_A", "lora_B", "factor")
 
@@ -284,7 +283,8 @@ def make_layer(
         stored, state = reference.quantize_4bit(weight, 64, "nf4", kind.endswith("nested"))
         weight = reference.dequantize_4bit(stored, state, dtype)
     A = (torch.randn(R, K) / K**0.5).to(adapter_dtype)
-    B = torch.randn(N, R).to(adapter_dtype)
+    # An update below the weight's size: factor's gradient sums a product that is rounded with both.
+    B = (0.5 * torch.randn(N, R) / R**0.5).to(adapter_dtype)
     factor = torch.rand(N, dtype=torch.float64 if dtype == torch.float64 else FP32) + 0.5
     leaves = [torch.randn(M, K).to(dtype), torch.randn(N).to(dtype), A, B, factor]
     return Layer(leaves, stored, state, weight, torch.randn(M, N).to(dtype))
@@ -293,12 +293,15 @@ def make_layer(
 def plain_layer(
     weight: Tensor, x: Tensor, bias: Tensor, A: Tensor, B: Tensor, factor: Tensor, p: float = P
 ) -> Tensor:
-    """Torch's own sequence, with the mask that fastlora makes."""
-    mask, (_, scale) = dropout_mask(*x.shape, p, SEED), dropout_threshold(p)
-    dropped = torch.where(mask, x * scale, 0)
-    lora = linear(linear(dropped.to(A.dtype), A), B) * SCALING
-    z = linear(dropped, weight) + lora.to(x.dtype)
-    return factor.to(x.dtype) * z + linear(x - dropped, weight) + bias
+    """PEFT's sequence, with the mask that fastlora makes."""
+    dropped = x
+    if p > 0:
+        mask, (_, scale) = dropout_mask(*x.shape, p, SEED), dropout_threshold(p)
+        dropped = torch.where(mask, x * scale, 0)
+    base = linear(dropped, weight)
+    lora = linear(linear(dropped.to(A.dtype), A), B)
+    delta = (factor - 1) * base + factor * lora * SCALING
+    return (linear(x, weight, bias) + delta).to(x.dtype)
 
 
 def layer_results(
@@ -312,17 +315,17 @@ def layer_results(
 
 def run_layer(layer: Layer, *leaves: Tensor, backend: str | None = None, p: float = P) -> Tensor:
     x, bias, A, B, factor = leaves
-    args = (x, layer.stored, bias, A, B, SCALING, factor, p)
-    return dora_dropout_linear(*args, **layer.options, backend=backend)
+    args = (x, layer.stored, bias, A, B, SCALING, factor)
+    return dora_linear(*args, dropout_p=p, **layer.options, backend=backend)
 
 
-@pytest.mark.parametrize("p", [0.05, 0.5])
+@pytest.mark.parametrize("p", [0.0, 0.05, 0.3])
 @pytest.mark.parametrize("kind", ["dense", "nf4", "nf4 nested"])
 @pytest.mark.parametrize(
     ("dtype", "adapter_dtype"), [(FP32, FP32), (BF16, FP32), (BF16, BF16), (torch.float16, FP32)]
 )
-@pytest.mark.parametrize("sizes", [(5, 17, 67, 2), (37, 66, 131, 5), (130, 96, 128, 16)], ids=str)
-def test_layer_with_dropout(
+@pytest.mark.parametrize("sizes", [(9, 70, 67, 2), (37, 66, 131, 5), (130, 96, 128, 16)], ids=str)
+def test_layer(
     sizes: tuple[int, int, int, int],
     dtype: torch.dtype,
     adapter_dtype: torch.dtype,
@@ -341,17 +344,20 @@ def test_layer_with_dropout(
         assert_close_to_exact(out, exact[name], plain[name], what=name)
 
 
+@pytest.mark.parametrize("p", [0.0, P])
 @pytest.mark.parametrize(
     "needed", [*((name,) for name in NAMES), ("x", "factor"), ("lora_A", "bias")]
 )
-def test_layer_computes_only_what_is_needed(needed: tuple[str, ...], backend: str) -> None:
+def test_layer_computes_only_what_is_needed(
+    needed: tuple[str, ...], p: float, backend: str
+) -> None:
     layer = make_layer("nf4", BF16, FP32, (37, 66, 131, 5))
-    everything = layer_results(lambda *t: run_layer(layer, *t, backend=backend), layer)
+    everything = layer_results(lambda *t: run_layer(layer, *t, backend=backend, p=p), layer)
     leaves = [
         t.clone().requires_grad_(name in needed)
         for name, t in zip(NAMES, layer.leaves, strict=True)
     ]
-    run_layer(layer, *leaves, backend=backend).backward(layer.dy)
+    run_layer(layer, *leaves, backend=backend, p=p).backward(layer.dy)
     for name, leaf in zip(NAMES, leaves, strict=True):
         assert (leaf.grad is not None) == (name in needed)
         assert leaf.grad is None or torch.equal(leaf.grad, everything[name]), name
@@ -374,31 +380,92 @@ def test_layer_keeps_no_copy_of_x(trained: bool, backend: str) -> None:
 def test_a_seed_is_drawn() -> None:
     layer = make_layer("dense", FP32, FP32, (20, 6, 300, 2))
     x, bias, A, B, factor = layer.leaves
-    args = (x, layer.stored, bias, A, B, SCALING, factor, P)
+    args = (x, layer.stored, bias, A, B, SCALING, factor)
     drawn = []
     for _ in range(2):
         torch.manual_seed(3)
-        drawn.append(dora_dropout_linear(*args))
+        drawn.append(dora_linear(*args, dropout_p=P))
     assert torch.equal(*drawn)
-    assert not torch.equal(drawn[0], dora_dropout_linear(*args))
+    assert not torch.equal(drawn[0], dora_linear(*args, dropout_p=P))
 
 
-def test_layer_gradchecks() -> None:
+@pytest.mark.parametrize("p", [0.0, P])
+def test_layer_gradchecks(p: float) -> None:
     layer = make_layer("dense", torch.float64, torch.float64, (6, 4, 5, 2))
     leaves = [t.requires_grad_() for t in layer.leaves]
-    function: Callable[..., Any] = lambda *t: run_layer(layer, *t)  # noqa: E731
+    function: Callable[..., Any] = lambda *t: run_layer(layer, *t, p=p)  # noqa: E731
     assert torch.autograd.gradcheck(function, leaves)
     assert torch.autograd.gradgradcheck(function, leaves)
 
 
-def test_gradients_of_gradients() -> None:
+@pytest.mark.parametrize("p", [0.0, P])
+def test_gradients_of_gradients(p: float) -> None:
     layer = make_layer("dense", FP32, FP32, (9, 6, 8, 2))
-    mine = second_order(lambda *t: run_layer(layer, *t), layer.leaves)
-    usual = second_order(lambda *t: plain_layer(layer.weight, *t), layer.leaves)
-    seen = [want.abs().max() > 0.1 for want in usual]
-    assert sum(seen) >= 4
+    mine = second_order(lambda *t: run_layer(layer, *t, p=p), layer.leaves)
+    usual = second_order(lambda *t: plain_layer(layer.weight, *t, p=p), layer.leaves)
+    assert sum(bool(want.abs().max() > 0.1) for want in usual) >= 4
     for got, want in zip(mine, usual, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+def test_a_bias_for_each_token(backend: str) -> None:
+    layer = make_layer("dense", BF16, FP32, (37, 66, 131, 5))
+    layer.leaves[1] = torch.randn(37, 66).to(BF16)
+    got = layer_results(lambda *t: run_layer(layer, *t, backend=backend, p=0.0), layer)
+    exact, plain = (
+        layer_results(
+            lambda x, b, *t, W=W: plain_layer(W, x, torch.zeros(66).to(W.dtype), *t, p=0.0) + b,
+            layer,
+            dtype,
+        )
+        for W, dtype in ((layer.weight.double(), torch.float64), (layer.weight, None))
+    )
+    for name, out in got.items():
+        assert_close_to_exact(out, exact[name], plain[name], what=name)
+
+
+def test_fp32_adapters_keep_their_gradients(backend: str) -> None:
+    """Over a bf16 layer, too: to fp32's precision, which a rounded factor * dy does not have."""
+    layer = make_layer("dense", BF16, FP32, (150, 96, 128, 8))
+    for p in (0.0, P):
+        got = layer_results(lambda *t, p=p: run_layer(layer, *t, backend=backend, p=p), layer)
+        exact = layer_results(
+            lambda *t, p=p: plain_layer(layer.weight.double(), *t, p=p), layer, torch.float64
+        )
+        for name in ("lora_A", "lora_B"):
+            error = (got[name] - exact[name]).abs().max() / exact[name].abs().max()
+            assert error < 1e-5, (name, p, float(error))
+
+
+@pytest.mark.parametrize("storage", [BF16, FP32])
+def test_packed_bytes_in_another_storage(storage: torch.dtype, backend: str) -> None:
+    """As FSDP wants them: bnb_4bit_quant_storage."""
+    packed, state = quantize_4bit(torch.randn(48, 64), 64, "nf4", True)
+    A, B = torch.randn(3, 64), torch.randn(48, 3)
+    want = ops.qdora_norm(packed, state, A, B, SCALING, backend=backend)
+    stored = packed.view(-1).view(storage)
+    assert torch.equal(ops.qdora_norm(stored, state, A, B, SCALING, backend=backend), want)
+
+
+def test_what_a_backend_has_no_kernel_for_runs_on_the_reference() -> None:
+    layer = make_layer("dense", FP32, FP32, (9, 6, 8, 2))
+    x, _, A, B, factor = layer.leaves
+    assert "no Triton kernel" in (BACKENDS["triton"].unsupported("dora_norm", "cuda") or "")
+    got = ops.dora_norm(layer.weight, A, B, SCALING, backend="triton")
+    assert torch.equal(got, ops.dora_norm(layer.weight, A, B, SCALING, backend="reference"))
+    with use_backend("triton"):
+        y = ops.dora_magnitude_fwd(layer.dy, factor, None)
+        assert not has_dropout_kernel(x.device, x.dtype)
+    assert torch.equal(y, ops.dora_magnitude_fwd(layer.dy, factor, None, backend="reference"))
+    with pytest.raises(ValueError, match="backend must be one of"):
+        ops.dora_norm(layer.weight, A, B, SCALING, backend="cuda")
+
+
+def test_layer_refuses_a_trained_weight() -> None:
+    layer = make_layer("dense", FP32, FP32, (9, 6, 8, 2))
+    layer.stored.requires_grad_()
+    with pytest.raises(ValueError, match="weight must be frozen"):
+        run_layer(layer, *layer.leaves)
 
 
 def test_same_bits_on_any_number_of_threads() -> None:
@@ -443,6 +510,11 @@ Z, FACTOR = torch.randn(3, 5), torch.randn(5)
             ValueError,
             r"quant_state.shape must be \[N, K\]",
         ),
+        (
+            lambda: ops.qdora_norm(Z.byte(), quantize_4bit(Z)[1], Z, Z, 1.0),
+            ValueError,
+            "weight must hold 8 bytes",
+        ),
         (lambda: ops.dora_magnitude_fwd(Z[0], FACTOR, None), ValueError, r"z must be \[M, N\]"),
         (lambda: ops.dora_magnitude_fwd(Z, FACTOR[:4], None), ValueError, r"factor must be \[5\]"),
         (lambda: ops.dora_magnitude_fwd(Z, FACTOR.half(), None), TypeError, "factor must be in"),
@@ -466,8 +538,11 @@ def test_opcheck() -> None:
         pytest.skip(reason)
     native: Any = torch.ops.fastlora
     A, B = torch.randn(2, 5), torch.randn(3, 2)
+    packed, state = quantize_4bit(Z, 64, "nf4", True)
+    packed = packed.view(-1)
     for op, args in (
         (native.dora_norm, (Z, A, B, SCALING)),
+        (native.qdora_norm, (packed, *state_args(state), FP32, A, B, SCALING)),
         (native.dora_magnitude_fwd, (Z, FACTOR, FACTOR)),
         (native.dora_magnitude_fwd, (Z, FACTOR, None)),
         (native.dora_magnitude_bwd, (Z, Z, FACTOR, True, True, True)),

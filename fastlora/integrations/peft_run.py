@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
 from ..autograd import autocast_off, lora_linear
-from ..dora import dora_dropout_linear, dora_magnitude
+from ..dora import dora_linear, has_dropout_kernel
 from ..fused import shared_linear
 from ..quant import as_quant_state
 from ..reference import Projection
@@ -254,7 +254,7 @@ class Plan(NamedTuple):
             x' = drop(x),   f = magnitude / norm of the rows of W + scaling * B A
 
         Without dropout that is one product, `f * (x W^T + scaling * x A^T B^T) + bias`; with it
-        two, those of `dora_dropout_linear`.
+        two, as in `dora_linear`.
         """
         parts = self.parts
         state = None if parts.quant_state is None else as_quant_state(parts.quant_state)
@@ -264,11 +264,22 @@ class Plan(NamedTuple):
         factor = adapter.magnitude.float() / norms
         bias = self._base_bias()
         p = self._projection(None, adapter)
-        if not adapter.drops:
-            return dora_magnitude(_lora_linear(x, p), factor, bias)
-        lora = (p.lora_A, p.lora_B, p.scaling, factor, p.dropout_p)
-        return dora_dropout_linear(
-            x, p.weight, bias, *lora, quant_state=state, compute_dtype=p.compute_dtype
+        dropout_p = p.dropout_p
+        if adapter.drops and not has_dropout_kernel(x.device, x.dtype):
+            kept, scale = adapter.dropout(torch.ones_like(x)) != 0, 1.0 / (1.0 - dropout_p)
+            bias = _lora_linear(torch.where(kept, x * (1.0 - scale), x), self._base(x))
+            x, factor, dropout_p = torch.where(kept, x, 0.0), scale * factor, 0.0
+        return dora_linear(
+            x,
+            p.weight,
+            bias,
+            p.lora_A,
+            p.lora_B,
+            p.scaling,
+            factor,
+            dropout_p=dropout_p,
+            quant_state=state,
+            compute_dtype=p.compute_dtype,
         )
 
 

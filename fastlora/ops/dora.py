@@ -1,17 +1,20 @@
 """The stateless ops of DoRA: check the arguments once, choose a backend, call it.
 
-Same names, arguments and results as in `reference`, where the formulas stand.
+Same names, arguments and results as in `reference`, where the formulas stand. A backend that has no
+kernel of an op leaves it to the reference: these are parts of a layer, whose products it does run.
 """
 
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backends import choose
-from ..quant import QuantState
+from ..backends import BACKENDS, choose, forced_backend
+from ..quant import QuantState, as_quant_state, packed_bytes
+from .checks import check_bytes, check_devices
 
 _Trio = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -19,18 +22,17 @@ _Trio = tuple[Tensor | None, Tensor | None, Tensor | None]
 def dora_norm(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, *, backend: str | None = None
 ) -> Tensor:
-    """`norms[n] = |W_n + scaling * (B A)_n|`; see `reference.dora_norm`.
+    """`norms[n] = |W_n + scaling * (B A)_n|`, without a gradient; see `reference.dora_norm`.
 
     Raises:
         ValueError: a shape or device does not fit. TypeError: a dtype does not fit.
-        RuntimeError: the backend asked for can't run the op; the message says why.
     """
     if weight.dim() != 2:
         raise ValueError(f"weight must be [N, K], got {tuple(weight.shape)}")
     N, K = weight.shape
     _check_adapter(weight, lora_A, lora_B, N, K)
     b = _choose("dora_norm", weight, weight.dtype, backend, lora_A.dtype)
-    return b.dora_norm(weight, lora_A, lora_B, scaling)
+    return b.dora_norm(weight, lora_A.detach(), lora_B.detach(), scaling)
 
 
 def qdora_norm(
@@ -46,14 +48,18 @@ def qdora_norm(
 
     Raises:
         ValueError: a shape or device does not fit. TypeError: a dtype does not fit.
-        RuntimeError: the backend asked for can't run the op; the message says why.
     """
-    if len(quant_state.shape) != 2:
-        raise ValueError(f"quant_state.shape must be [N, K], got {tuple(quant_state.shape)}")
-    N, K = quant_state.shape
-    _check_adapter(weight, lora_A, lora_B, N, K)
-    b = _choose("qdora_norm", weight, quant_state.dtype, backend, lora_A.dtype)
-    return b.qdora_norm(weight, quant_state, lora_A, lora_B, scaling)
+    state = as_quant_state(quant_state)
+    if len(state.shape) != 2:
+        raise ValueError(f"quant_state.shape must be [N, K], got {tuple(state.shape)}")
+    packed = packed_bytes(weight)
+    check_bytes(packed, state)
+    parts = [("quant_state's tensors", tensor) for tensor in state.tensors()]
+    check_devices("weight's", packed.device, *parts)
+    N, K = state.shape
+    _check_adapter(packed, lora_A, lora_B, N, K)
+    b = _choose("qdora_norm", packed, state.dtype, backend, lora_A.dtype)
+    return b.qdora_norm(packed, state, lora_A.detach(), lora_B.detach(), scaling)
 
 
 def dora_magnitude_fwd(
@@ -63,7 +69,6 @@ def dora_magnitude_fwd(
 
     Raises:
         ValueError: a shape or device does not fit. TypeError: a dtype does not fit.
-        RuntimeError: the backend asked for can't run the op; the message says why.
     """
     _check_magnitude(z, factor)
     if rest is not None:
@@ -85,7 +90,6 @@ def dora_magnitude_bwd(
 
     Raises:
         ValueError: a shape or device does not fit. TypeError: a dtype does not fit.
-        RuntimeError: the backend asked for can't run the op; the message says why.
     """
     _check_magnitude(z, factor)
     _check_like(z, "dy", dy, z.shape, z.dtype)
@@ -100,7 +104,6 @@ def dora_dropout_fwd(
 
     Raises:
         ValueError: x is no matrix, dropout_p not in (0, 1], or the seed not one int64.
-        RuntimeError: the backend asked for can't run the op; the message says why.
     """
     _check_dropout("x", x, dropout_p, seed)
     b = _choose("dora_dropout_fwd", x, x.dtype, backend)
@@ -115,7 +118,6 @@ def dora_dropout_bwd(
     Raises:
         ValueError: a shape or device does not fit, or as `dora_dropout_fwd`.
         TypeError: drest does not have dkept's dtype.
-        RuntimeError: the backend asked for can't run the op; the message says why.
     """
     _check_dropout("dkept", dkept, dropout_p, seed)
     _check_like(dkept, "drest", drest, dkept.shape, dkept.dtype)
@@ -130,14 +132,11 @@ def _choose(
     backend: str | None,
     adapter_dtype: torch.dtype | None = None,
 ) -> ModuleType:
-    return choose(
-        op,
-        x.device.type,
-        backend,
-        dtype=dtype,
-        adapter_dtype=adapter_dtype,
-        index=x.device.index,
-    )
+    device, index, name = x.device.type, x.device.index, forced_backend(backend)
+    what: dict[str, Any] = {"dtype": dtype, "adapter_dtype": adapter_dtype, "index": index}
+    if name is not None and BACKENDS[name].unsupported(op, device, **what):
+        name = "reference"
+    return choose(op, device, name, **what)
 
 
 def _check_adapter(weight: Tensor, lora_A: Tensor, lora_B: Tensor, N: int, K: int) -> None:

@@ -17,8 +17,9 @@ from .dropout import dropout_mask, dropout_threshold
 from .precision import sum_dtype
 from .quantize import dequantize_4bit
 
-# Elements of a matrix that are widened to fp32 at a time: they stay in a cache, and are never many.
-_BLOCK = 2**19
+# Elements of a matrix that are widened to fp32 at a time: never many, and on a CPU they stay in a
+# cache. A GPU is kept busy by more.
+_BLOCK, _GPU_BLOCK = 2**19, 2**25
 
 
 def dora_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -145,7 +146,8 @@ def _mask_and_share(x: Tensor, p: float, seed: Tensor) -> tuple[Tensor, float]:
 
 
 def _rows(matrix: Tensor) -> int:
-    return max(1, _BLOCK // max(1, matrix.shape[1]))
+    block = _BLOCK if matrix.device.type == "cpu" else _GPU_BLOCK
+    return max(1, block // max(1, matrix.shape[1]))
 
 
 def _by_rows(formula: Callable[..., Tensor], first: Tensor, *others: Tensor) -> Tensor:
