@@ -26,7 +26,7 @@ def weight_norms(
     lora_B: Tensor,
     scaling: float,
 ) -> Tensor:
-    """`|W_n + scaling * (B A)_n|` for each row n, with nothing of W's size made.
+    """`|W_n + scaling * (B A)_n|` for each row n. A kernel makes nothing of W's size for it.
 
     Args:
         weight: [N, K], or the packed bytes when state is given.

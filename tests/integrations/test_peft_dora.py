@@ -1,14 +1,20 @@
-"""DoRA's norms, alone; docs/peft.md's cases hold the layers to PEFT's."""
+"""What DoRA has apart from other layers; docs/peft.md's cases hold the layers to PEFT's."""
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from torch import Tensor
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
 
+import fastlora
 from fastlora import ops
+from fastlora.integrations import peft_run
 from fastlora.integrations.peft_dora import expanded_norms, weight_norms
 from fastlora.quant import QuantState
+from tests.integrations.models import gradients, last_reasons, linear4bit
 from tests.tolerance import assert_close_to_exact
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -57,3 +63,65 @@ def test_kept_squares_follow_the_bytes() -> None:
     second = expanded_norms(packed, owner, state, A, B, SCALING)
     torch.testing.assert_close(second, W.norm(dim=1))
     assert not torch.allclose(first, second)
+
+
+def layers(base: nn.Module, dropout: float) -> tuple[nn.Module, nn.Module]:
+    """A model of one layer of DoRA with an update: PEFT's, and fastlora's."""
+    model = nn.Sequential()
+    model.up = base
+    config = LoraConfig(r=4, target_modules=["up"], use_dora=True, lora_dropout=dropout)
+    stock = get_peft_model(model, config)
+    nn.init.normal_(stock.base_model.model.up.lora_B["default"].weight, std=0.05)
+    fast = copy.deepcopy(stock)
+    fastlora.accelerate(fast)
+    return stock, fast
+
+
+def step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    torch.manual_seed(5)
+    x = x.clone().requires_grad_()
+    y = model(x)
+    y.float().square().mean().backward()
+    assert x.grad is not None
+    return {"y": y.detach(), "dx": x.grad, **gradients(model)}
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_without_a_kernel_for_dropout_the_masks_are_torchs(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: then they are PEFT's, too."""
+    monkeypatch.setattr(peft_run, "has_dropout_kernel", lambda device, dtype: False)
+    stock, fast = layers(nn.Linear(64, 48).to(dtype), 0.3)
+    exact = copy.deepcopy(stock).double()
+    x = torch.randn(2, 20, 64).to(dtype)
+    # The mask is drawn in x's dtype.
+    monkeypatch.setattr(
+        torch.nn.Dropout,
+        "forward",
+        lambda self, x: (
+            x
+            * (torch.nn.functional.dropout(torch.ones(x.shape, dtype=dtype), self.p) != 0)
+            / (1 - self.p)
+        ),
+    )
+    got, plain, want = step(fast, x), step(stock, x), step(exact, x.double())
+    assert last_reasons(fast) == {""}
+    for name, out in got.items():
+        assert_close_to_exact(out, want[name], plain[name], what=name)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("storage", [torch.uint8, BF16])
+def test_4bit_layers_in_any_storage(storage: torch.dtype, dropout: float) -> None:
+    """FSDP shards floats alone, so packed bytes may be stored as such."""
+    base = linear4bit(64, 48, compute_dtype=FP32, storage=storage)
+    stock, fast = layers(base, dropout)
+    assert base.weight.dtype == storage
+    x = torch.randn(2, 20, 64)
+    got, plain = step(fast, x), step(stock, x)
+    assert last_reasons(fast) == {""}
+    for name, out in plain.items():
+        assert got[name].shape == out.shape
+        if dropout == 0.0:
+            torch.testing.assert_close(got[name], out, rtol=1e-4, atol=1e-5)
