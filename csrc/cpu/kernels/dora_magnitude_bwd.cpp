@@ -25,10 +25,11 @@ struct MagnitudeBwd {
         strips(ceil_div(p.N, kStrip)),
         blocks(ceil_div(p.M, kTokens)),
         products(parts),
-        sums(parts + blocks * p.N) {}
+        sums(p.dfactor ? parts + blocks * p.N : parts) {}
 
   static size_t shared_bytes(const DoraMagnitudeBwd& p) {
-    return Pieces::bytes<float>(2 * ceil_div(p.M, kTokens) * p.N);
+    const int64_t wanted = (p.dfactor ? 1 : 0) + (p.drest ? 1 : 0);
+    return Pieces::bytes<float>(wanted * ceil_div(p.M, kTokens) * p.N);
   }
 
   void rows(int64_t tile) {
