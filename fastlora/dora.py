@@ -15,8 +15,8 @@ from .autograd import (
     linear_bwd,
     linear_fwd,
 )
-from .backends import BACKENDS, DEVICE_ORDER, forced_backend
-from .quant import QuantState
+from .backends import forced_backend
+from .quant import QuantState, as_quant_state
 from .reference import dropout_threshold
 from .reference.precision import sum_dtype
 
@@ -27,7 +27,8 @@ class DoraLinearFunction(torch.autograd.Function):
 
     Saves x, S [M, R], the adapters, factor, the dropout's seed and, where factor is trained, the
     product [M, N] that it multiplies: no mask, no copy of x. A backward that is differentiated
-    itself (`create_graph=True`) runs in plain torch.
+    itself (`create_graph=True`) runs in plain torch, and rounds that product's gradient to x's
+    dtype on its way to the adapters.
     """
 
     @staticmethod
@@ -152,10 +153,10 @@ def _dora_linear_bwd(
         dx, dA, dB, _ = linear_bwd(dz, kept, weight, *lora, *last, with_dz)
     if wider:
         column = scaled[:, None]
-        lora = (lora_A, column * lora_B, S, None, scaling, 0.0)
+        lora = (lora_A, (column * lora_B).to(lora_B.dtype), S, None, scaling, 0.0)
         with_dy = (False, need_A, need_B, False)
         _, dA, dB, _ = linear_bwd(dy, kept, weight, *lora, *last, with_dy)
-        dB = None if dB is None else column * dB
+        dB = None if dB is None else (column * dB).to(lora_B.dtype)
     if seed is not None and dx is not None:
         none = (*_no_adapter(lora_A, lora_B), S.new_zeros(S.shape[0], 1), None, 0.0, 0.0)
         drest, *_ = linear_bwd(dy, x, weight, *none, *last, (True, False, False, False))
@@ -187,7 +188,7 @@ def dora_linear(
     factor: Tensor,
     *,
     dropout_p: float = 0.0,
-    quant_state: QuantState | None = None,
+    quant_state: Any = None,
     compute_dtype: torch.dtype | None = None,
     seed: Tensor | None = None,
     backend: str | None = None,
@@ -201,7 +202,8 @@ def dora_linear(
 
     Args:
         x, weight, lora_A, lora_B, scaling, quant_state, compute_dtype, seed: as in `lora_linear`; x
-            and a dense weight have one dtype, or weight is cast to compute_dtype.
+            and a dense weight have one dtype, or weight is cast to compute_dtype. An autocast
+            region around the call changes none of them.
         bias: [N], y's shape (without dropout alone), or None.
         factor: [N], fp32 (fp64 where x is): magnitude / norm of the rows of W + scaling * B A.
         dropout_p: probability of dropping an element of x.
@@ -217,31 +219,23 @@ def dora_linear(
     """
     if weight.requires_grad:
         raise ValueError("weight must be frozen (requires_grad=False): fastlora never trains it")
+    rows, N = x.shape[:-1].numel(), lora_B.shape[0]
+    if bias is not None and bias.shape != (N,):
+        if dropout_p != 0.0 or bias.shape != (*x.shape[:-1], N):
+            raise ValueError(
+                f"bias must be [{N}], or without dropout of y's shape, got {tuple(bias.shape)}"
+            )
+        bias = bias.reshape(rows, N)
     seed = draw_seed(x, dropout_p, seed)
-    rows = x.shape[:-1].numel()
-    if bias is not None and bias.dim() > 1:
-        bias = bias.reshape(rows, bias.shape[-1])
+    state = None if quant_state is None else as_quant_state(quant_state)
     tensors = (x.reshape(rows, x.shape[-1]), weight, bias, lora_A, lora_B, factor, seed)
-    options = (scaling, dropout_p, quant_state, compute_dtype, forced_backend(backend))
-    if torch.is_grad_enabled() and any(
+    options = (scaling, dropout_p, state, compute_dtype, forced_backend(backend))
+    differentiated = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, bias, lora_A, lora_B, factor)
-    ):
-        y = DoraLinearFunction.apply(*tensors, *options)
-    else:
-        y, _, _ = _dora_linear(*tensors, *options)
-    return y.view(*x.shape[:-1], y.shape[-1])
-
-
-def has_dropout_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `dora_linear` with dropout has kernels on a device.
-
-    Without, its masks are made by many operations of torch, and torch's own dropout is faster.
-    """
-    forced = forced_backend()
-    names = DEVICE_ORDER.get(device.type, ()) if forced is None else (forced,)
-    return any(
-        BACKENDS[name].unsupported("dora_dropout_fwd", device.type, index=device.index, dtype=dtype)
-        is None
-        for name in names
-        if name != "reference"
     )
+    with autocast_off(x.device):
+        if differentiated:
+            y = DoraLinearFunction.apply(*tensors, *options)
+        else:
+            y, _, _ = _dora_linear(*tensors, *options)
+    return y.view(*x.shape[:-1], y.shape[-1])

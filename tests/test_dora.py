@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch.nn.functional import linear
 from fastlora import ops, reference
 from fastlora.backends import BACKENDS, use_backend
 from fastlora.backends.native_cuda import state_args
-from fastlora.dora import dora_linear, has_dropout_kernel
+from fastlora.dora import dora_linear
 from fastlora.ops import dequantize_4bit, quantize_4bit
 from fastlora.quant import QuantState
 from fastlora.reference import dropout_mask, dropout_threshold
@@ -449,16 +450,43 @@ def test_packed_bytes_in_another_storage(storage: torch.dtype, backend: str) -> 
 
 def test_what_a_backend_has_no_kernel_for_runs_on_the_reference() -> None:
     layer = make_layer("dense", FP32, FP32, (9, 6, 8, 2))
-    x, _, A, B, factor = layer.leaves
+    _, _, A, B, factor = layer.leaves
     assert "no Triton kernel" in (BACKENDS["triton"].unsupported("dora_norm", "cuda") or "")
     got = ops.dora_norm(layer.weight, A, B, SCALING, backend="triton")
     assert torch.equal(got, ops.dora_norm(layer.weight, A, B, SCALING, backend="reference"))
     with use_backend("triton"):
         y = ops.dora_magnitude_fwd(layer.dy, factor, None)
-        assert not has_dropout_kernel(x.device, x.dtype)
     assert torch.equal(y, ops.dora_magnitude_fwd(layer.dy, factor, None, backend="reference"))
     with pytest.raises(ValueError, match="backend must be one of"):
         ops.dora_norm(layer.weight, A, B, SCALING, backend="cuda")
+
+
+def test_layer_takes_a_quant_state_of_bitsandbytes_kind() -> None:
+    layer = make_layer("nf4 nested", FP32, FP32, (9, 66, 64, 2))
+    want = layer_results(lambda *t: run_layer(layer, *t), layer)
+    assert layer.state is not None
+    inner = SimpleNamespace(**vars(layer.state.state2))
+    state = SimpleNamespace(**{**vars(layer.state), "state2": inner})
+    layer.state = state  # type: ignore[assignment]
+    for name, out in layer_results(lambda *t: run_layer(layer, *t), layer).items():
+        assert torch.equal(out, want[name]), name
+
+
+def test_layer_is_what_it_is_under_autocast(backend: str) -> None:
+    layer = make_layer("dense", FP32, FP32, (9, 66, 64, 2))
+    want = layer_results(lambda *t: run_layer(layer, *t, backend=backend), layer)
+    with torch.autocast("cpu", BF16):
+        got = layer_results(lambda *t: run_layer(layer, *t, backend=backend), layer)
+    for name, out in got.items():
+        assert torch.equal(out, want[name]), name
+
+
+def test_layer_refuses_a_bias_of_another_shape() -> None:
+    layer = make_layer("dense", FP32, FP32, (9, 6, 8, 2))
+    for shape, p in (((5,), 0.0), ((8, 6), 0.0), ((9, 6), P)):
+        layer.leaves[1] = torch.randn(shape)
+        with pytest.raises(ValueError, match=r"bias must be \[6\]"):
+            run_layer(layer, *layer.leaves, p=p)
 
 
 def test_layer_refuses_a_trained_weight() -> None:

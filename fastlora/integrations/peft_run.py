@@ -14,13 +14,16 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
 from ..autograd import autocast_off, lora_linear
-from ..dora import dora_linear, has_dropout_kernel
+from ..dora import dora_linear
 from ..fused import shared_linear
 from ..quant import as_quant_state
 from ..reference import Projection
 from . import bitsandbytes as bnb
 from .peft_dora import weight_norms
 
+# Devices on which kernels make the masks of DoRA's dropout. On others the reference would, in many
+# operations: torch's own dropout is faster there.
+_DORA_MASKS = ("cpu",)
 # The name by which PEFT's `adapter_names` asks for no adapter.
 NO_ADAPTER = "__base__"
 
@@ -254,7 +257,7 @@ class Plan(NamedTuple):
             x' = drop(x),   f = magnitude / norm of the rows of W + scaling * B A
 
         Without dropout that is one product, `f * (x W^T + scaling * x A^T B^T) + bias`; with it
-        two, as in `dora_linear`.
+        two, as in `dora_linear`; with torch's own masks its two inputs are kept for the backward.
         """
         parts = self.parts
         state = None if parts.quant_state is None else as_quant_state(parts.quant_state)
@@ -265,7 +268,7 @@ class Plan(NamedTuple):
         bias = self._base_bias()
         p = self._projection(None, adapter)
         dropout_p = p.dropout_p
-        if adapter.drops and not has_dropout_kernel(x.device, x.dtype):
+        if adapter.drops and x.device.type not in _DORA_MASKS:
             kept, scale = adapter.dropout(torch.ones_like(x)) != 0, 1.0 / (1.0 - dropout_p)
             bias = _lora_linear(torch.where(kept, x * (1.0 - scale), x), self._base(x))
             x, factor, dropout_p = torch.where(kept, x, 0.0), scale * factor, 0.0

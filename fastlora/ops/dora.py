@@ -32,7 +32,7 @@ def dora_norm(
     N, K = weight.shape
     _check_adapter(weight, lora_A, lora_B, N, K)
     b = _choose("dora_norm", weight, weight.dtype, backend, lora_A.dtype)
-    return b.dora_norm(weight, lora_A.detach(), lora_B.detach(), scaling)
+    return b.dora_norm(weight.detach(), lora_A.detach(), lora_B.detach(), scaling)
 
 
 def qdora_norm(

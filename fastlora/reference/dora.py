@@ -80,8 +80,6 @@ def dora_magnitude_bwd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """`dz = factor * dy`, `dfactor = sum over m of dy * z`, `drest = sum over m of dy`.
 
-    Differentiable in dy, z and factor, for gradients of gradients.
-
     Args:
         dy: [M, N] in z's dtype.
         z, factor: as given to the forward.
@@ -119,8 +117,6 @@ def dora_dropout_fwd(x: Tensor, dropout_p: float, seed: Tensor) -> tuple[Tensor,
 
 def dora_dropout_bwd(dkept: Tensor, drest: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
     """`dx = mask * dkept + (1 - scale * mask) * drest`, in fp32 and rounded once.
-
-    Differentiable in dkept and drest, for gradients of gradients.
 
     Args:
         dkept, drest: [M, K] in the dtype of the forward's x.
