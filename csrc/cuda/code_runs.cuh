@@ -15,8 +15,8 @@
 
 namespace fastlora::cuda {
 
-constexpr int kRun = 32;       // no longer than a block
-constexpr int kRunsStep = 64;  // columns or rows from one run to the next
+constexpr int kRun = 32;   // no longer than a block
+constexpr int kStep = 64;  // of the sum: columns or rows from one run to the next
 
 // Past the end W is times zero, and a scale that is not finite would make NaN of it. There the
 // forward takes zero. dx, which has no register for that, stays in the last of the thread's rows:
@@ -49,9 +49,9 @@ class AlignedCodes {
       : weight_(weight) {
     const int N = static_cast<int>(weight.N), K = static_cast<int>(weight.K);
     const int left = kForward ? K - column : N - row;
-    if (kForward ? row < N : column < K) steps_ = (left + kRunsStep - 1) / kRunsStep;
-    first_ = kForward ? row * weight.K + step * kRunsStep + column
-                      : smaller(step * kRunsStep + row, N - 1) * weight.K +
+    if (kForward ? row < N : column < K) steps_ = (left + kStep - 1) / kStep;
+    first_ = kForward ? row * weight.K + step * kStep + column
+                      : smaller(step * kStep + row, N - 1) * weight.K +
                             smaller<int64_t>(column, K - kRun);
   }
 
@@ -61,7 +61,7 @@ class AlignedCodes {
     copy_async(to, quant.packed + (first_ >> 1), inside ? kRun / 2 : 0);
     Absmax absmax = load_absmax(quant, inside || !kForward ? first_ : 0);
     if (kForward && !inside) absmax.scale = 0.0f;
-    if (kForward || step + 1 < steps_) first_ += kForward ? kRunsStep : kRunsStep * weight_.K;
+    if (kForward || step + 1 < steps_) first_ += kForward ? kStep : kStep * weight_.K;
     return absmax;
   }
 
@@ -166,8 +166,8 @@ class RaggedCodes {
     int codes;      // that lie in W and in the row
   };
   FASTLORA_DEVICE Run run_of(int step) const {
-    const int64_t row = row_ + (kForward ? 0 : int64_t{step} * kRunsStep);
-    const int64_t column = column_ + (kForward ? int64_t{step} * kRunsStep : 0);
+    const int64_t row = row_ + (kForward ? 0 : int64_t{step} * kStep);
+    const int64_t column = column_ + (kForward ? int64_t{step} * kStep : 0);
     if (row >= weight_.N || column >= weight_.K) return {0, 0};
     return {row * weight_.K + column, static_cast<int>(smaller<int64_t>(weight_.K - column, kRun))};
   }

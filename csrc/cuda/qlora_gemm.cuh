@@ -26,7 +26,6 @@ namespace fastlora::cuda {
 
 constexpr int kThreads = 256, kWarp = 32;
 constexpr int kMostTokens = 128, kFewTokens = 64, kOutputs = 128;  // of a tile
-constexpr int kStep = 64;                                          // terms of the sum at once
 constexpr int kProduct = 16;  // terms of one tensor core instruction
 constexpr int kRanks = 32;    // ranks at once: high and low parts fill a step
 static_assert(kStep == 2 * kRun && kOutputs * kStep == kThreads * kRun);
