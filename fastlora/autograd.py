@@ -144,8 +144,7 @@ def lora_linear(
         ValueError, TypeError: a shape or dtype does not fit; weight requires a gradient.
         RuntimeError: the backend asked for can't run here; the message says why.
     """
-    if weight.requires_grad:
-        raise ValueError("weight must be frozen (requires_grad=False): fastlora never trains it")
+    check_frozen(weight)
     state = None if quant_state is None else as_quant_state(quant_state)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -163,6 +162,17 @@ def lora_linear(
     with autocast_off(x.device):
         y = _apply(*tensors, *options)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def check_frozen(weight: Tensor) -> None:
+    """Raises a ValueError for a base weight that wants a gradient."""
+    if weight.requires_grad:
+        raise ValueError("weight must be frozen (requires_grad=False): fastlora never trains it")
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a backward will be asked for a gradient of any of `tensors`."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def autocast_off(device: torch.device) -> AbstractContextManager[Any]:
@@ -191,9 +201,7 @@ def _apply(
     *options: Any,
 ) -> Tensor:
     """LoraLinearFunction where a gradient is needed, its forward alone where none is."""
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, bias, lora_A, lora_B)
-    ):
+    if wants_gradient(x, bias, lora_A, lora_B):
         return LoraLinearFunction.apply(x, weight, bias, lora_A, lora_B, seed, *options)
     return linear_fwd(x, weight, bias, lora_A, lora_B, seed, *options)[0]
 

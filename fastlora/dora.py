@@ -10,10 +10,12 @@ from torch import Tensor
 from . import ops
 from .autograd import (
     autocast_off,
+    check_frozen,
     differentiable_gradients,
     draw_seed,
     linear_bwd,
     linear_fwd,
+    wants_gradient,
 )
 from .backends import forced_backend
 from .quant import QuantState, as_quant_state
@@ -217,8 +219,7 @@ def dora_linear(
         ValueError, TypeError: a shape or dtype does not fit; weight requires a gradient.
         RuntimeError: the backend asked for can't run the products.
     """
-    if weight.requires_grad:
-        raise ValueError("weight must be frozen (requires_grad=False): fastlora never trains it")
+    check_frozen(weight)
     rows, N = x.shape[:-1].numel(), lora_B.shape[0]
     if bias is not None and bias.shape != (N,):
         if dropout_p != 0.0 or bias.shape != (*x.shape[:-1], N):
@@ -230,11 +231,8 @@ def dora_linear(
     state = None if quant_state is None else as_quant_state(quant_state)
     tensors = (x.reshape(rows, x.shape[-1]), weight, bias, lora_A, lora_B, factor, seed)
     options = (scaling, dropout_p, state, compute_dtype, forced_backend(backend))
-    differentiated = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, bias, lora_A, lora_B, factor)
-    )
     with autocast_off(x.device):
-        if differentiated:
+        if wants_gradient(x, bias, lora_A, lora_B, factor):
             y = DoraLinearFunction.apply(*tensors, *options)
         else:
             y, _, _ = _dora_linear(*tensors, *options)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .autograd import autocast_off
+from .autograd import autocast_off, check_frozen
 from .backends import forced_backend
 
 
@@ -86,8 +86,7 @@ def lora_embedding(
         ValueError, TypeError: a shape or dtype does not fit; weight requires a gradient.
         RuntimeError, IndexError: an id lies outside of the table; the backend asked for can't run.
     """
-    if weight.requires_grad:
-        raise ValueError("weight must be frozen (requires_grad=False): fastlora never trains it")
+    check_frozen(weight)
     if ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"ids must be int64 or int32, got {ids.dtype}")
     if padding_idx is not None:

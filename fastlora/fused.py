@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .autograd import autocast_off, differentiable_gradients, draw_seed
+from .autograd import autocast_off, check_frozen, differentiable_gradients, draw_seed
 from .backends import forced_backend
 from .quant import as_quant_state
 from .reference import Projection, activate, gated_bwd, gated_fwd
@@ -332,10 +332,7 @@ def _prepared(
     """The projections with their seeds, x as a matrix, and the backend of the backward, too."""
     seeded = []
     for p in projections:
-        if p.weight.requires_grad:
-            raise ValueError(
-                "weight must be frozen (requires_grad=False): fastlora never trains it"
-            )
+        check_frozen(p.weight)
         state = None if p.quant_state is None else as_quant_state(p.quant_state)
         seeded.append(p._replace(seed=draw_seed(x, p.dropout_p, p.seed), quant_state=state))
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .autograd import autocast_off, differentiable_gradients, draw_seed
+from .autograd import autocast_off, check_frozen, differentiable_gradients, draw_seed
 from .backends import forced_backend
 from .quant import QuantState, as_quant_state
 
@@ -169,8 +169,7 @@ def grouped_lora_linear(
             dropout on transposed experts, for which no kernel has a mask.
         RuntimeError: the backend asked for can't run here; the message says why.
     """
-    if weight.requires_grad:
-        raise ValueError("weight must be frozen (requires_grad=False): fastlora never trains it")
+    check_frozen(weight)
     state = None if quant_state is None else as_quant_state(quant_state)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)

@@ -52,8 +52,15 @@ def check_packed(x: Tensor, weight: Tensor, state: QuantState, lora_B: Tensor) -
         raise ValueError(
             f"lora_B must be [{shape[0]}, R] to match weight, got {tuple(lora_B.shape)}"
         )
+    return check_stored("x's", x.device, weight, state)
+
+
+def check_stored(whose: str, device: torch.device, weight: Tensor, state: QuantState) -> Tensor:
+    """The bytes of a packed weight, flat, after checking them against the state, and both for
+    `device`, which is that of x or of what `whose` names.
+    """
     parts = [("quant_state's tensors", tensor) for tensor in state.tensors()]
-    check_devices("x's", x.device, ("weight", weight), *parts)
+    check_devices(whose, device, ("weight", weight), *parts)
     packed = packed_bytes(weight)
     check_bytes(packed, state)
     return packed

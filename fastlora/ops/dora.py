@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..backends import BACKENDS, choose, forced_backend
-from ..quant import QuantState, as_quant_state, packed_bytes
-from .checks import check_bytes, check_devices
+from ..quant import QuantState, as_quant_state
+from .checks import check_stored
 
 _Trio = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -52,10 +52,7 @@ def qdora_norm(
     state = as_quant_state(quant_state)
     if len(state.shape) != 2:
         raise ValueError(f"quant_state.shape must be [N, K], got {tuple(state.shape)}")
-    packed = packed_bytes(weight)
-    check_bytes(packed, state)
-    parts = [("quant_state's tensors", tensor) for tensor in state.tensors()]
-    check_devices("weight's", packed.device, *parts)
+    packed = check_stored("weight's", weight.device, weight, state)
     N, K = state.shape
     _check_adapter(packed, lora_A, lora_B, N, K)
     b = _choose("qdora_norm", packed, state.dtype, backend, lora_A.dtype)

@@ -93,7 +93,7 @@ def dora_magnitude_bwd(
     if needs[1]:
         dfactor = torch.zeros_like(factor)
         for dy_rows, z_rows in zip(dy.split(_rows(dy)), z.split(_rows(dy)), strict=True):
-            dfactor = dfactor + (dy_rows.to(factor.dtype) * z_rows).sum(0)
+            dfactor += (dy_rows.to(factor.dtype) * z_rows).sum(0)
     return dz, dfactor, dy.sum(0, dtype=factor.dtype) if needs[2] else None
 
 
