@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from .version import __version__
 
 # Public name -> module that defines it. Loaded on first use, so that `import fastlora` stays light
 # and a peer (peft, bitsandbytes) is needed only by the name that needs it.
@@ -18,8 +18,8 @@ _EXPORTS = {
     "QLoraLinear": ".nn",
     "LoraLinearFunction": ".autograd",
     "lora_linear": ".autograd",
-    "lora_embedding": ".embedding",
-    "grouped_lora_linear": ".grouped",
+    "lora_embedding": ".autograd.embedding",
+    "grouped_lora_linear": ".autograd.grouped",
     "quantize_4bit": ".ops",
     "dequantize_4bit": ".ops",
     "use_backend": ".backends",
@@ -30,18 +30,18 @@ _EXPORTS = {
     "register": ".integrations.peft",
     "patch_peft": ".integrations.peft",
     "unpatch_peft": ".integrations.peft",
-    "merge_adapter": ".integrations.peft_merge",
-    "unmerge_adapter": ".integrations.peft_merge",
+    "merge_adapter": ".integrations.peft.merge",
+    "unmerge_adapter": ".integrations.peft.merge",
     "spectrum": ".integrations.spectrum",
 }
 
 __all__ = ["__version__", *_EXPORTS]
 
 if TYPE_CHECKING:
-    from .autograd import LoraLinearFunction, lora_linear
+    from .autograd.embedding import lora_embedding
+    from .autograd.grouped import grouped_lora_linear
+    from .autograd.linear import LoraLinearFunction, lora_linear
     from .backends import use_backend
-    from .embedding import lora_embedding
-    from .grouped import grouped_lora_linear
     from .integrations.peft import (
         accelerate,
         explain,
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
         restore,
         unpatch_peft,
     )
-    from .integrations.peft_merge import merge_adapter, unmerge_adapter
+    from .integrations.peft.merge.merge import merge_adapter, unmerge_adapter
     from .integrations.spectrum import spectrum
     from .nn import LoraLinear, QLoraLinear
     from .ops import dequantize_4bit, quantize_4bit

@@ -22,7 +22,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from . import __version__
+from .version import __version__
 
 Choice = Mapping[str, int | float | str]
 _Choices = dict[str, dict[str, int | float | str]]

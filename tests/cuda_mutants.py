@@ -50,7 +50,7 @@ class Fault:
     unit: str
     old: str
     new: str
-    noticed: str  # words of what notices it, as benchmarks/cuda_report.py explains them
+    noticed: str  # words of what notices it, as benchmarks/report/cuda_report.py explains them
 
 
 FWD, DX, DECODE, FINISH = "qlora_gemm_fwd", "qlora_gemm_dx", "qlora_decode", "finish"

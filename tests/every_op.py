@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastlora import grouped_lora_linear, lora_embedding, lora_linear, ops, reference
+from fastlora.autograd.dora import dora_linear
+from fastlora.autograd.shared import shared_linear
 from fastlora.backends import BACKENDS, native
-from fastlora.dora import dora_linear
-from fastlora.fused import shared_linear
 from fastlora.reference import Projection
 from fastlora.tolerance import exceeds
 

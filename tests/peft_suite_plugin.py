@@ -24,7 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if os.environ["PEFT_SUITE_FASTLORA"] != "1":
         return
     import fastlora
-    from fastlora.integrations.peft_run import Plan
+    from fastlora.integrations.peft.run.linear import Plan
 
     fastlora.patch_peft()
     run = Plan.run

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fastlora import grouped_lora_linear, lora_linear
+from fastlora.autograd.dora import dora_linear
+from fastlora.autograd.shared import gated_mlp, shared_linear
 from fastlora.backends import use_backend
-from fastlora.dora import dora_linear
-from fastlora.fused import gated_mlp, shared_linear
-from fastlora.integrations.peft_weight import adapted_weight
+from fastlora.integrations.peft.run.adapted_weight import adapted_weight
 from fastlora.ops import quantize_4bit
 from fastlora.reference import Projection
 

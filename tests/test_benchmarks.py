@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import compare, run, shapes, targets
+from benchmarks import shapes
+from benchmarks.measure import run
+from benchmarks.report import compare, targets
 from fastlora.backends import native
 from fastlora.cli import main
 from fastlora.cli.bench import lead, model, rows, table
@@ -488,9 +490,9 @@ def test_wrong_arguments_take_one_line(
 
 
 def test_the_tables_of_the_documents_are_those_of_the_results() -> None:
-    """They are what `python -m benchmarks.performance` writes from the rows in git."""
-    from benchmarks import performance
-    from benchmarks.document import fill
+    """They are what `python -m benchmarks.report.performance` writes from the rows in git."""
+    from benchmarks.report import performance
+    from benchmarks.report.document import fill
 
     measured = rows.read(performance.RESULTS)
     text = performance.DOCS.read_text()
@@ -504,7 +506,7 @@ def test_the_tables_of_the_documents_are_those_of_the_results() -> None:
 def test_rows_of_uncommitted_changes_are_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from benchmarks import performance
+    from benchmarks.report import performance
 
     made = [a_row("peft", [4.0]), {**a_row("fastlora", [2.0]), "commit": "0123abc-dirty"}]
     rows.append(tmp_path / "rows.csv", made)
@@ -516,16 +518,16 @@ def test_rows_of_uncommitted_changes_are_counted(
 
 
 def test_the_table_of_merging_is_that_of_its_results() -> None:
-    """It is what `python -m benchmarks.merging --docs` writes from the rows in git."""
-    from benchmarks import merging
-    from benchmarks.document import fill
+    """It is what `python -m benchmarks.measure.merging --docs` writes from the rows in git."""
+    from benchmarks.measure import merging
+    from benchmarks.report.document import fill
 
     text = merging.PAGE.read_text()
     assert fill(text, {"merging": merging.table()}) == text
 
 
 def test_the_limit_counts_products_and_bytes() -> None:
-    from benchmarks.performance import BANDWIDTH, PEAK_BF16, PEAK_FP32, limit_ms
+    from benchmarks.report.performance import BANDWIDTH, PEAK_BF16, PEAK_FP32, limit_ms
 
     row = {"M": "2048", "N": "4096", "K": "1024", "R": "16", "mode": "step", "dtype": "bf16"}
     row["quant"] = "nf4 nested"

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from fastlora import ops, reference
-from fastlora.backends import native, native_cuda, triton, tuned
+from fastlora.backends import native, native_cuda, triton
+from fastlora.backends.machine import tuned
 from fastlora.quant import QuantState, code_table, dynamic_code, quantize_bounds
 from tests import emulated
 from tests.cases import (
@@ -571,8 +572,8 @@ def test_every_planted_fault_is_noticed() -> None:
 
 
 def test_the_tables_of_the_document_are_those_of_the_gates_and_the_faults() -> None:
-    from benchmarks import cuda_report
-    from benchmarks.document import fill
+    from benchmarks.report import cuda_report
+    from benchmarks.report.document import fill
 
     text = cuda_report.DOCS.read_text()
     assert fill(text, cuda_report.tables()) == text

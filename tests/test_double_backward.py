@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlora import grouped_lora_linear, lora_linear
-from fastlora.fused import shared_linear
+from fastlora.autograd.shared import shared_linear
 from fastlora.reference import Projection, dropout_mask, dropout_threshold
 
 M, N, K, R, SCALING, P = 12, 10, 14, 3, 1.5, 0.25

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastlora import backends, fused, ops, reference
+from fastlora import backends, ops, reference
+from fastlora.autograd import shared as fused
+from fastlora.autograd.shared import gated_mlp, shared_linear
 from fastlora.backends import sequence
-from fastlora.fused import gated_mlp, shared_linear
 from fastlora.reference import ACTIVATIONS, Projection
 from tests.cases import DTYPES, Base, Case, exact_results, make_inputs, plain_results
 from tests.conftest import poisoned_memory

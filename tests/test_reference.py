@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastlora import reference
-from fastlora.autograd import LoraLinearFunction
+from fastlora.autograd.linear import LoraLinearFunction
 from tests.cases import BASES, Base, Case, make_inputs
 
 FP64 = (torch.float64, torch.float64, None)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import roofline, static_report
-from benchmarks.static_report import Row
+from benchmarks.report import roofline, static_report
+from benchmarks.report.static_report import Row
 from fastlora.backends import native
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +36,7 @@ DENSE = Row(**{**vars(GOOD), "kernel": "base_product fwd", "tile": "128x128x32 w
 def test_every_kernel_passes_its_gates() -> None:
     """In a process of its own: here kernels are interpreted."""
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.static_report", "--check"],
+        [sys.executable, "-m", "benchmarks.report.static_report", "--check"],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "0"},
         capture_output=True,
@@ -167,7 +167,9 @@ def test_the_model_that_prunes_fits_the_compiled_kernels() -> None:
 
 def test_docs_have_the_tables_of_the_gate_file() -> None:
     text = static_report.DOCS.read_text()
-    assert static_report.docs_text(text) == text, "run python -m benchmarks.static_report --docs"
+    assert static_report.docs_text(text) == text, (
+        "run python -m benchmarks.report.static_report --docs"
+    )
 
 
 def test_roofline_counts_the_launches_of_the_ops() -> None:
@@ -188,10 +190,10 @@ def test_roofline_counts_the_launches_of_the_ops() -> None:
 
 
 def test_gpu_suite_runs_end_to_end(tmp_path: Path) -> None:
-    from benchmarks import gpu
+    from benchmarks.measure import gpu
 
     out = tmp_path / "results"
-    command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(out), "--dry-run"]
+    command = [sys.executable, "-m", "benchmarks.measure.gpu", "--out", str(out), "--dry-run"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert {path.name for path in out.glob("*.*")} == {

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-from . import native, torch_reference, triton
+from . import native, triton
+from . import reference as torch_reference
 
 BACKENDS: dict[str, ModuleType] = {
     "native": native,

@@ -14,7 +14,8 @@ from torch import Tensor
 from .. import reference
 from ..quant import QuantState, code_table, quantize_bounds
 from ..reference import Projection
-from . import cpu, native_cuda, sequence
+from . import native_cuda, sequence
+from .machine import cpu
 from .native_cuda import state_args
 from .native_dora import (
     dora_dropout_bwd,

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from .. import reference
 from ..quant import NESTED_BLOCKSIZE, QuantState, dynamic_code
-from . import grouped, tuned
-from .gpu import unsupported_gpu
+from . import grouped
+from .machine import tuned
+from .machine.gpu import unsupported_gpu
 
 OPS = (
     "qlora_linear_fwd",

@@ -8,9 +8,12 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from .. import __version__
-from . import bench, demo, finetune, info, merge, spectrum, tune, verify
+from ..version import __version__
+from . import bench, info, merge, spectrum, verify
 from .errors import CliError
+from .finetune import command as finetune
+from .finetune import demo
+from .tune import gpu as tune
 
 _COMMANDS = (info, verify, bench, tune, spectrum, finetune, merge, demo)
 

@@ -11,8 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
-from ..backends.cpu import cpuinfo
+from ..backends.machine.cpu import cpuinfo
+from ..version import __version__
 
 # Ours and our peers', in the order in which a report is read.
 _PACKAGES = ("triton", "transformers", "peft", "bitsandbytes", "accelerate", "trl", "numpy")
@@ -77,7 +77,8 @@ def _shown(value: Any) -> str:
 
 
 def _fastlora() -> dict[str, Any]:
-    from ..backends import BACKENDS, cpu, native, native_cuda
+    from ..backends import BACKENDS, native, native_cuda
+    from ..backends.machine import cpu
 
     facts: dict[str, Any] = {"version": __version__}
     build = native.build_info()

@@ -12,9 +12,9 @@ from typing import Any
 from rich.console import Console
 
 from .errors import CliError
-from .finetune import DTYPES, positive
-from .terminal import layer_bar
-from .training import quiet_libraries
+from .finetune.command import DTYPES, positive
+from .finetune.terminal import layer_bar
+from .finetune.training import quiet_libraries
 
 # Tokens in an example of the text that --calibrate names.
 _LENGTH = 512
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         console = Console(width=_WIDTH)
     from peft import PeftModel
 
-    from ..integrations.peft_merge import merge_adapter
+    from ..integrations.peft.merge.merge import merge_adapter
 
     model, originals = _load(args)
     tokenizer = _tokenizer(args.model)
@@ -191,7 +191,7 @@ def _dtype(name: str | None) -> Any:
 
 
 def _tokenizer(folder: str) -> Any:
-    from ..integrations.transformers import load_tokenizer
+    from ..integrations.transformers.callbacks import load_tokenizer
 
     try:
         return load_tokenizer(folder)
@@ -200,8 +200,8 @@ def _tokenizer(folder: str) -> Any:
 
 
 def _moments(args: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
-    from ..integrations.input_moments import InputMoments
-    from .data import Collator, batches, load_data
+    from ..integrations.peft.merge.moments import InputMoments
+    from .finetune.data import Collator, batches, load_data
 
     if tokenizer is None:
         raise CliError(f"--calibrate: {args.model} has no tokenizer")
@@ -218,7 +218,7 @@ def _moments(args: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
 
 def _write(model: Any, tokenizer: Any, out: Path) -> None:
     """The folder appears by one rename, whole or not at all."""
-    from ..integrations.transformers import make_savable
+    from ..integrations.transformers.callbacks import make_savable
 
     make_savable(model)
     out.parent.mkdir(parents=True, exist_ok=True)

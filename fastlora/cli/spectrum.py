@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 
 from .errors import CliError
-from .terminal import layer_bar
-from .training import quiet_libraries
+from .finetune.terminal import layer_bar
+from .finetune.training import quiet_libraries
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:

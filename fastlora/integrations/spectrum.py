@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from . import bitsandbytes as bnb
-from .layer_names import kind_of, numbers_of, plain_name
-from .original_weights import OriginalWeights
+from .names import kind_of, numbers_of, plain_name
+from .peft.merge.originals import OriginalWeights
 
 if TYPE_CHECKING:
     from rich.table import Table

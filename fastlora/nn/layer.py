@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
-from ..autograd import lora_linear
+from ..autograd.linear import lora_linear
 from .linear4bit import Linear4bit
 from .merge import MergeError
 from .options import TRAIN_BIAS, LoraOptions

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..autograd import lora_linear
+from ..autograd.linear import lora_linear
 from ..quant import QuantState, as_quant_state, packed_bytes
 
 if TYPE_CHECKING:

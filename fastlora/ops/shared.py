@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose
-from ..backends.tuned import preferred
+from ..backends.machine.tuned import preferred
 from ..quant import as_quant_state
 from ..reference import Projection
 from .checks import check_backward, check_common, check_packed, check_weight

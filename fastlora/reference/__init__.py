@@ -35,12 +35,7 @@ from .linear import (
     skinny_bwd,
 )
 from .quantize import _quantize_absmax as _quantize_absmax
-from .quantize import (
-    dequantize_4bit,
-    dequantize_absmax,
-    nested,
-    quantize_4bit,
-)
+from .quantize import dequantize_4bit, dequantize_absmax, nested, quantize_4bit
 from .shared import Projection, shared_linear_bwd, shared_linear_fwd
 
 __all__ = [

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from fastlora.cli import compare, finetune, worker
 from fastlora.cli.errors import CliError
+from fastlora.cli.finetune import command as finetune
+from fastlora.cli.finetune import compare, worker
 
 
 class Worker:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from fastlora.cli.data import IGNORED, Collator, Example, batches, load_data
 from fastlora.cli.errors import CliError
+from fastlora.cli.finetune.data import IGNORED, Collator, Example, batches, load_data
 
 
 @pytest.fixture(scope="module")

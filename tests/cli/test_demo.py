@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
-from fastlora.cli import demo, finetune, main
-from fastlora.integrations.transformers import file_sha256
+from fastlora.cli import main
+from fastlora.cli.finetune import command as finetune
+from fastlora.cli.finetune import demo
+from fastlora.integrations.transformers.callbacks import file_sha256
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from fastlora.cli import main
-from fastlora.cli.records import newest_checkpoint, read_log
+from fastlora.cli.finetune.records import newest_checkpoint, read_log
 
 pytest.importorskip("bitsandbytes", reason="QLoRA quantises with bitsandbytes")
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastlora.backends import cpu, native, native_cuda
+from fastlora.backends import native, native_cuda
+from fastlora.backends.machine import cpu
 from fastlora.cli import main
 
 

@@ -225,8 +225,8 @@ def test_the_benchmark_measures_every_way(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """`python -m benchmarks.merging`, on the tiny model."""
-    from benchmarks import merging
+    """`python -m benchmarks.measure.merging`, on the tiny model."""
+    from benchmarks.measure import merging
 
     monkeypatch.setattr(merging, "smollm2", lambda: tiny_model)
     monkeypatch.setattr(merging, "topics", lambda cache_dir: text_file)

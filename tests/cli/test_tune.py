@@ -10,7 +10,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastlora import backends, tuning
-from fastlora.backends import native, native_cuda, triton, tuned
+from fastlora.backends import native, native_cuda, triton
+from fastlora.backends.machine import tuned
 from tests import emulated
 
 pytestmark = pytest.mark.skipif(
@@ -42,8 +43,8 @@ def test_the_fastest_is_kept_and_no_loser(
     """Times are given, so that the choice is what is tested."""
     from fastlora.backends.triton.launch import Launcher, launcher, tile_of
     from fastlora.backends.triton.tiles import candidates
-    from fastlora.cli import tune
     from fastlora.cli.bench import measure
+    from fastlora.cli.tune import gpu as tune
 
     def given(timed, budget, **how):  # type: ignore[no-untyped-def]
         for calls in timed.values():
@@ -107,8 +108,8 @@ def test_the_native_backend_competes(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastlora.backends.triton import tuner
     from fastlora.backends.triton.launch import tile_of
     from fastlora.backends.triton.tiles import candidates
-    from fastlora.cli import tune
     from fastlora.cli.bench import measure
+    from fastlora.cli.tune import gpu as tune
 
     given = {"native backend": 1.0, "addmm": 3.0}
 
@@ -142,8 +143,8 @@ def test_kernels_of_the_native_backend_compete(
 ) -> None:
     """Each is called by its name, the kernels emulated; the faster of them is kept."""
     from fastlora.backends.triton import tuner
-    from fastlora.cli import tune
     from fastlora.cli.bench import measure
+    from fastlora.cli.tune import gpu as tune
 
     named = {kernel: f"native backend, {kernel}" for kernel in ("decode", "gemm")}
     given = {"addmm": 3.0, named["decode"]: 2.0, named["gemm"]: 2.5, "vendor's product": 2.7}
@@ -181,7 +182,7 @@ def test_a_preferred_backend_is_asked_first() -> None:
 
 def test_a_wrong_candidate_is_neither_timed_nor_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastlora.backends.triton import tuner
-    from fastlora.cli import tune
+    from fastlora.cli.tune import gpu as tune
 
     trial = tuner.Trial(problem("lora_linear_fwd"), torch.device("cpu"))
     choices = {tune._name(choice): choice for choice in trial.choices()[:3]}
@@ -214,7 +215,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
 
 def test_layers_of_a_model(tmp_path: Path) -> None:
     from fastlora.cli.errors import CliError
-    from fastlora.cli.tune import _shapes_of
+    from fastlora.cli.tune.gpu import _shapes_of
 
     folder = Path(__file__).parents[2] / "benchmarks" / "models" / "llama-1b"
     assert set(_shapes_of(str(folder))) == {(2048, 2048), (512, 2048), (8192, 2048), (2048, 8192)}

@@ -12,14 +12,17 @@ from pathlib import Path
 import pytest
 
 from fastlora import tuning
-from fastlora.backends import cpu, native
+from fastlora.backends import native
+from fastlora.backends.machine import cpu
 
 if native.build_info() is None:
     pytest.skip(str(native.unavailable_reason()), allow_module_level=True)
 
 from fastlora import _C
-from fastlora.cli import main, tune, tune_cpu
+from fastlora.cli import main
 from fastlora.cli.bench.case import Case, Layer
+from fastlora.cli.tune import cpu as tune_cpu
+from fastlora.cli.tune import gpu as tune
 
 CASE = Case(Layer(48, 64, 4, "bf16", "nf4", True, 0.05, "fp32"), 5, "step")
 OTHER = replace(CASE, M=6)

@@ -40,7 +40,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.pytorch_utils import Conv1D
 
 import fastlora
-from benchmarks.document import fill
+from benchmarks.report.document import fill
 from tests.integrations.models import (
     ReplayDropout,
     Results,

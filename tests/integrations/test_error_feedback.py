@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fastlora import ops
-from fastlora.integrations.error_feedback import DAMPING, quantize_with_feedback
-from fastlora.integrations.peft_merge_report import energy
+from fastlora.integrations.peft.merge.feedback import DAMPING, quantize_with_feedback
+from fastlora.integrations.peft.merge.report import energy
 from fastlora.quant import QuantState
 
 

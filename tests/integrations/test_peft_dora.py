@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import fastlora
 from fastlora import ops
 from fastlora.backends import use_backend
-from fastlora.integrations import peft_run
-from fastlora.integrations.peft_dora import expanded_norms, weight_norms
+from fastlora.integrations.peft.run import linear as peft_run
+from fastlora.integrations.peft.run.dora import expanded_norms, weight_norms
 from fastlora.quant import QuantState
 from tests.integrations.models import gradients, last_reasons, linear4bit
 from tests.tolerance import assert_close_to_exact

@@ -27,13 +27,13 @@ from transformers import (
 from transformers.activations import ACT2FN
 
 import fastlora
-from fastlora.backends import torch_reference
-from fastlora.fused import GatedMLPFunction, SharedLinearFunction
-from fastlora.integrations import peft_shared
-from fastlora.integrations.peft_fuse import Fusion
-from fastlora.integrations.peft_guard import SHARED
-from fastlora.integrations.peft_merge_layer import copy_of
-from fastlora.integrations.peft_mlp import GATED
+from fastlora.autograd.shared import GatedMLPFunction, SharedLinearFunction
+from fastlora.backends import reference as torch_reference
+from fastlora.integrations.peft.fuse import shared as peft_shared
+from fastlora.integrations.peft.fuse.join import Fusion
+from fastlora.integrations.peft.fuse.mlp import GATED
+from fastlora.integrations.peft.merge.layer import copy_of
+from fastlora.integrations.peft.plan.plan import SHARED
 from tests.integrations.models import (
     VOCAB,
     assert_all_close,

@@ -12,7 +12,7 @@ from peft.tuners.lora.config import BdLoraConfig, KasaConfig, VeloraConfig
 from torch import Tensor, nn
 
 import fastlora
-from fastlora.integrations.peft_run import Plan
+from fastlora.integrations.peft.run.linear import Plan
 from tests.integrations.models import (
     MLP,
     MLP4bit,

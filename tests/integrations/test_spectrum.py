@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 
 import fastlora
 from fastlora.integrations import bitsandbytes as bnb
-from fastlora.integrations.layer_names import kind_of
+from fastlora.integrations.names import kind_of
 from fastlora.integrations.spectrum import Spectrum, SpectrumRow, signal_to_noise
 from tests.integrations.models import MLP4bit, linear4bit, llama, lora_layers, peft_model
 

@@ -22,8 +22,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from fastlora.integrations import transformers as hf
 from fastlora.integrations.peft import FastLoraLinear
+from fastlora.integrations.transformers import callbacks as hf
 
 VOCABULARY = 50
 
@@ -266,7 +266,7 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_a_real_gguf_file(tmp_path_factory: pytest.TempPathFactory) -> None:
-    from fastlora.cli.demo import PACKAGE, smollm2
+    from fastlora.cli.finetune.demo import PACKAGE, smollm2
 
     try:
         importlib.metadata.distribution(PACKAGE)

@@ -18,7 +18,7 @@ from ... import reference
 from ...quant import QuantState
 from ...reference import Projection
 from .. import grouped, sequence
-from ..gpu import unsupported_gpu
+from ..machine.gpu import unsupported_gpu
 from ..native import _asked, _empty
 from ..native_cuda import state_args
 from . import library as library  # registers torch.ops.fastlora_triton

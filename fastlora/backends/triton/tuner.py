@@ -16,7 +16,8 @@ from torch.nn.functional import dropout
 
 from ... import reference, tuning
 from ...tolerance import exceeds
-from .. import native, native_cuda, tuned
+from .. import native, native_cuda
+from ..machine import tuned
 from ..native_cuda import state_args
 from .kernels.base_product_4bit import fits
 from .kernels.dequantize_4bit import Packed, dequantize_4bit

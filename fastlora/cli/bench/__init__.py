@@ -39,7 +39,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The arguments that `python -m benchmarks.run` has as well."""
+    """The arguments that `python -m benchmarks.measure.run` has as well."""
     layer = parser.add_argument_group("layer")
     layer.add_argument(
         "--shape",

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from ..process import Emit
 from . import lead, rows, table
 from .case import Case, Layer
 from .model import ModelRequest
-from .pipe import Emit
 from .rows import Row
 from .worker import Request
 

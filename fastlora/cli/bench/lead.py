@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .. import process as pipe
 from ..errors import CliError
-from . import pipe
+from ..process import Emit
 from .case import Case
 from .model import ModelRequest
-from .pipe import Emit
 from .rows import Row, case_row
 from .worker import Request
 

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ..process import Emit, serve
 from .case import Case
-from .pipe import Emit, serve
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +47,7 @@ def measure(case: Case, provider: str) -> Memory:
     """
     import torch
 
-    from ...integrations.transformers import peak_memory, reset_peak_memory
+    from ...integrations.transformers.callbacks import peak_memory, reset_peak_memory
     from .inputs import Setup
     from .providers import PROVIDERS
 

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..process import Emit, serve
 from .case import DTYPES, Layer
-from .pipe import Emit, serve
 
 if TYPE_CHECKING:
     import torch
@@ -129,8 +129,8 @@ class _Model:
         import torch
         from peft import LoraConfig, get_peft_model
 
-        from ...integrations.transformers import load_causal_lm
-        from ..training import cast_adapter, quiet_libraries
+        from ...integrations.transformers.callbacks import load_causal_lm
+        from ..finetune.training import cast_adapter, quiet_libraries
 
         quiet_libraries()
         self._request = request
@@ -269,7 +269,7 @@ class _Model:
         """Growth of the resident memory in MiB, over the loaded model, in a few calls."""
         import torch
 
-        from ...integrations.transformers import peak_memory, reset_peak_memory
+        from ...integrations.transformers.callbacks import peak_memory, reset_peak_memory
         from .memory import release_free_memory
 
         self.switch(provider)

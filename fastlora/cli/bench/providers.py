@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ... import ops
-from ...autograd import lora_linear
+from ...autograd.linear import lora_linear
 from ...backends import BACKENDS
 from ...quant import QuantState
 from . import baselines

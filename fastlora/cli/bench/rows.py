@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
-from ... import __version__
+from ...version import __version__
 from .case import Case
 
 COLUMNS = (

@@ -9,8 +9,8 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..process import Emit, serve
 from .case import BASELINES, Case
-from .pipe import Emit, serve
 
 
 @dataclass(frozen=True)

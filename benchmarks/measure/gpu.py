@@ -1,0 +1,316 @@
+"""Everything that has to be known about a GPU, in one command and under eight minutes.
+
+    python -m benchmarks.measure.gpu --out DIR              verify, tune, measure
+    python -m benchmarks.measure.gpu --out DIR --dry-run    the same, tiny, interpreted
+
+Writes verify.csv, tune.csv, layers.csv (the columns of `fastlora bench`) and summary.json into DIR,
+each row as soon as it is known, so that a run cut short leaves what it has. A stage whose time is
+up ends with the case that runs; what was left out stands in summary.json. Tuned choices go to
+DIR/cache, not to the user's own. Needs torch and Triton; PEFT and bitsandbytes add their columns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import platform
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+# Shares of the time of each stage; measuring has what is left.
+_VERIFY_SHARE, _TUNE_SHARE = 0.3, 0.3
+_BACKENDS = ("triton", "native")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run does.
+
+    Args:
+        verify: (M, N, K, R) on which every op is checked, dtypes and bases all.
+        shapes: N = K of the layers that are tuned and measured; the first are the most telling.
+        tokens, few: M of training, and of decoding.
+        providers: names of `fastlora bench`, the columns.
+        compiled: more of them, for the first case alone.
+        candidates: tiles that are tuned for each problem; each takes a second to compile.
+        rounds, sample_seconds: as in `fastlora bench`.
+    """
+
+    verify: Sequence[tuple[int, int, int, int]]
+    shapes: Sequence[int]
+    tokens: Sequence[int]
+    few: Sequence[int]
+    providers: Sequence[str]
+    compiled: Sequence[str]
+    candidates: int
+    rounds: int
+    sample_seconds: float
+
+
+_COLUMNS = ("frozen", "frozen-dense", "peft", "peft-cast", "addmm", "fastlora-triton", "fastlora")
+# LoRAFusion's shapes, and fewer tokens, for which a 4-bit weight is decoded inside the product. One
+# odd size and one of whole tiles are enough to verify every Triton kernel.
+FULL = Plan(
+    # The last three split the sums of the native kernels.
+    verify=(
+        (129, 259, 320, 24),
+        (256, 256, 512, 16),
+        (1, 96, 128, 64),
+        (16, 256, 4096, 16),
+        (256, 384, 2048, 16),
+        (70, 2048, 128, 8),
+    ),
+    shapes=(4096, 5120, 8192),
+    tokens=(8192, 2048, 256, 512, 4096, 1024, 128),
+    few=(1, 16, 64, 4, 32),
+    providers=_COLUMNS,
+    compiled=("compile",),
+    candidates=7,
+    rounds=7,
+    sample_seconds=0.02,
+)
+DRY = Plan(
+    verify=((17, 35, 64, 16),),
+    shapes=(64,),
+    tokens=(20,),
+    few=(1,),
+    providers=_COLUMNS,
+    compiled=(),
+    candidates=3,
+    rounds=1,
+    sample_seconds=1e-6,
+)
+
+
+@dataclass
+class Run:
+    """One run: where it writes, its clock, and what it has done.
+
+    Args:
+        out: folder of the results.
+        device: "cuda", or "cpu" in the interpreter.
+        plan: what to do.
+        seconds: time for all of it.
+    """
+
+    out: Path
+    device: str
+    plan: Plan
+    seconds: float
+    console: Console
+    summary: dict[str, Any] = field(default_factory=dict)
+    start: float = field(default_factory=time.monotonic)
+
+    def elapsed(self) -> float:
+        """Seconds since the run began."""
+        return time.monotonic() - self.start
+
+    def stage(self, name: str, share: float, work: Callable[[Run, float], dict[str, Any]]) -> None:
+        """Runs one stage up to `share` of the time; an error ends the stage, not the run."""
+        begin = self.elapsed()
+        try:
+            facts = work(self, share * self.seconds)
+        except Exception:
+            facts = {"error": traceback.format_exc()}
+        self.summary[name] = {"seconds": round(self.elapsed() - begin, 1), **facts}
+        (self.out / "summary.json").write_text(json.dumps(self.summary, indent=1))
+        self.console.print(f"{name}: {self.summary[name]}", highlight=False, soft_wrap=True)
+
+    def write(self, name: str, row: dict[str, Any]) -> None:
+        """Appends a row to a CSV file, at once."""
+        path = self.out / name
+        new = not path.exists()
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, list(row), lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+
+
+def environment(run: Run, until: float) -> dict[str, Any]:
+    """Versions and the device."""
+    import torch
+    import triton
+
+    facts: dict[str, Any] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "device": "Triton's interpreter",
+    }
+    if run.device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        facts["device"] = properties.name
+        facts["capability"] = f"{properties.major}.{properties.minor}"
+        facts["processors"] = properties.multi_processor_count
+    return facts
+
+
+def verify(run: Run, until: float) -> dict[str, Any]:
+    """Every op, base and dtype against the definition; a row for each cell of the table."""
+    from fastlora.cli.verify.check import check, unsupported
+
+    backends = [name for name in _BACKENDS if unsupported(name, run.device) is None]
+    failures: list[str] = []
+    done = 0
+    for size in run.plan.verify:
+        if run.elapsed() > until:
+            break
+        found = check(
+            backends,
+            run.device,
+            sizes=(size,),
+            stop=lambda: run.elapsed() > until,
+            console=run.console,
+        )
+        for backend, results in found.items():
+            for (op, base), cells in results.items():
+                for column, cell in cells.items():
+                    failures += cell.failures
+                    row = {"size": " ".join(map(str, size)), "backend": backend, "op": op}
+                    row |= {"base": base, "dtypes": column, "cases": cell.cases}
+                    row |= {"worst_error_over_bound": f"{cell.worst:.3g}"}
+                    run.write("verify.csv", row | {"failures": len(cell.failures)})
+        done += run.elapsed() <= until
+    left_out = {name: unsupported(name, run.device) for name in _BACKENDS if name not in backends}
+    facts = {"backends": backends, "left_out": left_out}
+    return facts | {"whole_sizes": done, "of": len(run.plan.verify), "failures": failures}
+
+
+def tune(run: Run, until: float) -> dict[str, Any]:
+    """The candidates of each op at each shape; the winners go to the run's cache."""
+    from fastlora.backends.triton.tuner import Problem
+    from fastlora.cli.tune.gpu import tune as tune_one
+
+    plan, wrong, done = run.plan, [], 0
+    left_out: dict[str, int] = {}
+    problems = [
+        Problem(op, (M, width, width, 16))
+        for width in plan.shapes
+        for M in (*plan.tokens[:1], *plan.few[1:2], *plan.tokens[2:3])
+        for op in ("lora_linear_fwd", "lora_linear_bwd", "qlora_linear_fwd", "qlora_linear_bwd")
+    ]
+    for problem in problems:
+        if run.elapsed() > until:
+            break
+        outcome = tune_one(
+            problem, run.device, min(plan.rounds, 5), plan.sample_seconds / 4, plan.candidates
+        )
+        wrong += outcome.wrong
+        for reason in outcome.left_out:
+            left_out[reason] = left_out.get(reason, 0) + 1
+        for name, seconds in outcome.seconds.items():
+            run.write(
+                "tune.csv",
+                {
+                    "problem": str(problem),
+                    "candidate": name,
+                    "ms": f"{seconds * 1e3:.4g}",
+                    "kept": name == outcome.kept,
+                    "left_out": len(outcome.left_out),
+                },
+            )
+        done += 1
+    return {"problems": done, "of": len(problems), "wrong": wrong, "left_out": left_out}
+
+
+def measure(run: Run, until: float) -> dict[str, Any]:
+    """Frozen layer, PEFT, addmm and ours, the training sizes first; wrong results get no row."""
+    from fastlora.cli.bench import rows
+    from fastlora.cli.bench.case import Case, Layer
+    from fastlora.cli.bench.measure import Bench, Budget, Refused
+    from fastlora.cli.bench.providers import PROVIDERS
+
+    plan = run.plan
+    machine = rows.machine() | {"device": run.summary["environment"]["device"], "cpu_isa": ""}
+    cases = [
+        Case(Layer(width, width, quant=quant, dropout=dropout), M, mode)
+        for width in plan.shapes
+        for quant in ("none", "nf4")
+        for mode, dropout, tokens in (("step", 0.1, plan.tokens), ("inference", 0.0, plan.few))
+        for M in tokens
+    ]
+    done, refused = 0, {}
+    wrong: list[str] = []
+    budget = Budget(plan.rounds, plan.sample_seconds)
+    bench = Bench(plan.providers, budget, run.device)
+    for case in cases:
+        if run.elapsed() > until:
+            break
+        # Compiling PEFT takes half a minute: once, at the case that is measured first.
+        compiled = plan.compiled if case == cases[0] else ()
+        bench.providers = [PROVIDERS[name] for name in (*plan.providers, *compiled)]
+        outcomes = bench.run(case)
+        seconds = {n: o.seconds for n, o in outcomes.items() if not isinstance(o, Refused)}
+        written = []
+        for provider in bench.providers:
+            outcome = outcomes.get(provider.name)
+            if isinstance(outcome, Refused):
+                refused[provider.name] = outcome.reason
+                wrong += [f"{case}: {provider.name}: {outcome.reason}"] if outcome.wrong else []
+            elif outcome is not None:
+                row = machine | rows.case_row(
+                    case, provider.name, provider.adapter_dtype(case.layer)
+                )
+                row |= rows.timing_columns(outcome.seconds, seconds.get("peft"))
+                peak = _peak_mb(bench.timed[provider.name][0]) if run.device == "cuda" else ""
+                written.append(row | {"calls": str(outcome.calls), "peak_mb": peak})
+        rows.append(run.out / "layers.csv", written)
+        done += 1
+    return {"cases": done, "of": len(cases), "left_out": refused, "wrong": wrong}
+
+
+def _peak_mb(call: Callable[[], object]) -> str:
+    """Peak of one call above what was allocated before it, in MiB."""
+    import torch
+
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return f"{(torch.cuda.max_memory_allocated() - before) / 2**20:.1f}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the stages; 1 when a result was wrong or a stage failed, 2 without a GPU."""
+    assert __doc__
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.measure.gpu", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes, in the interpreter")
+    parser.add_argument("--minutes", type=float, default=7.5, help="time for all stages (7.5)")
+    args = parser.parse_args(argv)
+    if args.out.exists() and any(args.out.iterdir()):
+        parser.error(f"--out: {args.out} is not empty")
+    if args.dry_run:
+        # Before Triton is first imported.
+        os.environ["TRITON_INTERPRET"] = "1"
+    args.out.mkdir(parents=True, exist_ok=True)
+    os.environ["FASTLORA_CACHE"] = str(args.out.resolve() / "cache")
+    from fastlora.backends import BACKENDS
+
+    device, plan = ("cpu", DRY) if args.dry_run else ("cuda", FULL)
+    if reason := BACKENDS["triton"].unsupported("lora_linear_fwd", device):
+        parser.error(reason)
+    run = Run(args.out, device, plan, args.minutes * 60, Console())
+    run.stage("environment", 1.0, environment)
+    run.stage("verify", _VERIFY_SHARE, verify)
+    run.stage("tune", _VERIFY_SHARE + _TUNE_SHARE, tune)
+    run.stage("measure", 1.0, measure)
+    facts = run.summary.values()
+    bad = any(f.get("error") or f.get("failures") or f.get("wrong") for f in facts)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

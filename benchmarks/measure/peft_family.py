@@ -1,0 +1,227 @@
+"""Forward and backward of one layer, configuration by configuration, beside PEFT's own code.
+
+    python -m benchmarks.measure.peft_family                # appends to results/peft_family.csv
+    python -m benchmarks.measure.peft_family --only DoRA    # the rows whose name has that in it
+    python -m benchmarks.measure.peft_family --write        # the table of docs/peft.md, from it
+
+Each round times one step of PEFT's layer, of the same layer on fastlora, and of plain LoRA on
+fastlora, one after the other; a ratio is the median over the rounds. 512 tokens, 1024 features in
+and out, a bf16 base (NF4 where the row says so) under adapters of PEFT's default dtype.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from peft.tuners.lora.layer import Embedding
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import fastlora
+from benchmarks.report.document import fill
+from fastlora.cli.bench.rows import machine
+from fastlora.integrations.peft.plan.plan import LAST_REASON
+from tests.integrations.models import gradients, linear4bit, lora_layers
+from tests.integrations.peft_table import CASES, Case
+
+RESULTS = Path(__file__).parents[1] / "results" / "peft_family.csv"
+PAGE = Path(__file__).parents[2] / "docs" / "peft.md"
+COLUMNS = ("configuration", "rounds", "peft_ms", "fastlora_ms", "lora_ms")
+COLUMNS += tuple(f"{what}_{p}" for what in ("ratio", "to_lora") for p in ("p20", "p50", "p80"))
+# Rows that compute something of their own; those of initial values alone compute what LoRA does.
+MEASURED = (
+    "LoRA",
+    "LoRA on NF4",
+    "lora_dropout=0.3",
+    "lora_dropout=0.3 on NF4",
+    "bias='all'",
+    "lora_bias",
+    "DoRA",
+    "DoRA on NF4",
+    "DoRA with dropout, training",
+    "DoRA with dropout on NF4",
+    "KaSA",
+    "BD-LoRA",
+    "aLoRA",
+    "AdaLoRA",
+    "GPT-2's Conv1D (fan_in_fan_out)",
+    "embedding",
+)
+WIDTH, BATCH, TOKENS, VOCAB = 1024, 4, 128, 32000
+# Of the result and of each gradient, |fastlora - PEFT| / |PEFT|: bf16 rounds by up to 1 / 256.
+_TOLERANCE = 0.02
+
+
+class Layers(nn.Module):
+    """What a configuration may target, by the names that the table's models have."""
+
+    def __init__(self, four_bit: bool) -> None:
+        super().__init__()
+        options: dict[str, Any] = {"compute_dtype": torch.bfloat16, "dtype": torch.bfloat16}
+        make: Callable[[], nn.Module] = lambda: nn.Linear(WIDTH, WIDTH)  # noqa: E731
+        if four_bit:
+            make = lambda: linear4bit(WIDTH, WIDTH, **options)  # noqa: E731
+        self.up, self.down = make(), make()
+        self.embed, self.gpt = nn.Embedding(VOCAB, WIDTH), Conv1D(WIDTH, WIDTH)
+        nn.init.normal_(self.gpt.weight, std=WIDTH**-0.5)
+        self.is_loaded_in_4bit = four_bit
+
+
+def layer_of(case: Case) -> nn.Module:
+    """A layer of PEFT with the case's configuration, nothing in it zero."""
+    torch.manual_seed(0)
+    model = Layers(case.four_bit)
+    if not case.four_bit:
+        model = model.to(torch.bfloat16)
+    config = case.config
+    if not isinstance(config, AdaLoraConfig):
+        settings = {"r": 16, "lora_alpha": 32, "target_modules": ["up", "down"], **config}
+        config = LoraConfig(**copy.deepcopy(settings))
+    for name, parameter in get_peft_model(model, config).named_parameters():
+        if "lora_" in name and not parameter.any():
+            parameter.data.normal_(0, 0.05)
+    return lora_layers(model)[0].train()  # type: ignore[no-any-return,operator]
+
+
+class Step:
+    """One forward and backward of a layer."""
+
+    def __init__(self, layer: nn.Module, case: Case) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.layer = layer
+        self.kwargs: dict[str, Any] = {}
+        if getattr(case.config, "get", {}.get)("alora_invocation_tokens"):
+            self.kwargs["alora_offsets"] = [TOKENS // 4] * BATCH
+        shape = (BATCH, TOKENS, WIDTH)
+        self.dy = torch.randn(shape, generator=generator).to(torch.bfloat16)
+        if isinstance(layer, Embedding):
+            self.x = torch.randint(0, VOCAB, shape[:2], generator=generator)
+        else:
+            self.x = torch.randn(shape, generator=generator).to(torch.bfloat16).requires_grad_()
+
+    def __call__(self) -> Tensor:
+        self.layer.zero_grad()
+        self.x.grad = None
+        y: Tensor = self.layer(self.x, **self.kwargs)
+        y.backward(self.dy.to(y.dtype))
+        return y.detach()
+
+    def timed(self) -> float:
+        """Milliseconds."""
+        begin = time.perf_counter()
+        self()
+        return (time.perf_counter() - begin) * 1e3
+
+    def results(self) -> dict[str, Tensor]:
+        """The result and every gradient."""
+        found = {"y": self(), **gradients(self.layer)}
+        return found if self.x.grad is None else found | {"dx": self.x.grad}
+
+
+def check(fast: Step, stock: Step) -> None:
+    """Raises RuntimeError where the two differ; dropout is off meanwhile."""
+    dropouts = [m for s in (fast, stock) for m in s.layer.modules() if type(m) is nn.Dropout]
+    rates = [m.p for m in dropouts]
+    for module in dropouts:
+        module.p = 0.0
+    got, want = fast.results(), stock.results()
+    for module, p in zip(dropouts, rates, strict=True):
+        module.p = p
+    if got.keys() != want.keys():
+        raise RuntimeError(f"gradients differ: {sorted(got)} and {sorted(want)}")
+    for name, tensor in got.items():
+        off = float((tensor.float() - want[name].float()).norm() / want[name].float().norm())
+        if not off < _TOLERANCE:
+            raise RuntimeError(f"{name} is off by {off:.3g}")
+
+
+def measure(name: str, rounds: int) -> dict[str, str]:
+    """The row of one configuration."""
+    case = CASES[name]
+    plain = CASES["LoRA on NF4" if case.four_bit else "LoRA"]
+    stock, fast, lora = layer_of(case), layer_of(case), layer_of(plain)
+    for layer in (fast, lora):
+        fastlora.accelerate(layer, verbose=False)
+    steps = [Step(stock, case), Step(fast, case), Step(lora, plain)]
+    check(steps[1], steps[0])
+    reason = fast.__dict__.get(LAST_REASON)
+    if reason:
+        raise RuntimeError(f"{name} ran on PEFT's code: {reason}")
+    for step in steps:
+        step()
+    samples = [[step.timed() for step in steps] for _ in range(rounds)]
+    peft_ms, fast_ms, lora_ms = zip(*samples, strict=True)
+    row = {
+        "configuration": name,
+        "rounds": str(rounds),
+        "peft_ms": f"{statistics.median(peft_ms):.2f}",
+        "fastlora_ms": f"{statistics.median(fast_ms):.2f}",
+        "lora_ms": f"{statistics.median(lora_ms):.2f}",
+    }
+    for what, above, below in (("ratio", peft_ms, fast_ms), ("to_lora", fast_ms, lora_ms)):
+        ratios = [a / b for a, b in zip(above, below, strict=True)]
+        tenths = statistics.quantiles(ratios, n=10)
+        values = (tenths[1], statistics.median(ratios), tenths[7])
+        row |= {
+            f"{what}_{p}": f"{v:.3f}" for p, v in zip(("p20", "p50", "p80"), values, strict=True)
+        }
+    return row
+
+
+def table() -> str:
+    """The newest row of each configuration, as Markdown."""
+    with RESULTS.open(newline="") as file:
+        rows = {row["configuration"]: row for row in csv.DictReader(file)}
+
+    def cell(row: dict[str, str], what: str) -> str:
+        low, middle, high = (f"{float(row[f'{what}_{p}']):.2f}" for p in ("p20", "p50", "p80"))
+        return f"{middle} ({low}-{high})"
+
+    lines = [
+        "| configuration | PEFT, ms | fastlora, ms | PEFT / fastlora | fastlora / its plain LoRA |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name in MEASURED:
+        row = rows[name]
+        times = " | ".join(f"{float(row[which]):.3g}" for which in ("peft_ms", "fastlora_ms"))
+        to_lora = "" if name == "embedding" else cell(row, "to_lora")  # no linear layer
+        lines.append(f"| {name} | {times} | {cell(row, 'ratio')} | {to_lora} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--only", metavar="TEXT", default="", help="names with this in them")
+    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="of each row (15)")
+    parser.add_argument("--write", action="store_true", help="write the table, measure nothing")
+    args = parser.parse_args()
+    if args.write:
+        PAGE.write_text(fill(PAGE.read_text(), {"family": table()}))
+        return
+    warnings.simplefilter("ignore")
+    facts = machine()
+    new = not RESULTS.exists()
+    with RESULTS.open("a", newline="") as file:
+        writer = csv.DictWriter(file, (*facts, *COLUMNS))
+        if new:
+            writer.writeheader()
+        for name in MEASURED:
+            if args.only in name:
+                row = measure(name, args.rounds)
+                print(row, flush=True)
+                writer.writerow(facts | row)
+                file.flush()
+
+
+if __name__ == "__main__":
+    main()

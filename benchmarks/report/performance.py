@@ -1,0 +1,250 @@
+"""Writes the tables of docs/performance.md and of README.md from a file of results.
+
+python -m benchmarks.report.performance                 both documents, from the file of the project
+python -m benchmarks.report.performance my.csv --print  the tables of a file of yours
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from fastlora.cli.bench import table
+from fastlora.cli.bench.rows import Row, ratio, read, together
+from fastlora.cli.bench.table import PASSES, Cell, Grid, short
+
+from .document import fill
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "epyc-zen4-2core.csv"
+DOCS = ROOT / "docs" / "performance.md"
+README = ROOT / "README.md"
+README_SHAPES = ((2048, 2048), (4096, 4096))
+README_TOKENS = (1, 16, 128, 512, 2048)
+
+# Two cores of the machine of RESULTS, GFLOP/s: loops of vdpbf16ps and of fp32 FMA in registers.
+PEAK_BF16, PEAK_FP32 = 455.0, 230.0
+# Reading and writing memory on them, GB/s: the best of the rows of providers `read` and `write`.
+BANDWIDTH = 64.0
+
+Group = Mapping[str, Row]
+
+
+def limit_ms(row: Row) -> float:
+    """The least time of a fastlora row, in ms: arithmetic at its peak, or memory, what is more.
+
+        base   2 M N K a product at PEAK_BF16, two of them in a step
+        LoRA   2 M R (N + K) for its two products at PEAK_FP32, three times that in a step
+        memory the weight once a product, at BANDWIDTH
+
+    LoRA's products count at fp32's rate: fp32 adapters ask for sums that bf16 operands can't give.
+    """
+    M, N, K, R = (int(row[name]) for name in "MNKR")
+    products, lora = (2, 3) if row["mode"] == "step" else (1, 1)
+    base_peak = PEAK_FP32 if row["dtype"] == "fp32" else PEAK_BF16
+    flop_ms = products * 2 * M * N * K / base_peak * 1e-6
+    flop_ms += lora * 2 * M * R * (N + K) / PEAK_FP32 * 1e-6
+    # 4 bits and, for each 64 weights, 8 bits of nested absmax or 32 of a plain one.
+    bits = {"nf4 nested": 4 + 8 / 64, "nf4": 4.5, "none": 32 if row["dtype"] == "fp32" else 16}
+    memory_ms = products * N * K * bits[row["quant"]] / 8 / BANDWIDTH * 1e-6
+    return max(flop_ms, memory_ms)
+
+
+def newest(rows: Iterable[Row]) -> list[Group]:
+    """Groups of rows of the same rounds, the oldest first: what comes later counts."""
+    return sorted(together(rows), key=lambda group: next(iter(group.values()))["date"])
+
+
+def _grid(
+    title: str,
+    groups: Iterable[Group],
+    label: Callable[[Row], str],
+    cell: Callable[[Group], Cell],
+    needs: tuple[str, ...],
+    keep: Callable[[Row], bool],
+) -> str:
+    """A table of one figure for each label and number of tokens, as Markdown."""
+    cells: dict[str, dict[int, Cell]] = {}
+    for group in groups:
+        if all(name in group for name in needs):
+            row = group[needs[0]]
+            if not table.is_model(row) and keep(row):
+                cells.setdefault(label(row), {})[int(row["M"])] = cell(group)
+    tokens = sorted({M for line in cells.values() for M in line})
+    order = sorted(cells, key=_label_order)
+    lines = [(name, [cells[name].get(M, Cell("-")) for M in tokens]) for name in order]
+    return Grid(title, [f"M = {M}" for M in tokens], lines).markdown() if lines else ""
+
+
+def _label_order(label: str) -> tuple[int, str]:
+    N = int(label.split(" x ")[0]) * int(label.split(" x ")[1].split(",")[0])
+    return N, label
+
+
+def _ratio_to(baseline: str, provider: str = "fastlora", invert: bool = False):  # type: ignore[no-untyped-def]
+    def cell(group: Group) -> Cell:
+        low, middle, high = ratio(group[provider], group[baseline])
+        if invert:
+            low, middle, high = 1 / high, 1 / middle, 1 / low
+        return Cell(short(middle), f"{short(low)}-{short(high)}")
+
+    return cell
+
+
+def _shape_pass(row: Row) -> str:
+    return f"{row['N']} x {row['K']}, {PASSES[row['mode']]}, {row['allocator']}"
+
+
+def _training(quant: str, dropout: str = "0.05") -> Callable[[Row], bool]:
+    def keep(row: Row) -> bool:
+        return (
+            row["mode"] in ("forward", "step")
+            and (row["quant"], row["dtype"], row["dropout"]) == (quant, "bf16", dropout)
+            and row["R"] == "16"
+        )
+
+    return keep
+
+
+def _share(group: Group) -> Cell:
+    row = group["fastlora"]
+    return Cell(f"{limit_ms(row) / float(row['ms_p50']):.0%}", f"{float(row['ms_p50']):.3g} ms")
+
+
+def tables(rows: list[Row]) -> dict[str, str]:
+    """Every table of docs/performance.md, by its mark."""
+    groups = newest(rows)
+
+    def versus(baseline: str, quant: str, title: str) -> str:
+        needs = ("fastlora", baseline)
+        return _grid(title, groups, _shape_pass, _ratio_to(baseline), needs, _training(quant))
+
+    def of_inference(quant: str) -> Callable[[Row], bool]:
+        return lambda row: row["mode"] == "inference" and row["quant"] == quant
+
+    nf4, dense = "nf4 nested", "none"
+    step = _training(nf4)
+    return {
+        "nf4": versus("peft", nf4, "time of PEFT + bitsandbytes / time of fastlora, NF4 nested"),
+        "dense": "\n".join(
+            part
+            for baseline, name in (
+                ("peft", "PEFT"),
+                ("addmm", "addmm"),
+                ("compile", "compiled PEFT"),
+            )
+            if (part := versus(baseline, dense, f"time of {name} / time of fastlora, bf16 base"))
+        ),
+        "limit": "\n".join(
+            _grid(
+                f"share of the limit that fastlora reaches, {name}",
+                groups,
+                _shape_pass,
+                _share,
+                ("fastlora",),
+                _training(quant),
+            )
+            for quant, name in ((nf4, "NF4 nested"), (dense, "bf16 base"))
+        ),
+        "adapter": _grid(
+            "time of a LoRA layer / time of fastlora's own frozen layer, NF4 nested",
+            groups,
+            _shape_pass,
+            _ratio_to("fastlora-frozen", invert=True),
+            ("fastlora", "fastlora-frozen"),
+            lambda row: step(row) and row["mode"] == "step",
+        ),
+        "quant": _grid(
+            "time on NF4 / time on the dense bf16 weight",
+            groups,
+            _shape_pass,
+            _ratio_to("fastlora-dense", invert=True),
+            ("fastlora", "fastlora-dense"),
+            lambda row: step(row) and row["mode"] == "step",
+        ),
+        "decode": _grid(
+            "time of PEFT on bitsandbytes' repacked weights / time of fastlora, inference",
+            groups,
+            lambda row: f"{row['N']} x {row['K']}, {row['allocator']}",
+            _ratio_to("bnb-packed"),
+            ("fastlora", "bnb-packed"),
+            of_inference(nf4),
+        ),
+        "read": _grid(
+            "share of the time that is needed to read the weight, inference",
+            groups,
+            lambda row: f"{row['N']} x {row['K']}, {row['quant']}, {row['allocator']}",
+            lambda group: Cell(f"{ratio(group['fastlora'], group['read'])[1]:.0%}"),
+            ("fastlora", "read"),
+            lambda row: row["mode"] == "inference",
+        ),
+        "memory": "\n".join(grid.markdown() for grid in table.memory(rows)),
+        "models": "\n".join(grid.markdown() for grid in table.models(rows)),
+    }
+
+
+def dirty(rows: Iterable[Row]) -> str | None:
+    """How many rows come from files that no commit holds, in one sentence; None without any."""
+    rows = list(rows)
+    commits = Counter(row["commit"] for row in rows if row["commit"].endswith("-dirty"))
+    if not commits:
+        return None
+    return (
+        f"{commits.total()} of {len(rows)} rows were measured on uncommitted changes, and nobody "
+        f"can measure them again: {', '.join(sorted(commits))}"
+    )
+
+
+def readme_tables(rows: list[Row]) -> dict[str, str]:
+    """The table of README.md: time of PEFT / time of fastlora, under tcmalloc and under glibc."""
+    cells: dict[tuple[str, int, int, str, int], dict[str, str]] = {}
+    for group in newest(rows):
+        row = group.get("fastlora")
+        if row is None or "peft" not in group or table.is_model(row):
+            continue
+        if _training("nf4 nested")(row) or _training("none")(row):
+            key = (row["quant"], int(row["N"]), int(row["K"]), row["mode"], int(row["M"]))
+            middle = ratio(row, group["peft"])[1]
+            cells.setdefault(key, {})[row["allocator"]] = f"{middle:.2f}"
+    lines = [
+        f"| base, size | pass | {' | '.join(f'M = {M}' for M in README_TOKENS)} |",
+        "|---" * (2 + len(README_TOKENS)) + "|",
+    ]
+    for quant, name in (("nf4 nested", "NF4 nested"), ("none", "dense bf16")):
+        for N, K in README_SHAPES:
+            for mode in ("forward", "step"):
+                found = [cells.get((quant, N, K, mode, M), {}) for M in README_TOKENS]
+                pairs = (
+                    f"{cell.get('tcmalloc', '-')} / {cell.get('glibc', '-')}" for cell in found
+                )
+                lines.append(f"| {name}, {N} x {K} | {PASSES[mode]} | {' | '.join(pairs)} |")
+    return {"measured": "\n".join(lines)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    assert __doc__
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report.performance",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("csv", type=Path, nargs="?", default=RESULTS)
+    parser.add_argument("--print", action="store_true", help="print the tables, write nothing")
+    args = parser.parse_args(argv)
+    rows = read(args.csv)
+    if (warning := dirty(rows)) is not None:
+        print(f"warning: {warning}", file=sys.stderr)
+    made = tables(rows)
+    if args.print:
+        print("\n".join(made.values()))
+    else:
+        DOCS.write_text(fill(DOCS.read_text(), made))
+        README.write_text(fill(README.read_text(), readme_tables(rows)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,7 @@
+"""The differentiable layers: each saves, calls ops and returns. Contains no math."""
+
+from __future__ import annotations
+
+from .linear import LoraLinearFunction, lora_linear
+
+__all__ = ["LoraLinearFunction", "lora_linear"]

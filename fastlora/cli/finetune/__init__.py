@@ -1,0 +1,3 @@
+"""`fastlora finetune` and `fastlora demo`."""
+
+from __future__ import annotations

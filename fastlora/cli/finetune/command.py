@@ -1,0 +1,369 @@
+"""`fastlora finetune`: LoRA or QLoRA on a causal LM, with PEFT, with fastlora, or with both."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shlex
+import shutil
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..errors import CliError
+from .compare import compare
+from .data import load_data
+from .records import LOG_FILE, RUN_FILE, read_log, read_run, write_atomically
+from .report import CSV_FILE, PLOT_FILE, print_comparison, print_result, write_csv, write_plot
+from .terminal import TerminalObserver
+from .training import BACKENDS, Job, Stopped, quiet_libraries, train
+
+_SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+DTYPES = tuple(_SHORT)
+_DEFAULTS: dict[str, Any] = {
+    "backend": "fastlora",
+    "quant": "nf4",
+    "double_quant": True,
+    "r": 16,
+    "alpha": 32.0,
+    "dropout": 0.05,
+    "target_modules": "all-linear",
+    "lr": 2e-4,
+    "lr_schedule": "linear",
+    "warmup_steps": 0,
+    "steps": None,
+    "epochs": None,
+    "batch_size": 4,
+    "grad_accum": 1,
+    "seq_len": 512,
+    "dtype": "bfloat16",
+    "adapter_dtype": "float32",
+    "gradient_checkpointing": False,
+    "eval_split": 0.05,
+    "save_every": 50,
+    "seed": 0,
+    "threads": None,
+    "cache_dir": None,
+}
+# These may differ between a run and its resumption: they change nothing but rounding.
+_FREE_ON_RESUME = ("out", "save_every", "threads", "cache_dir")
+_WRITTEN = (
+    *BACKENDS,
+    "checkpoint-*",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "README.md",
+    LOG_FILE,
+    CSV_FILE,
+    PLOT_FILE,
+    RUN_FILE,
+)
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """The command's arguments. Those that are not given stay absent, so that --resume can tell."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "finetune",
+        help="LoRA or QLoRA on your model, with PEFT beside it if you like",
+        description=(
+            "Fine-tunes a causal LM with LoRA (--quant none) or QLoRA through the\n"
+            "Transformers Trainer, and writes an adapter that plain PEFT loads."
+        ),
+        argument_default=argparse.SUPPRESS,
+        usage="fastlora finetune --model PATH --data FILE --out FOLDER [options]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=(
+            "--backend both runs PEFT and fastlora from the same seed, adapter and data, a\n"
+            "step of one and a step of the other in turn, and prints time, memory and loss."
+        ),
+    )
+    files = parser.add_argument_group("what to train")
+    files.add_argument("--model", metavar="PATH", help="model folder, or a GGUF file")
+    files.add_argument(
+        "--data",
+        metavar="FILE",
+        help='text, or JSONL with "text", "prompt" and "completion", or "messages"',
+    )
+    files.add_argument("--out", metavar="FOLDER", help="where adapter, checkpoints and log go")
+    again = files.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on from the last save in --out")
+    again.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out")
+    files.add_argument(
+        "--cache-dir", metavar="FOLDER", help="for converted GGUF files (~/.cache/fastlora)"
+    )
+
+    model = parser.add_argument_group("model")
+    _add(model, "--backend", "whose LoRA layers", choices=("fastlora", "peft", "both"))
+    _add(model, "--quant", "of the frozen weights", choices=("nf4", "fp4", "none"))
+    _add(model, "--double-quant", "absmax in 8 bits as well", action=argparse.BooleanOptionalAction)
+    _add(model, "--dtype", "of the frozen weights, or their compute dtype", choices=DTYPES)
+    _add(model, "--adapter-dtype", "of A and B", choices=DTYPES)
+    _add(
+        model,
+        "--gradient-checkpointing",
+        "less memory, more time",
+        action=argparse.BooleanOptionalAction,
+    )
+
+    lora = parser.add_argument_group("LoRA")
+    _add(lora, "--r", "rank", type=positive)
+    _add(lora, "--alpha", "scaling is alpha / r", type=_positive_float)
+    _add(lora, "--dropout", "on the adapter's input", type=_share(below=1.0))
+    _add(lora, "--target-modules", "layers, like q_proj,v_proj", metavar="NAMES")
+
+    training = parser.add_argument_group("training")
+    length = training.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=positive, metavar="N", help="optimizer steps")
+    length.add_argument("--epochs", type=_positive_float, metavar="N", help="or epochs (1)")
+    _add(training, "--lr", "learning rate of AdamW", type=_positive_float)
+    _add(training, "--lr-schedule", "", choices=("linear", "cosine", "constant_with_warmup"))
+    _add(training, "--warmup-steps", "", type=_not_negative)
+    _add(training, "--batch-size", "examples in a forward", type=positive)
+    _add(training, "--grad-accum", "forwards in a step", type=positive)
+    _add(training, "--seq-len", "tokens in an example, at most", type=positive)
+    _add(training, "--eval-split", "share held out for the perplexity", type=_share(below=0.51))
+    _add(training, "--save-every", "steps between saves", type=positive)
+    _add(training, "--seed", "", type=_not_negative)
+    training.add_argument("--threads", type=positive, metavar="N", help="CPU threads (torch's)")
+    return parser
+
+
+def _add(group: Any, flag: str, text: str, **options: Any) -> None:
+    default = _DEFAULTS[flag[2:].replace("-", "_")]
+    if isinstance(default, bool):
+        default = "on" if default else "off"
+    elif "choices" in options:
+        text = ": ".join(part for part in (text, " | ".join(options["choices"])) if part)
+        options["metavar"] = "NAME"
+    else:
+        options.setdefault("metavar", "N")
+    group.add_argument(flag, help=f"{text} ({default})".strip(), **options)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Checks the arguments, runs the job, prints the table."""
+    fields = {f.name for f in dataclasses.fields(Job)}
+    given = {k: v for k, v in vars(args).items() if k in fields}
+    for name in ("model", "data", "out"):
+        if name in given:
+            # A run may be resumed from another folder.
+            given[name] = str(Path(given[name]).expanduser().resolve())
+    resume = getattr(args, "resume", False)
+    if "out" not in given:
+        raise CliError("--out: give the folder for adapter, checkpoints and log")
+    job = _resumed(given) if resume else new_job(**given)
+    return execute(job, resume=resume, overwrite=getattr(args, "overwrite", False))
+
+
+def execute(job: Job, *, resume: bool, overwrite: bool, console: Console | None = None) -> int:
+    """Runs a job that stands; returns the exit status."""
+    console = console or Console()
+    out = Path(job.out)
+    if not resume:
+        _check_free(out, overwrite)
+    _check(job, console)
+    if not resume:
+        _clear(out)
+    console.print(f"model    {_model_name(job)}\nmethod   {_method(job)}", highlight=False)
+    backends = BACKENDS if job.backend == "both" else (job.backend,)
+    _write_run(out, job)
+    try:
+        with TerminalObserver(console, backends) as observer:
+            if job.backend == "both":
+                results = compare(job, observer, resume=resume)
+            else:
+                results = {job.backend: train(job, observer, resume=resume)}
+    except Stopped as stopped:
+        console.print(
+            f"Stopped after step {stopped.step} of {stopped.steps}, and saved. Go on with\n"
+            f"  fastlora finetune --resume --out {shlex.quote(job.out)}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return 130
+    _report(console, job, results, observer.facts)
+    return 0
+
+
+def _report(
+    console: Console, job: Job, results: dict[str, Any], facts: dict[str, dict[str, Any]]
+) -> None:
+    out = Path(job.out)
+    console.print()
+    if job.backend == "both":
+        print_comparison(console, results)
+        write_csv(out)
+        logs = {b: read_log(out / b / LOG_FILE) for b in BACKENDS}
+        _write_run(out, job, results=results)
+        written = f"{'/, '.join(BACKENDS)}/ (adapters, logs), {CSV_FILE}, {RUN_FILE}"
+    else:
+        print_result(console, job.backend, results[job.backend])
+        logs = {job.backend: read_log(out / LOG_FILE)}
+        written = f"adapter_model.safetensors, {LOG_FILE}, {RUN_FILE}"
+    title = f"{_model_name(job)}, {_method(job)}"
+    if write_plot(out / PLOT_FILE, logs, title):
+        written += f", {PLOT_FILE}"
+    else:
+        console.print("No plot: matplotlib is missing (pip install matplotlib).")
+    console.print()
+    if fast := facts.get("fastlora", {}).get("fast"):
+        layers = ", ".join(f"{count} {backend}" for backend, count in sorted(fast.items()))
+        console.print(f"fastlora's layers: {layers}", highlight=False)
+    if facts.get("peft", {}).get("device") == "cpu" and job.quant != "none":
+        console.print("PEFT runs with bitsandbytes' CPU repacking off: it would drop gradients.")
+    console.print(f"In {job.out}: {written}", highlight=False, soft_wrap=True)
+
+
+# ---- arguments -------------------------------------------------------------------------------
+
+
+def new_job(**given: Any) -> Job:
+    """A job of the arguments given and the command's defaults.
+
+    Raises:
+        CliError: model or data is not given.
+    """
+    for name in ("model", "data"):
+        if name not in given:
+            raise CliError(f"--{name}: missing (see fastlora finetune --help)")
+    return Job(**{**_DEFAULTS, **given})
+
+
+def _resumed(given: dict[str, Any]) -> Job:
+    saved = read_run(Path(given["out"]))
+    if saved is None:
+        raise CliError(f"--resume: no run in {given['out']} (it has no {RUN_FILE})")
+    job: dict[str, Any] = saved["job"]
+    for name, value in given.items():
+        if name not in _FREE_ON_RESUME and value != job[name]:
+            flag = "--" + name.replace("_", "-")
+            raise CliError(
+                f"{flag}: the run in {given['out']} was started with {job[name]}, not {value}; "
+                "leave it out to resume"
+            )
+    return Job(**{**job, **{k: v for k, v in given.items() if k in _FREE_ON_RESUME}})
+
+
+def _check_free(out: Path, overwrite: bool) -> None:
+    """Makes sure that a new run may write to `out`."""
+    if out.exists() and not out.is_dir():
+        raise CliError(f"--out: {out} is a file")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not (out / RUN_FILE).is_file():
+        raise CliError(f"--out: {out} holds files but no run of fastlora's; take another folder")
+    if not overwrite:
+        raise CliError(
+            f"--out: {out} holds a run; add --resume to go on or --overwrite to replace it"
+        )
+
+
+def _clear(out: Path) -> None:
+    """Removes what earlier runs wrote to `out`, and nothing else."""
+    for pattern in _WRITTEN:
+        for path in out.glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def _check(job: Job, console: Console) -> None:
+    """Finds what is wrong with model and data before anything is written; converts a GGUF file."""
+    if not Path(job.data).is_file():
+        raise CliError(f"--data: no such file: {job.data}")
+    if not Path(job.model).exists():
+        raise CliError(f"--model: no such folder or file: {job.model}")
+    _check_packages(job)
+    quiet_libraries()
+    from ...integrations.transformers.callbacks import load_tokenizer, model_folder
+
+    try:
+        _announce_conversion(job, console)
+        tokenizer = load_tokenizer(model_folder(job.model, job.cache_dir))
+    except (FileNotFoundError, ValueError) as error:
+        raise CliError(f"--model: {error}") from error
+    load_data(job.data, tokenizer, job.seq_len, job.eval_split)
+
+
+def _announce_conversion(job: Job, console: Console) -> None:
+    """Says why the first run with a GGUF file takes a minute longer."""
+    from ...integrations.transformers.callbacks import gguf_cache_folder, is_gguf
+
+    if is_gguf(job.model):
+        folder = gguf_cache_folder(job.model, job.cache_dir)
+        if not folder.is_dir():
+            console.print(
+                f"Converting the GGUF file, once; the result is kept in\n{folder.parent}",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+
+def _check_packages(job: Job) -> None:
+    needed = ["transformers", "peft", "accelerate"]
+    if job.quant != "none":
+        needed.append("bitsandbytes")
+    if Path(job.model).is_file():
+        needed.append("gguf")
+    missing = [name for name in needed if find_spec(name) is None]
+    if missing:
+        raise CliError(
+            f"missing: {', '.join(missing)}; in fastlora's source folder, "
+            "`pip install '.[finetune]'` brings what it takes"
+        )
+
+
+def _write_run(out: Path, job: Job, **fields: Any) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    content = {**(read_run(out) or {}), "job": job.as_dict(), **fields}
+    text = json.dumps(content, indent=2) + "\n"
+    write_atomically(out / RUN_FILE, lambda partial: partial.write_text(text))
+
+
+def _model_name(job: Job) -> str:
+    path = Path(job.model).expanduser().resolve()
+    return path.stem if path.is_file() else path.name
+
+
+def _method(job: Job) -> str:
+    dtype, adapter = _SHORT[job.dtype], _SHORT[job.adapter_dtype]
+    if job.quant == "none":
+        return f"LoRA on {dtype}, {adapter} adapter"
+    double = " + double quant" if job.double_quant else ""
+    return f"QLoRA on {job.quant}{double}, {dtype} compute, {adapter} adapter"
+
+
+def positive(text: str) -> int:
+    """An argument that is a whole number above 0."""
+    return int(_number(text, int, lambda value: value >= 1, "a whole number from 1 on"))
+
+
+def _not_negative(text: str) -> int:
+    return int(_number(text, int, lambda value: value >= 0, "a whole number from 0 on"))
+
+
+def _positive_float(text: str) -> float:
+    return _number(text, float, lambda value: 0.0 < value < float("inf"), "a number above 0")
+
+
+def _share(below: float) -> Callable[[str], float]:
+    def share(text: str) -> float:
+        expected = f"a number from 0 to below {below:g}"
+        return _number(text, float, lambda value: 0.0 <= value < below, expected)
+
+    return share
+
+
+def _number(text: str, kind: type[float], fits: Callable[[float], bool], expected: str) -> float:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not fits(value):
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text}")
+    return value

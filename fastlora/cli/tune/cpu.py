@@ -1,0 +1,230 @@
+"""Tunes the C++ CPU kernels: tile sizes that are faster than the defaults on given layers."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from ...backends.machine import cpu
+from ..bench.case import Case, Layer, grid
+from ..bench.measure import Bench, Budget, Calls, Refused, interleave
+from ..bench.table import PASSES
+from ..errors import CliError
+
+TOKENS = (1, 16, 128, 512)
+MODES = ("forward", "step")
+
+Sizes = Mapping[str, int]
+
+# A candidate is taken when it gains this much over all cases and loses no more than this on any:
+# less can't be told from noise.
+_GAIN, _LOSS = 1.01, 0.97
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Time with one set of sizes / time with another, for each case: the median of the rounds."""
+
+    ratios: dict[Case, float]
+
+    @property
+    def gain(self) -> float:
+        """The geometric mean over the cases."""
+        return statistics.geometric_mean(self.ratios.values())
+
+    @property
+    def worst(self) -> float:
+        """The least ratio."""
+        return min(self.ratios.values())
+
+    @property
+    def wins(self) -> bool:
+        """Whether the other sizes are worth taking."""
+        return self.gain >= _GAIN and self.worst >= _LOSS
+
+
+# Times sizes against candidates, which have names: one comparison for each.
+Compare = Callable[[Sizes, Mapping[str, Sizes]], dict[str, Comparison]]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One size that was tried in place of another, all else being equal."""
+
+    name: str
+    before: int
+    tried: int
+    found: Comparison
+
+
+def run(args: argparse.Namespace, shapes: Sequence[tuple[int, int]]) -> int:
+    """Measures, keeps what is faster, prints what it found; 1 when a result was wrong."""
+    from ... import _C
+
+    library = _C
+    layers = [
+        Layer(N, K, R, args.dtype, quant, True, args.dropout, "fp32")
+        for N, K in shapes
+        for quant in args.quant
+        for R in args.rank
+    ]
+    cases = grid(layers, args.tokens or list(TOKENS), list(MODES))
+    isa = library.build_info()["cpu_isa"]
+    before = library.tile_sizes()
+    console = Console()
+    timer = _Timer(cases, Budget(args.rounds, args.sample_ms * 1e-3), library.set_tile_sizes)
+    trials: list[Trial] = []
+    try:
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+            task = progress.add_task("tuning", total=len(before))
+            best = dict(before)
+            for name in before:
+                progress.update(task, description=name)
+                compare = _recorded(timer.compare, name, trials)
+                best = climb(name, best, compare, _accepted(library.set_tile_sizes))
+                progress.advance(task)
+        final = timer.compare(before, {"tuned": best})["tuned"]
+        if not final.wins:
+            console.print(_trials_table(trials))
+            if best != before:
+                console.print(_table(final))
+            console.print(f"Nothing is faster than the sizes in use on {isa}; nothing was stored.")
+            return 0
+        if fault := timer.fault(best):
+            console.print(f"[bold red]wrong[/] with {best}: {fault}", highlight=False)
+            return 1
+    finally:
+        library.set_tile_sizes(**before)
+    console.print(_table(final))
+    for name in before:
+        if best[name] != before[name]:
+            console.print(f"{name}: {before[name]} -> {best[name]}", highlight=False)
+    console.print(f"Kept for {isa} in {cpu.keep(isa, best)}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def climb(
+    name: str, sizes: Sizes, compare: Compare, accepts: Callable[[Sizes], bool]
+) -> dict[str, int]:
+    """`sizes` with size `name` halved or doubled for as long as that is faster.
+
+    Args:
+        name: of the size to change.
+        sizes: to start from.
+        compare: measures.
+        accepts: whether the kernels can use some sizes.
+    """
+    best = dict(sizes)
+
+    def usable(**values: int) -> dict[str, dict[str, int]]:
+        # A size of 0, half or double, is 0 again.
+        tried = {step: {**best, name: value} for step, value in values.items()}
+        return {step: each for step, each in tried.items() if each != best and accepts(each)}
+
+    candidates = usable(half=best[name] // 2, double=best[name] * 2)
+    while candidates:
+        found = compare(best, candidates)
+        step = max(found, key=lambda candidate: found[candidate].gain)
+        if not found[step].wins:
+            break
+        best = dict(candidates[step])
+        candidates = usable(**{step: best[name] // 2 if step == "half" else best[name] * 2})
+    return best
+
+
+def _recorded(compare: Compare, name: str, trials: list[Trial]) -> Compare:
+    """`compare`, which adds what it has found for size `name` to `trials`."""
+
+    def recorded(sizes: Sizes, candidates: Mapping[str, Sizes]) -> dict[str, Comparison]:
+        found = compare(sizes, candidates)
+        trials.extend(
+            Trial(name, sizes[name], candidates[step][name], comparison)
+            for step, comparison in found.items()
+        )
+        return found
+
+    return recorded
+
+
+def _accepted(use: Callable[..., None]) -> Callable[[Sizes], bool]:
+    """Whether the kernels take some sizes; they have them then, until the next are set."""
+
+    def accepts(sizes: Sizes) -> bool:
+        try:
+            use(**sizes)
+        except ValueError:
+            return False
+        return True
+
+    return accepts
+
+
+class _Timer:
+    """Times cases under different tile sizes.
+
+    Args:
+        cases: what to time; results are checked when it is made.
+        budget: how long.
+        use: makes the kernels use some sizes.
+
+    Raises:
+        CliError: a case can't run, or its result is wrong.
+    """
+
+    def __init__(self, cases: Sequence[Case], budget: Budget, use: Callable[..., None]) -> None:
+        self._bench = Bench(["fastlora"], budget)
+        self._use = use
+        self._calls = {case: self._checked(case) for case in cases}
+
+    def compare(self, sizes: Sizes, candidates: Mapping[str, Sizes]) -> dict[str, Comparison]:
+        """Time with `sizes` / time with each candidate."""
+        found: dict[str, dict[Case, float]] = {name: {} for name in candidates}
+        every = {"": sizes, **candidates}
+        for case, calls in self._calls.items():
+            times = interleave(
+                dict.fromkeys(every, calls),
+                self._bench.budget,
+                switch=lambda name: self._use(**every[name]),
+            )
+            for name in candidates:
+                pairs = zip(times[""].seconds, times[name].seconds, strict=True)
+                found[name][case] = statistics.median(ours / its for ours, its in pairs)
+        return {name: Comparison(ratios) for name, ratios in found.items()}
+
+    def fault(self, sizes: Sizes) -> str | None:
+        """What is wrong with the results under `sizes`, by the error policy, or None."""
+        self._use(**sizes)
+        try:
+            for case in self._calls:
+                self._checked(case)
+        except CliError as error:
+            return str(error)
+        return None
+
+    def _checked(self, case: Case) -> Calls:
+        calls = self._bench.calls(case)["fastlora"]
+        if isinstance(calls, Refused):
+            raise CliError(f"{case}: {calls.reason}")
+        return calls
+
+
+def _table(final: Comparison) -> Table:
+    table = Table("layer", "pass", "tokens", "time before / tuned", box=None)
+    for case, ratio in final.ratios.items():
+        table.add_row(str(case.layer), PASSES[case.mode], str(case.M), f"{ratio:.2f}")
+    table.add_row("all", "", "", f"{final.gain:.3f}")
+    return table
+
+
+def _trials_table(trials: Sequence[Trial]) -> Table:
+    table = Table("size", "before", "tried", "time before / tried", "worst case", box=None)
+    for trial in trials:
+        figures = (f"{trial.found.gain:.3f}", f"{trial.found.worst:.2f}")
+        table.add_row(trial.name, str(trial.before), str(trial.tried), *figures)
+    return table

@@ -1,0 +1,245 @@
+"""`fastlora tune`: measures the kernels on your layers and keeps the fastest.
+
+On a GPU these are tiles of the Triton kernels for each op and size, measured here; on a CPU the
+tile sizes of the C++ kernels, measured by tune_cpu.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from ..errors import CliError
+
+if TYPE_CHECKING:
+    from ...backends.triton.tuner import Problem, Trial
+
+_OPS = ("lora_linear_fwd", "lora_linear_bwd", "qlora_linear_fwd", "qlora_linear_bwd")
+_PLAIN = "addmm"
+# Candidates that are no tiles.
+_NAMES = {"vendor": "vendor's product", "native": "native backend"}
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """The command's arguments."""
+    from ..bench import _count, _counts, _names, _pairs, _share, _time
+    from ..bench.case import DTYPES, QUANTS
+
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "tune",
+        help="measure the kernels on your sizes and keep the fastest",
+        description=(
+            "Times candidates, checks their results, and keeps the fastest on disk for later runs "
+            "($FASTLORA_CACHE, else ~/.cache/fastlora). On a GPU: tiles for each product of a "
+            "layer, beside the plain addmm sequence; what is slower than that is never kept. On a "
+            "CPU: one set of tile sizes for all layers, beside the sizes in use; it is kept if it "
+            "is 1 % faster over all of them and no more than 3 % slower on any: less is noise. "
+            "Without this command fastlora takes "
+            "defaults for the class of the device; nothing is tuned while training."
+        ),
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="(cuda where there is one)")
+    parser.add_argument("--shape", type=_pairs, metavar="N,K", help="several with : (4096,4096)")
+    parser.add_argument("--model", metavar="PATH", help="every linear layer of a folder's model")
+    parser.add_argument(
+        "--tokens", type=_counts, metavar="M,...",
+        help="(cuda: 16,256,2048,8192; cpu: 1,16,128,512)",
+    )  # fmt: skip
+    parser.add_argument("--rank", type=_counts, default=[16], metavar="R,...", help="(16)")
+    parser.add_argument(
+        "--quant", type=_names(QUANTS), default=["none", "nf4"], metavar="NAME,...",
+        help=f"{' | '.join(QUANTS)} (none,nf4)",
+    )  # fmt: skip
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="(bf16)")
+    parser.add_argument("--dropout", type=_share, default=0.1, metavar="P", help="(0.1)")
+    parser.add_argument("--rounds", type=_count, default=9, metavar="N", help="(9)")
+    parser.add_argument("--sample-ms", type=_time, default=20.0, metavar="MS", help="(20)")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures, prints a line a problem; 1 when a candidate's result was wrong."""
+    shapes = args.shape or ([] if args.model else [(4096, 4096)])
+    if args.model:
+        shapes = [*shapes, *_shapes_of(args.model)]
+    shapes = list(dict.fromkeys(shapes))
+    device = _device(args.device)
+    if device == "native":
+        from . import cpu as tune_cpu
+
+        return tune_cpu.run(args, shapes)
+    args.tokens = args.tokens or [16, 256, 2048, 8192]
+    problems = list(_problems(args, shapes))
+    console = Console()
+    table = Table("op", "sizes", "fastest", "ms", "addmm ms", "candidates", box=None)
+    wrong: list[str] = []
+    left_out: list[str] = []
+    for problem in track(
+        problems,
+        description="tuning",
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ):
+        outcome = tune(problem, device, args.rounds, args.sample_ms * 1e-3)
+        wrong += outcome.wrong
+        left_out += [reason.splitlines()[0] for reason in outcome.left_out]
+        table.add_row(*outcome.cells())
+    console.print(table)
+    for reason, count in Counter(left_out).most_common(5):
+        console.print(f"left out {count} times: {reason}", highlight=False)
+    for line in wrong:
+        console.print(f"[bold red]wrong[/] {line}", highlight=False)
+    return 1 if wrong else 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What tuning one problem found.
+
+    Args:
+        problem: what was tuned.
+        seconds: median of each candidate that ran, by name, and of addmm.
+        kept: name of the candidate that was stored; None where addmm was the fastest.
+        left_out: candidates that don't compile here, with the reason.
+        wrong: candidates with a wrong result; they are not timed.
+    """
+
+    problem: Problem
+    seconds: dict[str, float]
+    kept: str | None
+    left_out: list[str]
+    wrong: list[str]
+
+    def cells(self) -> tuple[str, ...]:
+        """A line of the table."""
+        M, N, K, R = self.problem.sizes
+        fastest = self.kept or "none: addmm is faster, the default stays"
+        ours = [value for name, value in self.seconds.items() if name != _PLAIN]
+        best = min(ours, default=math.nan)
+        return (
+            self.problem.op,
+            f"M={M} N={N} K={K} R={R}",
+            fastest,
+            f"{best * 1e3:.3g}",
+            f"{self.seconds[_PLAIN] * 1e3:.3g}",
+            f"{len(self.seconds) - 1} ran, {len(self.left_out) + len(self.wrong)} left out",
+        )
+
+
+def tune(
+    problem: Problem, device: str, rounds: int, sample_seconds: float, most: int | None = None
+) -> Outcome:
+    """Measures the candidates of `problem` in turn with addmm, and stores the fastest that wins.
+
+    Args:
+        device: "cuda", or "cpu" in Triton's interpreter.
+        rounds, sample_seconds: as in `fastlora bench`.
+        most: so many candidates at most; those that are no tiles and the default come first.
+    """
+    import torch
+
+    from ...backends.triton.tuner import Trial, keep
+    from ..bench.measure import Budget, interleave, waits_for
+
+    trial = Trial(problem, torch.device(device))
+    choices = {_name(choice): choice for choice in trial.choices()[:most]}
+    ready, left_out, wrong = _checked(trial, choices)
+    calls: dict[str, list[Callable[[], object]]] = {
+        name: [trial.call(choices[name])] for name in ready
+    }
+    calls[_PLAIN] = [trial.plain()]
+    timings = interleave(calls, Budget(rounds, sample_seconds), wait=waits_for(device))
+    seconds = {name: statistics.median(timing.seconds) for name, timing in timings.items()}
+    ranking = sorted(seconds, key=lambda name: seconds[name])
+    faster = ranking[: ranking.index(_PLAIN)]
+    keep(trial, [choices[name] for name in faster])
+    return Outcome(problem, seconds, faster[0] if faster else None, left_out, wrong)
+
+
+def _checked(
+    trial: Trial, choices: dict[str, Any]
+) -> tuple[list[str], list[str], list[str]]:  # fmt: skip
+    """Names of the candidates to time, then of those left out, then of those that are wrong."""
+    ready, left_out, wrong = [], [], []
+    for name, choice in choices.items():
+        try:
+            fault = trial.fault(choice)
+        except Exception as error:
+            # A tile that this GPU's compiler or shared memory refuses is no candidate.
+            left_out.append(f"{name}: {type(error).__name__}: {error}")
+            continue
+        if fault is None:
+            ready.append(name)
+        else:
+            wrong.append(f"{trial.problem} with {name}: {fault}")
+    return ready, left_out, wrong
+
+
+def _name(choice: Any) -> str:
+    if choice["way"] in _NAMES:
+        return ", ".join([_NAMES[choice["way"]], *filter(None, [choice.get("kernel")])])
+    return "{BM}x{BN}x{BK}, {warps} warps, {stages} stages".format(**choice)
+
+
+def _device(wanted: str | None) -> str:
+    """What is tuned: Triton on "cuda", Triton's interpreter on "cpu", or "native", the C++ kernels.
+
+    Raises:
+        CliError: the kernels can't run here; it says why.
+    """
+    from ...backends import BACKENDS
+
+    triton = BACKENDS["triton"].unsupported
+    no_gpu = triton("lora_linear_fwd", "cuda")
+    if wanted == "cuda" or (wanted is None and no_gpu is None):
+        if no_gpu is not None:
+            raise CliError(f"--device cuda: {no_gpu}")
+        return "cuda"
+    if triton("lora_linear_fwd", "cpu") is None:  # TRITON_INTERPRET is set
+        return "cpu"
+    if reason := BACKENDS["native"].unsupported("lora_linear_fwd", "cpu"):
+        raise CliError(f"there is nothing to tune. cuda: {no_gpu} cpu: {reason}")
+    return "native"
+
+
+def _problems(args: argparse.Namespace, shapes: Sequence[tuple[int, int]]) -> Iterator[Problem]:
+    import torch
+
+    from ...backends.triton.tuner import Problem
+    from ..bench.case import DTYPES
+
+    dtype = getattr(torch, DTYPES[args.dtype])
+    for N, K in shapes:
+        for quant in args.quant:
+            for M in args.tokens:
+                for R in args.rank:
+                    for op in _OPS:
+                        if op.startswith("q") != (quant != "none"):
+                            continue
+                        kind = {} if quant == "none" else {"quant_type": quant}
+                        yield Problem(op, (M, N, K, R), dtype, dropout_p=args.dropout, **kind)
+
+
+def _shapes_of(folder: str) -> list[tuple[int, int]]:
+    """(N, K) of every linear layer but the head, from config.json alone."""
+    if not (Path(folder) / "config.json").exists():
+        raise CliError(f"--model: expected a folder with config.json, got {folder}")
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    head = model.get_output_embeddings()
+    layers = (m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head)
+    return list(dict.fromkeys((layer.out_features, layer.in_features) for layer in layers))

@@ -1,0 +1,37 @@
+"""The drop-in for PEFT: `accelerate`, `restore`, `explain`, `register` and `patch_peft`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .explanation import Explanation, Row, explain
+from .fuse.join import Fusion
+from .model import accelerate, patch_peft, register, restore, unpatch_peft
+from .swap import FastLoraLinear, fast_path
+
+if TYPE_CHECKING:
+    from .swap_bnb import FastLoraLinear4bit
+
+__all__ = [
+    "Explanation",
+    "FastLoraLinear",
+    "FastLoraLinear4bit",
+    "Fusion",
+    "Row",
+    "accelerate",
+    "explain",
+    "fast_path",
+    "patch_peft",
+    "register",
+    "restore",
+    "unpatch_peft",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Its base class needs bitsandbytes, which is slow to import and absent on many machines.
+    if name == "FastLoraLinear4bit":
+        from .swap_bnb import FastLoraLinear4bit
+
+        return FastLoraLinear4bit
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,131 @@
+"""The 16-bit weights that a 4-bit model was made from, read one at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .... import ops
+from ....quant import QuantState
+
+Source = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
+
+# As safetensors and torch name them.
+_DTYPES = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")
+
+
+class OriginalWeights:
+    """Weights by the names of a model's layers.
+
+    Args:
+        source: a model, a state dict, or a folder with `*.safetensors`, of which only the headers
+            are read until a weight is asked for.
+
+    Raises:
+        TypeError: source is none of these.
+        ValueError: the folder has no safetensors file.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._files: dict[str, Path] = {}
+        self._tensors: Mapping[str, Tensor] = {}
+        if isinstance(source, nn.Module):
+            self._tensors = dict(source.named_parameters())
+        elif isinstance(source, Mapping):
+            self._tensors = source
+        elif isinstance(source, str | os.PathLike):
+            self._files = _index(Path(source))
+        else:
+            raise TypeError(
+                "base must be a model, a state dict or a folder with safetensors files, "
+                f"got {type(source).__name__}"
+            )
+
+    def key(self, layer: str) -> str:
+        """The name under which the weight of `layer` stands here.
+
+        Names may differ by what stands before them: "model.layers.0.mlp.up_proj" finds
+        "layers.0.mlp.up_proj.weight" and "base_model.model.model.layers.0.mlp.up_proj.weight".
+
+        Raises:
+            ValueError: there is none, or more than one.
+        """
+        wanted, keys = f"{layer}.weight", self._files or self._tensors
+        if wanted in keys:
+            return wanted
+        found = [key for key in keys if _ends_alike(key.replace(".base_layer.", "."), wanted)]
+        if len(found) != 1:
+            raise ValueError(f"base must have one weight for layer {layer}, got {_some(found)}")
+        return found[0]
+
+    def check(self, layer: str, shape: Iterable[int]) -> None:
+        """Raises ValueError unless the weight of `layer` is here, floating and of this shape."""
+        key = self.key(layer)
+        if key in self._files:
+            found, dtype = self._open(key, _shape_and_dtype)
+        else:
+            tensor = self._tensors[key]
+            found, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+        if found != tuple(shape) or dtype not in _DTYPES:
+            raise ValueError(
+                f"base: {key} must be a weight in 16 bits or more of shape {tuple(shape)}, "
+                f"got {dtype} {found}"
+            )
+
+    def __getitem__(self, layer: str) -> Tensor:
+        """The weight of `layer`; from a file, a fresh tensor on the CPU, decoded if in 4 bits."""
+        key = self.key(layer)
+        if key not in self._files:
+            return self._tensors[key].detach()
+        parts = [name for name in self._files if name.startswith(f"{key}.")]
+        weight = self._read(key)
+        if not parts:
+            return weight
+        state = QuantState.from_dict({n.removeprefix(f"{key}."): self._read(n) for n in parts})
+        return ops.dequantize_4bit(weight, state, torch.float32)
+
+    def _read(self, key: str) -> Tensor:
+        return self._open(key, lambda file, key: file.get_tensor(key))
+
+    def _open(self, key: str, read: Callable[[Any, str], Any]) -> Any:
+        from safetensors import safe_open
+
+        with safe_open(self._files[key], framework="pt") as file:
+            return read(file, key)
+
+
+def _shape_and_dtype(file: Any, key: str) -> tuple[tuple[int, ...], str]:
+    part = file.get_slice(key)
+    return tuple(part.get_shape()), part.get_dtype()
+
+
+def _index(folder: Path) -> dict[str, Path]:
+    """Tensor name -> file."""
+    from safetensors import safe_open
+
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return {k: folder / f for k, f in json.loads(index.read_text())["weight_map"].items()}
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"base must be a folder with *.safetensors files, got {folder}")
+    found = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            found.update(dict.fromkeys(file.keys(), path))
+    return found
+
+
+def _ends_alike(one: str, other: str) -> bool:
+    """True when the shorter of two dotted names ends the longer."""
+    return f".{one}".endswith(f".{other}") or f".{other}".endswith(f".{one}")
+
+
+def _some(names: list[str]) -> str:
+    return "none" if not names else f"{len(names)}: {', '.join(names[:3])}"

@@ -1,0 +1,3 @@
+"""Whether a call of a PEFT layer can run on fastlora, and why not."""
+
+from __future__ import annotations
