@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..quant import QuantState, code_table, quantize_bounds
+from ..quant import AbsmaxFormat, QuantState, find_format, quantize_bounds
 from ..reference import Projection
 from . import native_cuda, sequence
 from .machine import cpu
@@ -325,12 +325,16 @@ def _numbers(projections: Sequence[Projection]) -> tuple[list[float], list[float
 
 def quantize_4bit(
     weight: Tensor,
-    blocksize: int = 64,
+    blocksize: int | None = None,
     quant_type: str = "nf4",
     compress_statistics: bool = False,
 ) -> tuple[Tensor, QuantState]:
-    """`reference.quantize_4bit`."""
-    code, device = code_table(quant_type, "cpu"), weight.device
+    """`reference.quantize_4bit`: a kernel for bitsandbytes' formats, plain torch for the others."""
+    fmt = find_format(quant_type)
+    if not isinstance(fmt, AbsmaxFormat):
+        return fmt.quantize(weight, blocksize, compress_statistics)
+    blocksize = blocksize or fmt.blocksize
+    code, device = fmt.table("cpu"), weight.device
     bounds, order = quantize_bounds(code)
     tables = bounds.to(device), order.to(torch.uint8).to(device)
     packed, absmax = ops.quantize_4bit(weight.detach(), *tables, blocksize)

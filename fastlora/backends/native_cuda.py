@@ -149,10 +149,7 @@ def _fastest(op: str, x: Tensor, dtype: torch.dtype, blocksize: int, N: int, R: 
 
 def state_args(state: QuantState) -> tuple[Any, ...]:
     """A quant state as the ops take it: absmax, code, three nested tensors, blocksize."""
-    inner = state.state2
-    nested_absmax = None if inner is None else inner.absmax
-    nested_code = None if inner is None else inner.code
-    return state.absmax, state.code, nested_absmax, nested_code, state.offset, state.blocksize
+    return *state.tensors(), state.blocksize
 
 
 def nested(state: QuantState) -> QuantState:
