@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose
+from ..backends.contract import Request
 from ..quant import BLOCKSIZES, QuantState, as_quant_state, packed_bytes
 from .checks import check_bytes
 
@@ -28,7 +29,7 @@ def quantize_4bit(
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"weight must be fp32, bf16 or fp16, got {weight.dtype}")
     place = weight.device
-    b = choose("quantize_4bit", place.type, backend, dtype=weight.dtype, index=place.index)
+    b = choose(Request("quantize_4bit", place.type, place.index, weight.dtype), backend)
     return b.quantize_4bit(weight, blocksize, quant_type, compress_statistics)
 
 
@@ -61,5 +62,5 @@ def dequantize_4bit(
     if out is not None and out.dtype != dtype:
         raise TypeError(f"out must have dtype {dtype}, got {out.dtype}")
     place = packed.device
-    b = choose("dequantize_4bit", place.type, backend, dtype=dtype, index=place.index)
+    b = choose(Request("dequantize_4bit", place.type, place.index, dtype), backend)
     return b.dequantize_4bit(packed, state, dtype, out)

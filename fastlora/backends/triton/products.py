@@ -1,20 +1,52 @@
-"""`qlora_linear_fwd` and `qlora_linear_bwd`: a 4-bit base, decoded in the product or before it."""
+"""The base product with its LoRA term: of a dense weight, or of one decoded in it or before it."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from ..schemas import Packed
+from .kernels.base_product import base_product
 from .kernels.base_product_4bit import base_product_4bit, fits
-from .kernels.dequantize_4bit import PANEL, Packed, dequantize_4bit
+from .kernels.dequantize_4bit import PANEL, dequantize_4bit
 from .kernels.dropout import Dropout
-from .launch import Launcher, Tile
-from .lora_linear import Grads, Product, backward, dense_product, forward
+from .launch import Launcher
+from .tiles import Tile
 
+# `out = left W + bias + drop'(factor * P Q)`, its arguments in this order; it fills out.
+Product = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, float, Dropout], None]
 # A decoded weight takes no more than this; a larger one is decoded panel by panel.
 WORKSPACE_BYTES = 256 * 2**20
+
+
+def dense_product(gpu: Launcher, right: Tensor, tile: Tile | None) -> Product:
+    """`out = left right + bias + drop'(factor * P Q)` on a dense [C, N] `right`.
+
+    Args:
+        tile: of the kernel that holds the term in its accumulator; None for the vendor's product,
+            which adds to a term that a kernel has written (rounded to out's dtype).
+    """
+
+    def product(
+        out: Tensor,
+        left: Tensor,
+        bias: Tensor | None,
+        P: Tensor,
+        Q: Tensor,
+        factor: float,
+        dropout: Dropout,
+    ) -> None:
+        if tile is not None:
+            base_product(gpu, out, left, right, bias, P, Q, factor, dropout, tile)
+            return
+        term = gpu.table_tile("base_product", out.dtype, M=len(left), R=P.shape[1])
+        base_product(gpu, out, left[:, :0], right[:0], bias, P, Q, factor, dropout, term)
+        out.addmm_(left, right)
+
+    return product
 
 
 def panels(
@@ -99,43 +131,3 @@ def four_bit_product(
             dense_product(gpu, right, tile)(*columns, factor, dropout.at(begin))
 
     return product
-
-
-def qlora_linear_fwd(
-    gpu: Launcher,
-    x: Tensor,
-    packed: Packed,
-    base: torch.dtype,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """`reference.qlora_linear_fwd`."""
-    shape = (len(lora_B), x.shape[1])
-    tiles = gpu.four_bit_tiles("qlora_linear_fwd", base, (len(x), *shape, len(lora_A)))
-    product = four_bit_product(gpu, packed, shape, True, base, tiles)
-    return forward(gpu, product, x, bias, lora_A, lora_B, scaling, dropout_p, seed)
-
-
-def qlora_linear_bwd(
-    gpu: Launcher,
-    dy: Tensor,
-    x: Tensor,
-    packed: Packed,
-    base: torch.dtype,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    S: Tensor,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    needs: tuple[bool, bool, bool, bool],
-) -> Grads:
-    """`reference.qlora_linear_bwd`."""
-    shape = (len(lora_B), x.shape[1])
-    tiles = gpu.four_bit_tiles("qlora_linear_bwd", base, (len(x), *shape, len(lora_A)))
-    product = four_bit_product(gpu, packed, shape, False, base, tiles)
-    return backward(gpu, product, dy, x, lora_A, lora_B, S, scaling, dropout_p, seed, needs)
