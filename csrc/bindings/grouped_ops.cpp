@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "checks.h"
-#include "cpu/kernels.h"
-#include "cpu/tile_sizes.h"
+#include "cpu/runtime/kernels.h"
+#include "cpu/runtime/tile_sizes.h"
 #include "parallel.h"
 #include "schemas.h"
 

@@ -1,7 +1,7 @@
 // The entry points that each instruction set defines, one in each file under kernels/.
 #pragma once
 
-#include "kernels.h"
+#include "runtime/kernels.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {

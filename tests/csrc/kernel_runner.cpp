@@ -20,8 +20,8 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/kernels.h"
-#include "cpu/tile_sizes.h"
+#include "cpu/runtime/kernels.h"
+#include "cpu/runtime/tile_sizes.h"
 
 namespace fastlora {
 
@@ -142,7 +142,7 @@ Weight read_weight(Call& call) {
   weight.N = call.integer();
   weight.K = call.integer();
   weight.dense = call.array<void>();
-  weight.turned = call.integer() != 0;
+  weight.transposed = call.integer() != 0;
   weight.quant = read_quant(call);
   weight.compute_dtype = call.dtype();
   return weight;

@@ -1,6 +1,6 @@
 // out = code[q] * absmax, in fp32, rounded once to the output's dtype.
 #include "../table.h"
-#include "../weights.h"
+#include "../weight/weights.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {

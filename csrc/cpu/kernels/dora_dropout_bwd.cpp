@@ -1,7 +1,7 @@
 // dx = mask * dkept + (1 - scale * mask) * drest in one pass, with the forward's mask made anew.
 #include "../dropout.h"
+#include "../runtime/tiles.h"
 #include "../table.h"
-#include "../tiles.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {

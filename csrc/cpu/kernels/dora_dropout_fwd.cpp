@@ -1,8 +1,8 @@
 // kept = mask * x and rest = x - scale * mask * x, in one pass over x: the two inputs of DoRA's products
 // with W, which add up to x.
 #include "../dropout.h"
+#include "../runtime/tiles.h"
 #include "../table.h"
-#include "../tiles.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {

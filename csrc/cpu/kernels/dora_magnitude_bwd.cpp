@@ -2,9 +2,9 @@
 //
 // Sums go over the tokens of a tile, and then over the tiles in their order: the result does not depend
 // on the number of threads.
-#include "../scratch.h"
+#include "../runtime/scratch.h"
+#include "../runtime/tiles.h"
 #include "../table.h"
-#include "../tiles.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {

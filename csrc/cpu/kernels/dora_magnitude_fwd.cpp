@@ -1,6 +1,6 @@
 // y = factor * z + rest in one pass, rounded once.
+#include "../runtime/tiles.h"
 #include "../table.h"
-#include "../tiles.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {

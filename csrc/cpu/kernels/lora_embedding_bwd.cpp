@@ -2,10 +2,10 @@
 //
 // Each element of dA and dB is summed by one tile, over the tokens in their order: the result does not
 // depend on the number of threads.
-#include "../pack.h"
-#include "../scratch.h"
+#include "../runtime/scratch.h"
+#include "../runtime/tiles.h"
 #include "../table.h"
-#include "../tiles.h"
+#include "../weight/pack.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {

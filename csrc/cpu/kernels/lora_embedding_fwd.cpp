@@ -1,8 +1,8 @@
 // y[m] = weight_scale * E[id] + scaling * S[m] B^T: rows of the table are read, and y is rounded, once.
-#include "../pack.h"
-#include "../scratch.h"
+#include "../runtime/scratch.h"
+#include "../runtime/tiles.h"
 #include "../table.h"
-#include "../tiles.h"
+#include "../weight/pack.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {

@@ -1,7 +1,7 @@
-#include "../linear_bwd.h"
+#include "../linear/bwd.h"
 
 #include "../table.h"
-#include "../with_weight.h"
+#include "../weight/with_weight.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {

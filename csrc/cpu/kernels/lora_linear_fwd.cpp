@@ -1,8 +1,8 @@
-#include "../linear_decode.h"
-#include "../linear_fwd.h"
+#include "../linear/decode.h"
+#include "../linear/fwd.h"
 
 #include "../table.h"
-#include "../with_weight.h"
+#include "../weight/with_weight.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {

@@ -4,7 +4,7 @@
 // one is divided by its absmax, which is stored with the same floor; a value on the midpoint of two
 // codes takes the lower one, NaN the highest.
 #include "../table.h"
-#include "../weights.h"
+#include "../weight/weights.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "../common/params.h"
+#include "../../common/params.h"
 
 namespace fastlora {
 

@@ -1,8 +1,7 @@
 // The kernels of one instruction set, and the choice among the sets that were compiled.
 #pragma once
 
-#include "../common/dora.h"
-#include "../common/params.h"
+#include "../../common/params.h"
 
 namespace fastlora {
 

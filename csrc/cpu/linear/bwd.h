@@ -10,9 +10,9 @@
 
 #include <new>
 
-#include "scratch.h"
-#include "tiles.h"
-#include "with_weight.h"
+#include "../runtime/scratch.h"
+#include "../runtime/tiles.h"
+#include "../weight/with_weight.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {

@@ -6,14 +6,14 @@
 //      same block while it is hot.
 //   2. Partial sums of S over k are added up in a fixed order.
 //   3. Chunks of W's rows: decode a strip, multiply it with every panel, add scaling * S B^T onto the
-//      fp32 tile, add the bias, turn the tile and round it once into y.
+//      fp32 tile, add the bias, transpose the tile and round it once into y.
 #pragma once
 
 #include <new>
 
-#include "scratch.h"
-#include "tiles.h"
-#include "turned.h"
+#include "../runtime/scratch.h"
+#include "../runtime/tiles.h"
+#include "../weight/transposed.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {

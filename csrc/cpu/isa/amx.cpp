@@ -3,8 +3,8 @@
 // A panel of pairs, [unit][lane], is what TDPBF16PS wants for its second factor, and rows of units are
 // what it wants for its first: both are read where they lie. Two tiles of rows times two of columns
 // fill four tiles of sums.
+#include "../runtime/kernels.h"
 #include "amx_tiles.h"
-#include "kernels.h"
 
 namespace fastlora {
 

@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "checks.h"
-#include "cpu/kernels.h"
-#include "cpu/tile_sizes.h"
+#include "cpu/runtime/kernels.h"
+#include "cpu/runtime/tile_sizes.h"
 #include "parallel.h"
 #include "schemas.h"
 
@@ -238,7 +238,7 @@ struct Layers {
     if (!get(i, absmax).has_value()) {
       STD_TORCH_CHECK(!get(0, absmax).has_value(), "layers must be all dense or all 4-bit");
       dense.push_back(dense_weight(must(i, weight), x));
-      STD_TORCH_CHECK(is_turned(dense.back()) == is_turned(dense.front()),
+      STD_TORCH_CHECK(is_transposed(dense.back()) == is_transposed(dense.front()),
                       "layers must all be stored [N, K] or all [K, N]");
       return weight_of(dense.back());
     }

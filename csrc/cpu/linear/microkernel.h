@@ -6,7 +6,7 @@
 // the summed dimension (pairs.h). Sums are fp32.
 #pragma once
 
-#include "pairs.h"
+#include "../isa/pairs.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {
