@@ -60,17 +60,10 @@ struct TileSizes {
   int64_t bwd_grad_tokens;     // tokens of one fp32 panel of x or dy
 };
 
-// C[nr][16 mv] (+)= rows[nr][units] * panel[units][16 mv]: a matrix unit's product of pairs of bf16,
-// as `multiply` in cpu/linear/microkernel.h. Strides in units and in floats.
-using PairProduct = void (*)(int mv, int64_t nr, const uint32_t* rows, int64_t row_stride,
-                             const uint32_t* panel, int64_t panel_stride, int64_t units, float* C,
-                             int64_t ldc, bool accumulate);
-
 // y = x W^T + bias + scaling * S B^T,  S = drop(x) A^T
 struct LoraLinearFwd {
   int64_t M, R;
   TileSizes tiles;
-  PairProduct pair_product;  // for the base product, or null
   Weight weight;
   DType x_dtype;        // of x and y
   DType adapter_dtype;  // of A and B
@@ -92,7 +85,6 @@ struct LoraLinearFwd {
 struct LoraLinearBwd {
   int64_t M, R;
   TileSizes tiles;
-  PairProduct pair_product;  // for the base product, or null
   Weight weight;
   DType x_dtype;  // of x, dy and dx
   DType adapter_dtype;

@@ -1,8 +1,8 @@
 // norms[n] = |W[n] + scaling * (B A)[n]|: the sum is formed in registers, and never stored. So it costs
 // what W A^T would, and loses nothing where W and B A cancel.
 #include "../runtime/scratch.h"
+#include "../runtime/table.h"
 #include "../runtime/tiles.h"
-#include "../table.h"
 #include "../weight/with_weight.h"
 
 namespace fastlora {
@@ -175,19 +175,19 @@ void norms_of(const DoraNorm& p, const ParallelFor& parallel) {
 
 }  // namespace
 
-void dora_norm(const DoraNorm& p, const ParallelFor& parallel) {
+void dora_norm(const DoraNorm& p, const Machine& machine) {
   if (p.weight.dense) {
     with_type(p.weight.compute_dtype, [&](auto* type) {
       using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-      p.weight.transposed ? norms_of<F32, Transposed<T>>(p, parallel)
-                          : norms_of<F32, Dense<T>>(p, parallel);
+      p.weight.transposed ? norms_of<F32, Transposed<T>>(p, machine.parallel)
+                          : norms_of<F32, Dense<T>>(p, machine.parallel);
     });
 #if defined(FASTLORA_PAIRS)
   } else if (p.weight.compute_dtype == DType::bf16) {
-    norms_of<Bf16Pair, FourBit>(p, parallel);
+    norms_of<Bf16Pair, FourBit>(p, machine.parallel);
 #endif
   } else {
-    norms_of<F32, FourBit>(p, parallel);
+    norms_of<F32, FourBit>(p, machine.parallel);
   }
   trim_scratch(Scratch::shared);
 }

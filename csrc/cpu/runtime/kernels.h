@@ -1,32 +1,35 @@
-// The kernels of one instruction set, and the choice among the sets that were compiled.
+// The instruction sets that were compiled, and the choice among them.
 #pragma once
 
-#include "../../common/params.h"
+#include <string>
+
+#include "table.h"
 
 namespace fastlora {
 
-struct Kernels {
+// An instruction set. Its kernels are called as members: kernels().dora_norm(p, parallel).
+struct Level {
   const char* isa;
-  // One layer, or `count` that read one x: with the same M, K, x, tiles and dtypes, all dense or all
-  // 4-bit. The layers of a backward have one dx, the sum of what each adds to it.
-  void (*lora_linear_fwd)(LoraLinearFwd* layers, int64_t count, const ParallelFor&);
-  void (*lora_linear_bwd)(LoraLinearBwd* layers, int64_t count, const ParallelFor&);
-  void (*lora_embedding_fwd)(const LoraEmbeddingFwd&, const ParallelFor&);
-  void (*lora_embedding_bwd)(const LoraEmbeddingBwd&, const ParallelFor&);
-  void (*quantize_4bit)(const Quantize4bit&, const ParallelFor&);
-  void (*dequantize_4bit)(const Dequantize4bit&, const ParallelFor&);
-  void (*dora_norm)(const DoraNorm&, const ParallelFor&);
-  void (*dora_magnitude_fwd)(const DoraMagnitudeFwd&, const ParallelFor&);
-  void (*dora_magnitude_bwd)(const DoraMagnitudeBwd&, const ParallelFor&);
-  void (*dora_dropout_fwd)(const DoraDropoutFwd&, const ParallelFor&);
-  void (*dora_dropout_bwd)(const DoraDropoutBwd&, const ParallelFor&);
+  const Kernels* table;
+  bool (*runs)();            // on this CPU, if it runs those before
+  TileSizes tile_sizes;      // before they are fitted to the caches
+  PairProduct pair_product;  // of a matrix unit, or null
+
+#define FASTLORA_KERNEL(name, Params)                             \
+  void name(const Params& p, const ParallelFor& parallel) const { \
+    table->name(p, {parallel, pair_product});                     \
+  }
+#include "kernels.def"
 };
 
 // The best set that this CPU runs, or the one that FASTLORA_CPU_ISA names if it is lower.
 // Throws std::runtime_error for an unknown name, or for one that this CPU or build lacks.
-const Kernels& kernels();
+const Level& kernels();
+
+// The set of this name, or null if it was not compiled.
+const Level* level_named(const char* isa);
 
 // The sets that were compiled, from the plainest on, separated by spaces.
-const char* compiled_isas();
+std::string compiled_isas();
 
 }  // namespace fastlora
