@@ -125,11 +125,11 @@ inline Quant4bit quant_of(const QuantTensors& t, int64_t elements) {
 }
 
 // A dense weight as the kernels can read it: t itself where it is contiguous, or else its transpose.
-inline bool is_turned(const Tensor& t) {
+inline bool is_transposed(const Tensor& t) {
   return !t.is_contiguous() && t.stride(0) == 1 && t.stride(1) == t.size(0);
 }
 inline Tensor with_order(const Tensor& t) {
-  return is_turned(t) ? t : torch::stable::contiguous(t);
+  return is_transposed(t) ? t : torch::stable::contiguous(t);
 }
 
 // `dense` comes from with_order.
@@ -138,7 +138,7 @@ inline Weight weight_of(const Tensor& dense) {
   weight.N = dense.size(0);
   weight.K = dense.size(1);
   weight.dense = dense.data_ptr();
-  weight.turned = is_turned(dense);
+  weight.transposed = is_transposed(dense);
   weight.compute_dtype = dtype_of(dense, "weight");
   return weight;
 }

@@ -2,7 +2,7 @@
 #include <tuple>
 
 #include "checks.h"
-#include "cpu/kernels.h"
+#include "cpu/runtime/kernels.h"
 #include "parallel.h"
 #include "schemas.h"
 

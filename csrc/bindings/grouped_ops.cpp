@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "checks.h"
-#include "cpu/kernels.h"
-#include "cpu/tile_sizes.h"
+#include "cpu/runtime/kernels.h"
+#include "cpu/runtime/tile_sizes.h"
 #include "parallel.h"
 #include "schemas.h"
 
@@ -178,7 +178,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_any, const Experts& experts,
     p.first_row = segment.begin;
     p.y = at(y, segment.begin * N);
     p.S = floats_at(S, segment.begin * R);
-    kernels().lora_linear_fwd(&p, 1, parallel);
+    kernels().lora_linear_fwd({&p, 1}, parallel);
   });
   return {y, S};
 }
@@ -238,7 +238,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy_any, const Optional
     p.dx = need_dx ? at(dx, segment.begin * K) : nullptr;
     p.dA = need_dA ? floats_at(dA, segment.expert * R * K) : nullptr;
     p.dB = need_dB ? floats_at(dB, segment.expert * N * R) : nullptr;
-    kernels().lora_linear_bwd(&p, 1, parallel);
+    kernels().lora_linear_bwd({&p, 1}, parallel);
   });
   if (need_dA) dA = torch::stable::to(dA, A.scalar_type());
   if (need_dB) dB = torch::stable::to(dB, B.scalar_type());

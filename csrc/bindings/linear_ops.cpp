@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "checks.h"
-#include "cpu/kernels.h"
-#include "cpu/tile_sizes.h"
+#include "cpu/runtime/kernels.h"
+#include "cpu/runtime/tile_sizes.h"
 #include "parallel.h"
 #include "schemas.h"
 
@@ -69,7 +69,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_any, const Weight& weight,
                                    double scaling, double dropout_p, const OptionalTensor& seed) {
   const Tensor x = with_contiguous_rows(x_any);
   Forward layer(x, weight, bias, A, B, scaling, dropout_p, seed, tile_sizes());
-  kernels().lora_linear_fwd(&layer.params, 1, parallel_for());
+  kernels().lora_linear_fwd({&layer.params, 1}, parallel_for());
   return {layer.y, layer.S};
 }
 
@@ -142,7 +142,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tens
   Backward layer(dy, x, weight, A, B, S, scaling, dropout_p, seed,
                  {need_dx, need_dA, need_dB, need_dbias}, need_dx ? dx.data_ptr() : nullptr,
                  tile_sizes());
-  kernels().lora_linear_bwd(&layer.params, 1, parallel_for());
+  kernels().lora_linear_bwd({&layer.params, 1}, parallel_for());
   layer.finish();
   return {dx, layer.dA, layer.dB, layer.dbias};
 }
@@ -238,7 +238,7 @@ struct Layers {
     if (!get(i, absmax).has_value()) {
       STD_TORCH_CHECK(!get(0, absmax).has_value(), "layers must be all dense or all 4-bit");
       dense.push_back(dense_weight(must(i, weight), x));
-      STD_TORCH_CHECK(is_turned(dense.back()) == is_turned(dense.front()),
+      STD_TORCH_CHECK(is_transposed(dense.back()) == is_transposed(dense.front()),
                       "layers must all be stored [N, K] or all [K, N]");
       return weight_of(dense.back());
     }
@@ -265,7 +265,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> shared_linear_fwd(
                       layers.scalings[i], layers.dropouts[i], layers.get(i, Layers::seed), tiles);
     params.push_back(each.back().params);
   }
-  kernels().lora_linear_fwd(params.data(), static_cast<int64_t>(params.size()), parallel_for());
+  kernels().lora_linear_fwd({params.data(), static_cast<int64_t>(params.size())}, parallel_for());
   std::vector<Tensor> ys, Ss;
   for (const Forward& layer : each) {
     ys.push_back(layer.y);
@@ -296,7 +296,7 @@ std::tuple<Tensor, std::vector<Tensor>> shared_linear_bwd(
                       layers.get(i, Layers::seed), asked, need_dx ? dx.data_ptr() : nullptr, tiles);
     params.push_back(each.back().params);
   }
-  kernels().lora_linear_bwd(params.data(), static_cast<int64_t>(params.size()), parallel_for());
+  kernels().lora_linear_bwd({params.data(), static_cast<int64_t>(params.size())}, parallel_for());
   std::vector<Tensor> grads;
   for (Backward& layer : each) {
     layer.finish();

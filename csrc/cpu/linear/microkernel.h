@@ -6,7 +6,8 @@
 // the summed dimension (pairs.h). Sums are fp32.
 #pragma once
 
-#include "pairs.h"
+#include "../isa/pairs.h"
+#include "product.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {
@@ -216,7 +217,7 @@ static void multiply_base([[maybe_unused]] PairProduct unit, int mv, int64_t nr,
 #if defined(FASTLORA_PAIRS)
   if constexpr (std::is_same_v<Compute, Bf16Pair>) {
     if (unit) {
-      return unit(mv, nr, rows, row_stride, panel, panel_stride, units, C, ldc, accumulate);
+      return unit({mv, nr, units, rows, row_stride, 1, panel, panel_stride, C, ldc, accumulate});
     }
   }
 #endif

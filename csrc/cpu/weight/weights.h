@@ -16,16 +16,16 @@ struct Dense {
   int64_t K;
 };
 
-// Stored [K, N]; see turned.h.
+// Stored [K, N]; see transposed.h.
 template <class T>
-struct Turned {
+struct Transposed {
   const T* data;
   int64_t N, K;
 };
 template <class Source>
 constexpr bool kStoredByRows = true;
 template <class T>
-constexpr bool kStoredByRows<Turned<T>> = false;
+constexpr bool kStoredByRows<Transposed<T>> = false;
 
 // A weight as the kernels read it, and the look-up tables of its absmax.
 //   absmax   of a 4-bit weight in fp32, or null: nested statistics are then decoded row by row
@@ -38,8 +38,8 @@ struct Operand<Dense<T>> {
       : source{static_cast<const T*>(weight.dense), weight.K} {}
 };
 template <class T>
-struct Operand<Turned<T>> {
-  Turned<T> source;
+struct Operand<Transposed<T>> {
+  Transposed<T> source;
   Operand(const Weight& weight, const float*)
       : source{static_cast<const T*>(weight.dense), weight.N, weight.K} {}
 };

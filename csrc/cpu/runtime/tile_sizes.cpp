@@ -1,8 +1,6 @@
 #include "tile_sizes.h"
 
-#include <algorithm>
 #include <atomic>
-#include <cstring>
 #include <fstream>
 #include <iterator>
 #include <stdexcept>
@@ -13,47 +11,9 @@
 namespace fastlora {
 namespace {
 
-// What the sizes below were chosen on: a Zen 4 with these caches. Other levels and caches follow from
-// it by the rule in `fit`; they have not been measured.
+// The sizes in kLevels were chosen on a Zen 4 with these caches. Those for other sets and caches follow
+// from them by the rule in `fit`; they have not been measured.
 constexpr CacheSizes kReference{1 << 20, 32 << 20};
-
-struct Row {
-  const char* isa;
-  TileSizes sizes;  // for the caches of kReference
-};
-
-constexpr TileSizes sizes_for(int64_t lanes) {
-  return {
-      .decode_tokens = 8,
-      .decode_rows = 32,
-      .fwd_pack_bytes = 16 << 20,
-      .fwd_shrink_columns = 256,
-      .fwd_strip_rows = 48,
-      .fwd_strip_bytes = 4096,
-      .fwd_few_rows = 0,
-      .bwd_token_block = 32,
-      .bwd_shrink_columns = 512,
-      .bwd_strip_columns = 128,
-      .bwd_tokens = 512,
-      .bwd_panel_units = 512,
-      .bwd_few_tokens = 4 * lanes,
-      .bwd_grad_tokens = 512,
-  };
-}
-
-// Whole pairs of row tiles.
-constexpr TileSizes amx_sizes() {
-  TileSizes sizes = sizes_for(16);
-  sizes.fwd_strip_rows = 64;
-  sizes.fwd_few_rows = 32;
-  return sizes;
-}
-
-constexpr Row kTable[] = {
-    {"scalar", sizes_for(4)},       {"avx2", sizes_for(8)}, {"avx512", sizes_for(16)},
-    {"avx512_bf16", sizes_for(16)}, {"amx", amx_sizes()},   {"neon", sizes_for(4)},
-    {"neon_bf16", sizes_for(4)},
-};
 
 // `size`, made for `reference` bytes of cache, for `cache` bytes: in proportion, by powers of two, at
 // least a quarter and at most twice as much.
@@ -115,12 +75,11 @@ CacheSizes cache_sizes() {
 }
 
 TileSizes default_tile_sizes(const char* isa, CacheSizes caches) {
-  const Row* row = std::find_if(std::begin(kTable), std::end(kTable),
-                                [&](const Row& r) { return std::strcmp(r.isa, isa) == 0; });
-  if (row == std::end(kTable)) {
+  const Level* level = level_named(isa);
+  if (level == nullptr) {
     throw std::invalid_argument(std::string("no tile sizes for instruction set ") + isa);
   }
-  TileSizes sizes = row->sizes;
+  TileSizes sizes = level->tile_sizes;
   sizes.fwd_pack_bytes = fit(sizes.fwd_pack_bytes, kReference.l3, caches.l3);
   sizes.fwd_strip_bytes = fit(sizes.fwd_strip_bytes, kReference.l2, caches.l2);
   sizes.bwd_tokens = fit(sizes.bwd_tokens, kReference.l2, caches.l2);

@@ -5,9 +5,9 @@
 // Where W is stored [K, N], lanes run along N, a panel of columns at a time.
 #pragma once
 
-#include "scratch.h"
-#include "tiles.h"
-#include "turned.h"
+#include "../runtime/scratch.h"
+#include "../runtime/tiles.h"
+#include "../weight/transposed.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {
@@ -229,10 +229,10 @@ struct Dot<Bf16Pair, FourBit> {
 #endif
 
 template <class Compute, class T>
-struct Dot<Compute, Turned<T>> {
+struct Dot<Compute, Transposed<T>> {
   using Unit = typename Compute::Unit;
   static constexpr int64_t kUnits = 128;  // of a panel
-  static bool serves(const Turned<T>&) { return true; }
+  static bool serves(const Transposed<T>&) { return true; }
   static int64_t size(int64_t K) { return round_up(K, 2 * kLanes) / Compute::kPerUnit; }
   static float factor() { return 1.0f; }
 
@@ -241,7 +241,7 @@ struct Dot<Compute, Turned<T>> {
     pack_rows(Compute{}, Block<X>{x, K, 1, K}, round_up(K, 2 * kLanes), out + m * size(K), 0);
   }
   // C[m][kPanel] = x[m] . W for rows [n, n + count) of W, at most kPanel; `panel` has kUnits units.
-  static void columns(const Turned<T>& w, int64_t n, int64_t count, int M, const Unit* x,
+  static void columns(const Transposed<T>& w, int64_t n, int64_t count, int M, const Unit* x,
                       Unit* panel, float* C) {
     constexpr int64_t kStep = kUnits * Compute::kPerUnit;
     const int mv = static_cast<int>(ceil_div(count, kLanes));
@@ -455,7 +455,7 @@ class LinearDecode {
     Rows::columns(w_, n, count, M_, x_, panel, C);
     if (R_ > 0) {
       with_type(p_.adapter_dtype, [&](auto* type) {
-        turn(static_cast<decltype(type)>(p_.lora_B) + n * R_, R_, count, R_, B, kPanel);
+        copy_transposed(static_cast<decltype(type)>(p_.lora_B) + n * R_, R_, count, R_, B, kPanel);
       });
       multiply<F32>(static_cast<int>(ceil_div(count, kLanes)), M_, S_, {R_lanes_, 1}, B, kPanel, R_,
                     C, kPanel, true);

@@ -10,9 +10,10 @@
 
 #include <new>
 
-#include "scratch.h"
-#include "tiles.h"
-#include "with_weight.h"
+#include "../runtime/scratch.h"
+#include "../runtime/table.h"
+#include "../runtime/tiles.h"
+#include "../weight/with_weight.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {
@@ -29,6 +30,7 @@ class LinearBwd {
 
   const LoraLinearBwd& p_;
   const TileSizes& tiles_;
+  const PairProduct pair_product_;
   const Operand<Source> operand_;
   const Source& w_;
   const int64_t M_, N_, K_, R_, R_lanes_;
@@ -41,9 +43,10 @@ class LinearBwd {
   float* B_lanes_;  // [N][R_lanes] in fp32, zero past R
 
  public:
-  LinearBwd(const LoraLinearBwd& p, const float* absmax)
+  LinearBwd(const LoraLinearBwd& p, const float* absmax, PairProduct pair_product)
       : p_(p),
         tiles_(p.tiles),
+        pair_product_(pair_product),
         operand_(p.weight, absmax),
         w_(operand_.source),
         M_(p.M),
@@ -171,7 +174,7 @@ class LinearBwd {
       weight_panels(Compute{}, w_, n, n_rows, k, count, out);
       for (int64_t c = 0; c < count; c += kPanel) {
         const int mv = static_cast<int>(ceil_div(min(kPanel, count - c), kLanes));
-        multiply_base<Compute>(p_.pair_product, mv, rows, dy_ + m * dy_ld_ + n / kPer, dy_ld_,
+        multiply_base<Compute>(pair_product_, mv, rows, dy_ + m * dy_ld_ + n / kPer, dy_ld_,
                                panels + c / kPanel * out.stride, kPanel, units, C + c, strip_,
                                n > 0 || accumulate);
       }
@@ -260,14 +263,14 @@ class SharedBwd {
 
   const LoraLinearBwd* const params_;
   const int64_t count_;
-  const ParallelFor& parallel_;
+  const Machine& machine_;
   Layer* layers_;
   int64_t k_strips_, token_blocks_, R_;  // R_: all ranks together
   bool needs_dA_;                        // else x may be null
 
  public:
-  SharedBwd(const LoraLinearBwd* params, int64_t count, const ParallelFor& parallel)
-      : params_(params), count_(count), parallel_(parallel) {}
+  SharedBwd(const LayersOf<LoraLinearBwd>& layers, const Machine& machine)
+      : params_(layers.data), count_(layers.count), machine_(machine) {}
 
   void run(char* memory) {
     Pieces pieces{memory};
@@ -279,8 +282,8 @@ class SharedBwd {
     for (int64_t i = 0; i < count_; i++) {
       const LoraLinearBwd& p = params_[i];
       float* decoded = pieces.take<float>(absmax_count(p));
-      const float* absmax = p.dx ? plain_absmax(p.weight, parallel_, decoded) : nullptr;
-      Layer* layer = new (layers_ + i) Layer(p, absmax);
+      const float* absmax = p.dx ? plain_absmax(p.weight, machine_.parallel, decoded) : nullptr;
+      Layer* layer = new (layers_ + i) Layer(p, absmax, machine_.pair_product);
       layer->plan(pieces);
       n_strips += layer->n_strips_;
       needs_dx |= p.dx != nullptr;
@@ -289,14 +292,15 @@ class SharedBwd {
     }
     k_strips_ = needs_dx || needs_dA_ ? ceil_div(layers_->K_, layers_->strip_) : 0;
     token_blocks_ = ceil_div(layers_->M_, layers_->tiles_.bwd_token_block);
-    for_each_tile(parallel_, this, &SharedBwd::shrink, token_blocks_ * count_);
-    for_each_tile(parallel_, this, &SharedBwd::strip, k_strips_ + n_strips);
+    for_each_tile(machine_.parallel, this, &SharedBwd::shrink, token_blocks_ * count_);
+    for_each_tile(machine_.parallel, this, &SharedBwd::strip, k_strips_ + n_strips);
   }
 
-  static size_t shared_bytes(const LoraLinearBwd* params, int64_t count) {
-    size_t bytes = Pieces::bytes<Layer>(count);
-    for (int64_t i = 0; i < count; i++) {
-      bytes += Pieces::bytes<float>(absmax_count(params[i])) + Layer::shared_bytes(params[i]);
+  static size_t shared_bytes(const LayersOf<LoraLinearBwd>& layers) {
+    size_t bytes = Pieces::bytes<Layer>(layers.count);
+    for (int64_t i = 0; i < layers.count; i++) {
+      const LoraLinearBwd& p = layers.data[i];
+      bytes += Pieces::bytes<float>(absmax_count(p)) + Layer::shared_bytes(p);
     }
     return bytes;
   }

@@ -1,8 +1,8 @@
 // Activations as panels: the operand that lies in vector lanes.
 #pragma once
 
-#include "dropout.h"
-#include "microkernel.h"
+#include "../dropout.h"
+#include "../linear/microkernel.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "../common/params.h"
+#include "../../common/params.h"
 
 namespace fastlora {
 
@@ -41,8 +41,8 @@ struct CacheSizes {
 // Of this machine, as Linux tells them; zeros elsewhere.
 CacheSizes cache_sizes();
 
-// The table's sizes for an instruction set, fitted to the caches.
-// Throws std::invalid_argument for an instruction set that the table lacks.
+// The sizes in an instruction set's row of kLevels, fitted to the caches.
+// Throws std::invalid_argument for an instruction set that was not compiled.
 TileSizes default_tile_sizes(const char* isa, CacheSizes caches);
 
 // The sizes in use: those of kernels().isa on this machine, until others are set. A call takes a copy

@@ -1,7 +1,7 @@
 // Runs a stage of a kernel, a member function, over its tiles.
 #pragma once
 
-#include "simd.h"
+#include "../isa/simd.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {

@@ -9,7 +9,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "../common/params.h"
+#include "../../common/params.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>

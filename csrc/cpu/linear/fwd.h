@@ -6,14 +6,15 @@
 //      same block while it is hot.
 //   2. Partial sums of S over k are added up in a fixed order.
 //   3. Chunks of W's rows: decode a strip, multiply it with every panel, add scaling * S B^T onto the
-//      fp32 tile, add the bias, turn the tile and round it once into y.
+//      fp32 tile, add the bias, transpose the tile and round it once into y.
 #pragma once
 
 #include <new>
 
-#include "scratch.h"
-#include "tiles.h"
-#include "turned.h"
+#include "../runtime/scratch.h"
+#include "../runtime/table.h"
+#include "../runtime/tiles.h"
+#include "../weight/transposed.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {
@@ -30,6 +31,7 @@ class LinearFwd {
 
   const LoraLinearFwd& p_;
   const TileSizes& tiles_;
+  const PairProduct pair_product_;
   const Operand<Source> operand_;
   const Source& w_;
   const int64_t N_, K_, R_;
@@ -45,9 +47,10 @@ class LinearFwd {
   float* A_;        // [R, K] in fp32
 
  public:
-  explicit LinearFwd(const LoraLinearFwd& p)
+  LinearFwd(const LoraLinearFwd& p, PairProduct pair_product)
       : p_(p),
         tiles_(p.tiles),
+        pair_product_(pair_product),
         operand_(p.weight, p.weight.quant.absmax),
         w_(operand_.source),
         N_(p.weight.N),
@@ -169,7 +172,7 @@ class LinearFwd {
         }
         for (int64_t panel = 0; panel < panels_; panel++) {
           const int mv = vectors(panel);
-          multiply_base<Compute>(p_.pair_product, mv, strip_rows, rows_data, row_stride,
+          multiply_base<Compute>(pair_product_, mv, strip_rows, rows_data, row_stride,
                                  x_panel(panel) + k / kPer * mv * kLanes, mv * kLanes, units,
                                  C + i * token_lanes_ + panel * kPanel, token_lanes_, k > 0);
         }
@@ -246,17 +249,17 @@ class SharedFwd {
 
   const LoraLinearFwd* const params_;
   const int64_t count_;
-  const ParallelFor& parallel_;
+  const Machine& machine_;
   Layer* layers_;
 
  public:
-  SharedFwd(const LoraLinearFwd* params, int64_t count, const ParallelFor& parallel)
-      : params_(params), count_(count), parallel_(parallel) {}
+  SharedFwd(const LayersOf<LoraLinearFwd>& layers, const Machine& machine)
+      : params_(layers.data), count_(layers.count), machine_(machine) {}
 
   void run(char* memory, int64_t max_tokens) {
     Pieces pieces{memory};
     layers_ = pieces.take<Layer>(count_);
-    for (int64_t i = 0; i < count_; i++) new (layers_ + i) Layer(params_[i]);
+    for (int64_t i = 0; i < count_; i++) new (layers_ + i) Layer(params_[i], machine_.pair_product);
     const int64_t M = params_->M;
     for (int64_t m0 = 0; m0 < M; m0 += max_tokens) {
       const int64_t tokens = min(max_tokens, M - m0);
@@ -268,10 +271,10 @@ class SharedFwd {
         reduced += reductions(layers_[i]);
         chunks += ceil_div(layers_[i].N_, layers_[i].chunk_);
       }
-      for_each_tile(parallel_, this, &SharedFwd::pack_and_shrink,
+      for_each_tile(machine_.parallel, this, &SharedFwd::pack_and_shrink,
                     layers_->panels_ * layers_->splits_);
-      for_each_tile(parallel_, this, &SharedFwd::reduce, reduced);
-      for_each_tile(parallel_, this, &SharedFwd::product, chunks);
+      for_each_tile(machine_.parallel, this, &SharedFwd::reduce, reduced);
+      for_each_tile(machine_.parallel, this, &SharedFwd::product, chunks);
     }
   }
 
@@ -281,11 +284,11 @@ class SharedFwd {
     return max(4 * kPanel, p.tiles.fwd_pack_bytes / bytes / kPanel * kPanel);
   }
 
-  static size_t shared_bytes(const LoraLinearFwd* params, int64_t count, int64_t tokens) {
+  static size_t shared_bytes(const LayersOf<LoraLinearFwd>& layers, int64_t tokens) {
     const int64_t lanes = round_up(tokens, kPanel);
-    size_t bytes = Pieces::bytes<Layer>(count) +
-                   Pieces::bytes<Unit>(lanes * round_up(params->weight.K, 2 * kPanel) / kPer);
-    for (int64_t i = 0; i < count; i++) bytes += Layer::shared_bytes(params[i], tokens);
+    size_t bytes = Pieces::bytes<Layer>(layers.count) +
+                   Pieces::bytes<Unit>(lanes * round_up(layers.data->weight.K, 2 * kPanel) / kPer);
+    for (int64_t i = 0; i < layers.count; i++) bytes += Layer::shared_bytes(layers.data[i], tokens);
     return bytes;
   }
 

@@ -1,8 +1,8 @@
 // From run-time dtypes to the template that serves them.
 #pragma once
 
-#include "scratch.h"
-#include "turned.h"
+#include "../runtime/scratch.h"
+#include "transposed.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {
@@ -16,8 +16,8 @@ template <class F>
 static void with_weight(const Weight& weight, DType x_dtype, const F& f) {
   const auto with_source = [&](auto compute, auto* x, auto* dense_type) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(dense_type)>>;
-    if (weight.turned) {
-      f(compute, x, static_cast<const Turned<T>*>(nullptr));
+    if (weight.transposed) {
+      f(compute, x, static_cast<const Transposed<T>*>(nullptr));
     } else if (weight.dense) {
       f(compute, x, static_cast<const Dense<T>*>(nullptr));
     } else {

@@ -4,7 +4,7 @@
 // code is then one table look-up. Bit-exact with code[q] * absmax in fp32, rounded.
 #pragma once
 
-#include "pairs.h"
+#include "../isa/pairs.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {

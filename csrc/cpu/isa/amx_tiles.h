@@ -20,7 +20,7 @@ static_assert(sizeof(Config) == 64, "the processor reads 64 bytes");
 
 #define FASTLORA_TILE static inline __attribute__((always_inline))
 
-// Assembly, for want of intrinsics that take a tile's number from a template. Sets all tiles to zero.
+// Assembly, since the intrinsics do not take a tile number from a template. Sets all tiles to zero.
 FASTLORA_TILE void configure(const Config& config) { asm volatile("ldtilecfg %0" ::"m"(config)); }
 // Without it, the system saves 8 KiB at each switch of threads.
 FASTLORA_TILE void release() { asm volatile("tilerelease"); }

@@ -1,5 +1,5 @@
 // A dense weight that is stored [K, N], as GPT-2's Conv1D has it, read as the [N, K] that it means: tiles
-// are turned in registers on the way into a strip.
+// are transposed in registers on the way into a strip.
 #pragma once
 
 #include "weights.h"
@@ -9,7 +9,8 @@ namespace FASTLORA_ISA {
 
 // out[j][out_ld] = in[i][j] for i < rows, j < count; past the rows zero, up to a multiple of kLanes.
 template <class T>
-static void turn(const T* in, int64_t ld, int64_t rows, int64_t count, float* out, int64_t out_ld) {
+static void copy_transposed(const T* in, int64_t ld, int64_t rows, int64_t count, float* out,
+                            int64_t out_ld) {
   for (int64_t i = 0; i < rows; i += kLanes) {
     for (int64_t j = 0; j < count; j += kLanes) {
       Vec r[kLanes];
@@ -23,25 +24,26 @@ static void turn(const T* in, int64_t ld, int64_t rows, int64_t count, float* ou
 }
 
 template <class T>
-static void weight_rows(F32, const Turned<T>& w, int64_t n, int64_t rows, int64_t k, int64_t count,
-                        float* out, int64_t ld) {
-  turn(w.data + k * w.N + n, w.N, count, rows, out, ld);
+static void weight_rows(F32, const Transposed<T>& w, int64_t n, int64_t rows, int64_t k,
+                        int64_t count, float* out, int64_t ld) {
+  copy_transposed(w.data + k * w.N + n, w.N, count, rows, out, ld);
 }
 
 template <class T>
-static void weight_panels(F32, const Turned<T>& w, int64_t n, int64_t rows, int64_t k,
+static void weight_panels(F32, const Transposed<T>& w, int64_t n, int64_t rows, int64_t k,
                           int64_t count, Panels<float> out) {
   for (int64_t c = 0; c < count; c += kPanel) {
-    turn(w.data + (k + c) * w.N + n, w.N, min(kPanel, count - c), rows,
-         out.data + c / kPanel * out.stride, kPanel);
+    copy_transposed(w.data + (k + c) * w.N + n, w.N, min(kPanel, count - c), rows,
+                    out.data + c / kPanel * out.stride, kPanel);
   }
 }
 
 #if defined(FASTLORA_PAIRS)
 
 // Rows k and k + 1 are zipped into pairs first.
-[[maybe_unused]] static void weight_rows(Bf16Pair, const Turned<bf16>& w, int64_t n, int64_t rows,
-                                         int64_t k, int64_t count, uint32_t* out, int64_t ld) {
+[[maybe_unused]] static void weight_rows(Bf16Pair, const Transposed<bf16>& w, int64_t n,
+                                         int64_t rows, int64_t k, int64_t count, uint32_t* out,
+                                         int64_t ld) {
   const bf16* in = w.data + k * w.N + n;
   for (int64_t i = 0; i < count; i += 2 * kLanes) {
     for (int64_t j = 0; j < rows; j += 2 * kLanes) {
@@ -65,8 +67,9 @@ static void weight_panels(F32, const Turned<T>& w, int64_t n, int64_t rows, int6
 }
 
 // Neighbours along N, the summed dimension of the backward, are pairs as they lie in memory.
-[[maybe_unused]] static void weight_panels(Bf16Pair, const Turned<bf16>& w, int64_t n, int64_t rows,
-                                           int64_t k, int64_t count, Panels<uint32_t> out) {
+[[maybe_unused]] static void weight_panels(Bf16Pair, const Transposed<bf16>& w, int64_t n,
+                                           int64_t rows, int64_t k, int64_t count,
+                                           Panels<uint32_t> out) {
   const int64_t units = ceil_div(rows, 2);
   for (int64_t c = 0; c < count; c += kLanes) {
     const bf16* in = w.data + (k + c) * w.N + n;
