@@ -152,6 +152,47 @@ inline Weight weight_of(const QuantTensors& quant, int64_t N, int64_t K, ScalarT
   return weight;
 }
 
+// A layer's fields in the order of {LAYER} in fastlora/backends/schemas.py: parameters of an op, and
+// the same as one object.
+#define FASTLORA_LAYER                                                                            \
+  Tensor weight, OptionalTensor absmax, OptionalTensor code, OptionalTensor nested_absmax,        \
+      OptionalTensor nested_code, OptionalTensor nested_offset, int64_t blocksize,                \
+      std::optional<ScalarType> compute_dtype, OptionalTensor bias, Tensor lora_A, Tensor lora_B, \
+      double scaling, double dropout_p, OptionalTensor seed
+#define FASTLORA_LAYER_OF                                                                      \
+  LayerTensors {                                                                               \
+    weight, absmax, code, nested_absmax, nested_code, nested_offset, blocksize, compute_dtype, \
+        bias, lora_A, lora_B, scaling, dropout_p, seed                                         \
+  }
+
+struct LayerTensors {
+  Tensor weight;
+  OptionalTensor absmax, code, nested_absmax, nested_code, nested_offset;
+  int64_t blocksize;
+  std::optional<ScalarType> compute_dtype;
+  OptionalTensor bias;
+  Tensor lora_A, lora_B;
+  double scaling, dropout_p;
+  OptionalTensor seed;
+
+  bool is_dense() const { return !absmax.has_value(); }
+  QuantTensors quant() const {
+    STD_TORCH_CHECK(absmax.has_value() && code.has_value(), "a 4-bit weight needs absmax and code");
+    return {weight, *absmax, *code, nested_absmax, nested_code, nested_offset, blocksize};
+  }
+};
+
+// Sets `dense`, the tensor that the result points into, to a dense weight [N, K].
+inline Weight weight_of(const LayerTensors& layer, int64_t N, int64_t K, ScalarType x_dtype,
+                        Tensor& dense) {
+  if (!layer.is_dense())
+    return weight_of(layer.quant(), N, K, layer.compute_dtype.value_or(x_dtype));
+  check_matrix(layer.weight, "weight", N, K);
+  STD_TORCH_CHECK(layer.weight.scalar_type() == x_dtype, "weight must have x's dtype");
+  dense = with_order(layer.weight);
+  return weight_of(dense);
+}
+
 // The arguments and results of quantize_4bit.
 struct Quantisation {
   Quantisation(const Tensor& weight_any, const Tensor& bounds, const Tensor& order,

@@ -1,6 +1,6 @@
-// torch.ops.fastlora.*: schemas and CPU implementations, on torch's stable ABI.
+// torch.ops.fastlora.*: CPU implementations, on torch's stable ABI.
 //
-// Formulas, shapes and dtypes: fastlora/reference/. The ops allocate what they return; a gradient
+// Schemas: fastlora/backends/schemas.py. Formulas, shapes and dtypes: fastlora/reference/. The ops allocate what they return; a gradient
 // that is not asked for comes back as an empty tensor.
 #include <tuple>
 #include <utility>
@@ -10,24 +10,17 @@
 #include "cpu/runtime/kernels.h"
 #include "cpu/runtime/tile_sizes.h"
 #include "parallel.h"
-#include "schemas.h"
 
 namespace fastlora {
 namespace {
 
-Tensor dense_weight(const Tensor& weight, const Tensor& x) {
-  check_matrix(weight, "weight", weight.size(0), x.size(1));
-  STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type(), "weight must have x's dtype");
-  return with_order(weight);
-}
-
 // One layer of a forward: what `params` points into, and what it writes.
 struct Forward {
   // x has contiguous rows.
-  Forward(const Tensor& x, const Weight& weight, const OptionalTensor& bias_any,
-          const Tensor& A_any, const Tensor& B_any, double scaling, double dropout_p,
-          const OptionalTensor& seed, const TileSizes& tiles) {
+  Forward(const Tensor& x, const LayerTensors& layer, const TileSizes& tiles) {
+    const Tensor &A_any = layer.lora_A, &B_any = layer.lora_B;
     const int64_t M = x.size(0), R = A_any.size(0);
+    const Weight weight = weight_of(layer, B_any.size(0), x.size(1), x.scalar_type(), dense);
     check_not_empty(weight);
     check_matrix(x, "x", M, weight.K);
     check_matrix(A_any, "lora_A", R, weight.K);
@@ -46,32 +39,23 @@ struct Forward {
     params.adapter_dtype = dtype_of(A, "lora_A");
     params.x = x.data_ptr();
     params.ldx = row_stride(x);
-    if (bias_any.has_value()) {
-      bias = torch::stable::contiguous(*bias_any);
+    if (layer.bias.has_value()) {
+      bias = torch::stable::contiguous(*layer.bias);
       check_vector(*bias, "bias", weight.N);
       params.bias_dtype = dtype_of(*bias, "bias");
       params.bias = bias->data_ptr();
     }
     params.lora_A = A.data_ptr();
     params.lora_B = B.data_ptr();
-    params.scaling = static_cast<float>(scaling);
-    params.dropout = dropout_of(dropout_p, seed);
+    params.scaling = static_cast<float>(layer.scaling);
+    params.dropout = dropout_of(layer.dropout_p, layer.seed);
     params.y = y.data_ptr();
     params.S = static_cast<float*>(S.data_ptr());
   }
-  Tensor A, B, y, S;
+  Tensor dense, A, B, y, S;
   OptionalTensor bias;
   LoraLinearFwd params{};
 };
-
-std::tuple<Tensor, Tensor> forward(const Tensor& x_any, const Weight& weight,
-                                   const OptionalTensor& bias, const Tensor& A, const Tensor& B,
-                                   double scaling, double dropout_p, const OptionalTensor& seed) {
-  const Tensor x = with_contiguous_rows(x_any);
-  Forward layer(x, weight, bias, A, B, scaling, dropout_p, seed, tile_sizes());
-  kernels().lora_linear_fwd({&layer.params, 1}, parallel_for());
-  return {layer.y, layer.S};
-}
 
 // Which gradients a backward computes.
 struct Needs {
@@ -81,9 +65,10 @@ struct Needs {
 // One layer of a backward: what `params` points into, and what it writes, but dx.
 struct Backward {
   // x has contiguous rows; dx is null where it is not needed.
-  Backward(const Tensor& dy_any, const Tensor& x, const Weight& weight, const Tensor& A_any,
-           const Tensor& B_any, const Tensor& S_any, double scaling, double dropout_p,
-           const OptionalTensor& seed, const Needs& needs, void* dx, const TileSizes& tiles) {
+  Backward(const Tensor& dy_any, const Tensor& x, const LayerTensors& layer, const Tensor& S_any,
+           const Needs& needs, void* dx, const TileSizes& tiles) {
+    const Tensor &A_any = layer.lora_A, &B_any = layer.lora_B;
+    const Weight weight = weight_of(layer, B_any.size(0), x.size(1), x.scalar_type(), dense);
     const int64_t M = x.size(0), R = A_any.size(0), N = weight.N, K = weight.K;
     check_not_empty(weight);
     check_matrix(x, "x", M, K);
@@ -115,8 +100,8 @@ struct Backward {
     params.lora_A = A.data_ptr();
     params.lora_B = B.data_ptr();
     params.S = static_cast<const float*>(S.data_ptr());
-    params.scaling = static_cast<float>(scaling);
-    params.dropout = dropout_of(dropout_p, seed);
+    params.scaling = static_cast<float>(layer.scaling);
+    params.dropout = dropout_of(layer.dropout_p, layer.seed);
     params.dx = dx;
     params.dA = needs.dA ? static_cast<float*>(dA.data_ptr()) : nullptr;
     params.dB = needs.dB ? static_cast<float*>(dB.data_ptr()) : nullptr;
@@ -127,142 +112,74 @@ struct Backward {
     if (params.dA) dA = torch::stable::to(dA, A.scalar_type());
     if (params.dB) dB = torch::stable::to(dB, B.scalar_type());
   }
-  Tensor dy, A, B, S, dA, dB, dbias;
+  Tensor dense, dy, A, B, S, dA, dB, dbias;
   LoraLinearBwd params{};
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x_any,
-                                                    const Weight& weight, const Tensor& A,
-                                                    const Tensor& B, const Tensor& S,
-                                                    double scaling, double dropout_p,
-                                                    const OptionalTensor& seed, bool need_dx,
-                                                    bool need_dA, bool need_dB, bool need_dbias) {
+// ---- the ops, in the order of their schemas ----------------------------------------------------
+
+std::tuple<Tensor, Tensor> lora_linear_fwd(Tensor x_any, FASTLORA_LAYER) {
   const Tensor x = with_contiguous_rows(x_any);
-  const Tensor dx = wanted(x, need_dx, {x.size(0), weight.K}, std::nullopt);
-  Backward layer(dy, x, weight, A, B, S, scaling, dropout_p, seed,
-                 {need_dx, need_dA, need_dB, need_dbias}, need_dx ? dx.data_ptr() : nullptr,
-                 tile_sizes());
+  Forward layer(x, FASTLORA_LAYER_OF, tile_sizes());
+  kernels().lora_linear_fwd({&layer.params, 1}, parallel_for());
+  return {layer.y, layer.S};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_bwd(Tensor dy, Tensor x_any, FASTLORA_LAYER,
+                                                           Tensor S, bool need_dx, bool need_dA,
+                                                           bool need_dB, bool need_dbias) {
+  const Tensor x = with_contiguous_rows(x_any);
+  const Tensor dx = wanted(x, need_dx, {x.size(0), x.size(1)}, std::nullopt);
+  Backward layer(dy, x, FASTLORA_LAYER_OF, S, {need_dx, need_dA, need_dB, need_dbias},
+                 need_dx ? dx.data_ptr() : nullptr, tile_sizes());
   kernels().lora_linear_bwd({&layer.params, 1}, parallel_for());
   layer.finish();
   return {dx, layer.dA, layer.dB, layer.dbias};
 }
 
-// ---- the ops, in the order of their schemas ----------------------------------------------------
-
-std::tuple<Tensor, Tensor> lora_linear_fwd(Tensor x, Tensor weight, OptionalTensor bias,
-                                           Tensor lora_A, Tensor lora_B, double scaling,
-                                           double dropout_p, OptionalTensor seed) {
-  const Tensor dense = dense_weight(weight, x);
-  return forward(x, weight_of(dense), bias, lora_A, lora_B, scaling, dropout_p, seed);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_bwd(Tensor dy, Tensor x, Tensor weight,
-                                                           Tensor lora_A, Tensor lora_B, Tensor S,
-                                                           double scaling, double dropout_p,
-                                                           OptionalTensor seed, bool need_dx,
-                                                           bool need_dA, bool need_dB,
-                                                           bool need_dbias) {
-  const Tensor dense = dense_weight(weight, x);
-  return backward(dy, x, weight_of(dense), lora_A, lora_B, S, scaling, dropout_p, seed, need_dx,
-                  need_dA, need_dB, need_dbias);
-}
-
-std::tuple<Tensor, Tensor> qlora_linear_fwd(Tensor x, Tensor weight, Tensor absmax, Tensor code,
-                                            OptionalTensor nested_absmax,
-                                            OptionalTensor nested_code,
-                                            OptionalTensor nested_offset, int64_t blocksize,
-                                            ScalarType compute_dtype, OptionalTensor bias,
-                                            Tensor lora_A, Tensor lora_B, double scaling,
-                                            double dropout_p, OptionalTensor seed) {
-  const QuantTensors quant{weight,      absmax,        code,     nested_absmax,
-                           nested_code, nested_offset, blocksize};
-  const Weight packed = weight_of(quant, lora_B.size(0), x.size(1), compute_dtype);
-  return forward(x, packed, bias, lora_A, lora_B, scaling, dropout_p, seed);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> qlora_linear_bwd(
-    Tensor dy, Tensor x, Tensor weight, Tensor absmax, Tensor code, OptionalTensor nested_absmax,
-    OptionalTensor nested_code, OptionalTensor nested_offset, int64_t blocksize,
-    ScalarType compute_dtype, Tensor lora_A, Tensor lora_B, Tensor S, double scaling,
-    double dropout_p, OptionalTensor seed, bool need_dx, bool need_dA, bool need_dB,
-    bool need_dbias) {
-  const QuantTensors quant{weight,      absmax,        code,     nested_absmax,
-                           nested_code, nested_offset, blocksize};
-  const Weight packed = weight_of(quant, lora_B.size(0), x.size(1), compute_dtype);
-  return backward(dy, x, packed, lora_A, lora_B, S, scaling, dropout_p, seed, need_dx, need_dA,
-                  need_dB, need_dbias);
-}
-
-// Layers that read one x, as lists. `tensors` has those of `Field` for each layer, in this order; the
-// last five are null where the weight is dense.
+// Layers that read one x, as lists in the order of {LAYERS} in fastlora/backends/schemas.py.
 struct Layers {
-  enum Field {
-    weight,
-    lora_A,
-    lora_B,
-    bias,
-    seed,
-    absmax,
-    code,
-    nested_absmax,
-    nested_code,
-    nested_offset,
-    kFields
-  };
   std::vector<OptionalTensor> tensors;
   std::vector<int64_t> blocksizes;
-  ScalarType compute_dtype;
+  std::optional<ScalarType> compute_dtype;
   std::vector<double> scalings, dropouts;
-  std::vector<Tensor> dense;  // what a dense `Weight` points into
 
-  Layers(std::vector<OptionalTensor> all, std::vector<int64_t> sizes, ScalarType compute,
-         std::vector<double> scales, std::vector<double> rates)
-      : tensors(std::move(all)),
-        blocksizes(std::move(sizes)),
-        compute_dtype(compute),
-        scalings(std::move(scales)),
-        dropouts(std::move(rates)) {
-    STD_TORCH_CHECK(count() > 0 && tensors.size() == count() * kFields &&
-                        dropouts.size() == count() && blocksizes.size() == count(),
-                    "layers must have ", static_cast<int>(kFields), " tensors for each scaling");
-    dense.reserve(count());
-  }
   size_t count() const { return scalings.size(); }
-  const OptionalTensor& get(size_t i, Field field) const { return tensors[i * kFields + field]; }
-  const Tensor& must(size_t i, Field field) const {
-    STD_TORCH_CHECK(get(i, field).has_value(), "layers must have a weight, lora_A and lora_B, and ",
-                    "4-bit ones absmax and code");
-    return *get(i, field);
+  LayerTensors operator[](size_t i) const {
+    constexpr size_t kFields = 10;
+    STD_TORCH_CHECK(tensors.size() == count() * kFields && dropouts.size() == count() &&
+                        blocksizes.size() == count(),
+                    "layers must have ", kFields, " tensors for each scaling");
+    const OptionalTensor* t = &tensors[i * kFields];
+    STD_TORCH_CHECK(t[0].has_value() && t[7].has_value() && t[8].has_value(),
+                    "layers must have a weight, lora_A and lora_B");
+    return {*t[0],         t[1], t[2],  t[3],  t[4],        t[5],        blocksizes[i],
+            compute_dtype, t[6], *t[7], *t[8], scalings[i], dropouts[i], t[9]};
   }
-  Weight weight_at(size_t i, const Tensor& x) {
-    if (!get(i, absmax).has_value()) {
-      STD_TORCH_CHECK(!get(0, absmax).has_value(), "layers must be all dense or all 4-bit");
-      dense.push_back(dense_weight(must(i, weight), x));
-      STD_TORCH_CHECK(is_transposed(dense.back()) == is_transposed(dense.front()),
-                      "layers must all be stored [N, K] or all [K, N]");
-      return weight_of(dense.back());
-    }
-    STD_TORCH_CHECK(get(0, absmax).has_value(), "layers must be all dense or all 4-bit");
-    const QuantTensors quant{must(i, weight),       must(i, absmax),     must(i, code),
-                             get(i, nested_absmax), get(i, nested_code), get(i, nested_offset),
-                             blocksizes[i]};
-    return weight_of(quant, must(i, lora_B).size(0), x.size(1), compute_dtype);
+  // One kernel call decodes or reads the weights of all layers alike.
+  void check_alike(const LayerTensors& layer) const {
+    const LayerTensors first = (*this)[0];
+    STD_TORCH_CHECK(layer.is_dense() == first.is_dense(), "layers must be all dense or all 4-bit");
+    STD_TORCH_CHECK(!layer.is_dense() || is_transposed(layer.weight) == is_transposed(first.weight),
+                    "layers must all be stored [N, K] or all [K, N]");
   }
 };
 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> shared_linear_fwd(
     Tensor x_any, std::vector<OptionalTensor> tensors, std::vector<int64_t> blocksizes,
-    ScalarType compute_dtype, std::vector<double> scalings, std::vector<double> dropouts) {
-  Layers layers(std::move(tensors), std::move(blocksizes), compute_dtype, std::move(scalings),
-                std::move(dropouts));
+    std::optional<ScalarType> compute_dtype, std::vector<double> scalings,
+    std::vector<double> dropouts) {
+  const Layers layers{std::move(tensors), std::move(blocksizes), compute_dtype, std::move(scalings),
+                      std::move(dropouts)};
+  STD_TORCH_CHECK(layers.count() > 0, "layers must have one layer at least");
   const Tensor x = with_contiguous_rows(x_any);
   std::vector<Forward> each;
   std::vector<LoraLinearFwd> params;
   const TileSizes tiles = tile_sizes();  // one choice for all
   for (size_t i = 0; i < layers.count(); i++) {
-    each.emplace_back(x, layers.weight_at(i, x), layers.get(i, Layers::bias),
-                      layers.must(i, Layers::lora_A), layers.must(i, Layers::lora_B),
-                      layers.scalings[i], layers.dropouts[i], layers.get(i, Layers::seed), tiles);
+    const LayerTensors layer = layers[i];
+    layers.check_alike(layer);
+    each.emplace_back(x, layer, tiles);
     params.push_back(each.back().params);
   }
   kernels().lora_linear_fwd({params.data(), static_cast<int64_t>(params.size())}, parallel_for());
@@ -276,11 +193,12 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> shared_linear_fwd(
 
 std::tuple<Tensor, std::vector<Tensor>> shared_linear_bwd(
     std::vector<Tensor> dys, Tensor x_any, std::vector<OptionalTensor> tensors,
-    std::vector<int64_t> blocksizes, ScalarType compute_dtype, std::vector<Tensor> Ss,
-    std::vector<double> scalings, std::vector<double> dropouts, bool need_dx,
-    std::vector<int64_t> needs) {
-  Layers layers(std::move(tensors), std::move(blocksizes), compute_dtype, std::move(scalings),
-                std::move(dropouts));
+    std::vector<int64_t> blocksizes, std::optional<ScalarType> compute_dtype,
+    std::vector<double> scalings, std::vector<double> dropouts, std::vector<Tensor> Ss,
+    bool need_dx, std::vector<int64_t> needs) {
+  const Layers layers{std::move(tensors), std::move(blocksizes), compute_dtype, std::move(scalings),
+                      std::move(dropouts)};
+  STD_TORCH_CHECK(layers.count() > 0, "layers must have one layer at least");
   STD_TORCH_CHECK(dys.size() == layers.count() && Ss.size() == layers.count() &&
                       needs.size() == 3 * layers.count(),
                   "dys and Ss must have one entry, needs three, for each scaling");
@@ -291,9 +209,9 @@ std::tuple<Tensor, std::vector<Tensor>> shared_linear_bwd(
   const TileSizes tiles = tile_sizes();
   for (size_t i = 0; i < layers.count(); i++) {
     const Needs asked{need_dx, needs[3 * i] != 0, needs[3 * i + 1] != 0, needs[3 * i + 2] != 0};
-    each.emplace_back(dys[i], x, layers.weight_at(i, x), layers.must(i, Layers::lora_A),
-                      layers.must(i, Layers::lora_B), Ss[i], layers.scalings[i], layers.dropouts[i],
-                      layers.get(i, Layers::seed), asked, need_dx ? dx.data_ptr() : nullptr, tiles);
+    const LayerTensors layer = layers[i];
+    layers.check_alike(layer);
+    each.emplace_back(dys[i], x, layer, Ss[i], asked, need_dx ? dx.data_ptr() : nullptr, tiles);
     params.push_back(each.back().params);
   }
   kernels().lora_linear_bwd({params.data(), static_cast<int64_t>(params.size())}, parallel_for());
@@ -323,34 +241,9 @@ void dequantize_4bit_out(Tensor weight, Tensor absmax, Tensor code, OptionalTens
 }  // namespace
 }  // namespace fastlora
 
-#define FASTLORA_LAYERS "Tensor?[] layers, int[] blocksizes, ScalarType compute_dtype, "
-
-STABLE_TORCH_LIBRARY(fastlora, m) {
-  m.def("lora_linear_fwd(Tensor x, Tensor weight, Tensor? bias, " FASTLORA_LORA FASTLORA_DROPOUT
-        ") -> (Tensor y, Tensor S)");
-  m.def("lora_linear_bwd(Tensor dy, Tensor x, Tensor weight, " FASTLORA_LORA
-        "Tensor S, " FASTLORA_DROPOUT FASTLORA_NEEDS
-        ") -> (Tensor dx, Tensor dA, Tensor dB, Tensor dbias)");
-  m.def("qlora_linear_fwd(Tensor x, " FASTLORA_QUANT
-        "ScalarType compute_dtype, Tensor? bias, " FASTLORA_LORA FASTLORA_DROPOUT
-        ") -> (Tensor y, Tensor S)");
-  m.def("qlora_linear_bwd(Tensor dy, Tensor x, " FASTLORA_QUANT
-        "ScalarType compute_dtype, " FASTLORA_LORA "Tensor S, " FASTLORA_DROPOUT FASTLORA_NEEDS
-        ") -> (Tensor dx, Tensor dA, Tensor dB, Tensor dbias)");
-  m.def("shared_linear_fwd(Tensor x, " FASTLORA_LAYERS
-        "float[] scalings, float[] dropouts) -> (Tensor[] ys, Tensor[] Ss)");
-  m.def("shared_linear_bwd(Tensor[] dys, Tensor x, " FASTLORA_LAYERS
-        "Tensor[] Ss, float[] scalings, float[] dropouts, bool need_dx, int[] needs)"
-        " -> (Tensor dx, Tensor[] grads)");
-  m.def(FASTLORA_QUANTIZE_4BIT);
-  m.def(FASTLORA_DEQUANTIZE_4BIT_OUT);
-}
-
 STABLE_TORCH_LIBRARY_IMPL(fastlora, CPU, m) {
   m.impl("lora_linear_fwd", TORCH_BOX(&fastlora::lora_linear_fwd));
   m.impl("lora_linear_bwd", TORCH_BOX(&fastlora::lora_linear_bwd));
-  m.impl("qlora_linear_fwd", TORCH_BOX(&fastlora::qlora_linear_fwd));
-  m.impl("qlora_linear_bwd", TORCH_BOX(&fastlora::qlora_linear_bwd));
   m.impl("shared_linear_fwd", TORCH_BOX(&fastlora::shared_linear_fwd));
   m.impl("shared_linear_bwd", TORCH_BOX(&fastlora::shared_linear_bwd));
   m.impl("quantize_4bit", TORCH_BOX(&fastlora::quantize_4bit));
