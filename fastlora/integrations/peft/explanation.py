@@ -19,19 +19,19 @@ from ...version import __version__
 from .. import bitsandbytes as bnb
 from ..names import kind_of
 from .fuse.join import Fusion, fusions
+from .names import base_name, short
+from .plan.call import Parts
 from .plan.casts import casts
+from .plan.embedding import OP as EMBEDDING_OP
+from .plan.embedding import EmbeddingParts, embedding_casts, embedding_parts
+from .plan.parameter import ParamParts, param_parts
 from .plan.parts import layer_parts
-from .plan.plan import LAST_REASON
-from .run.embedding import OP as EMBEDDING_OP
-from .run.embedding import EmbeddingParts, embedding_casts, embedding_parts
-from .run.linear import Parts
-from .run.parameter import ParamParts, param_parts
+from .plan.reasons import LAST_REASON
 from .swap import bypass_reason, fast_class, is_fast
 
 if TYPE_CHECKING:
     from rich.console import Group
 
-_SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _COLUMNS = ("layers", "", "base", "out x in", "r", "dropout", "adapter", "runs on", "note")
 
 
@@ -208,7 +208,7 @@ def _row(name: str, layer: Any) -> Row:
         shape=shape,
         r=layer.r[adapter] if adapter else None,
         dropout=getattr(layer.lora_dropout[adapter], "p", 0.0) if adapter else None,
-        adapter=None if weight is None else _dtype(weight.dtype),
+        adapter=None if weight is None else short(weight.dtype),
         backend=backend,
         kernel=kernel,
         reason=reason,
@@ -292,26 +292,7 @@ def _base(layer: Any) -> tuple[str, tuple[int, int] | None]:
     if isinstance(layer, ParamWrapper):
         weight = getattr(base, layer.parameter_name)
         experts = f" x {layer.num_experts} experts" if weight.dim() == 3 else ""
-        return _dtype(weight.dtype) + experts, (layer.out_features, layer.in_features)
+        return short(weight.dtype) + experts, (layer.out_features, layer.in_features)
     known = isinstance(base, nn.Linear | Conv1D | nn.Embedding)
     shape = (layer.out_features, layer.in_features) if known else None
     return base_name(base), shape
-
-
-def base_name(base: nn.Module) -> str:
-    """What a base layer is made of, as in `Row.base`."""
-    if bnb.is_linear4bit(base):
-        state = bnb.raw_quant_state(base)
-        if state is None:
-            return "4-bit, not quantised"
-        return f"{state.quant_type}/{state.blocksize}" + (" nested" if state.nested else "")
-    weight = getattr(base, "weight", None)
-    if type(base) in (nn.Linear, Conv1D) and weight is not None:
-        return _dtype(weight.dtype) + (" Conv1D" if type(base) is Conv1D else "")
-    if isinstance(base, nn.Embedding) and weight is not None:
-        return _dtype(weight.dtype) + " Embedding"
-    return type(base).__name__
-
-
-def _dtype(dtype: torch.dtype) -> str:
-    return _SHORT.get(dtype, str(dtype).removeprefix("torch."))

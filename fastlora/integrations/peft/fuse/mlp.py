@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from ....autograd.linear import autocast_off, draw_seed
 from ....autograd.shared import gated_mlp
 from ....reference import ACTIVATIONS, activate
+from ..plan.call import Plan
 from ..plan.plain import has_hooks
-from ..plan.plan import LAST_REASON, plan
-from ..run.linear import Plan, cast
+from ..plan.plan import plan
+from ..plan.reasons import LAST_REASON
+from ..run.linear import projection
+from ..run.tensors import cast
 from ..swap import bypass_reason, not_linear_reason
 from .source import GatedSource, global_of
 
@@ -136,7 +139,7 @@ class GatedMLP:
 
     def _run(self, plans: tuple[Plan, ...], x: Tensor) -> Tensor:
         with autocast_off(x.device):
-            projections = [each.projection(x) for each in plans]
+            projections = [projection(each, x) for each in plans]
             x = cast(x, plans[0].casts.x)
             # Each dropout draws its seed when PEFT's would: in the order of the calls.
             for i in (1, 0, 2) if self.up_first else (0, 1, 2):

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ....backends import BACKENDS, DEVICE_ORDER, forced_backend
 from ... import bitsandbytes as bnb
-from ..run.linear import Casts, Parts
+from ..names import named
+from .call import Casts, Parts
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -91,8 +92,3 @@ def backend_reason(op: str, device: torch.device, **what: torch.dtype | None) ->
             return None
         reasons.append(f"{name}: {reason}")
     return " ".join([f"no fast backend for {device.type}.", *reasons])
-
-
-def named(dtype: torch.dtype) -> str:
-    """As in `bfloat16`."""
-    return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""The norms of DoRA's rows, `|W + scaling * B A|`, for the layers of PEFT.
+"""DoRA: a call of a layer, and the norms of its rows, `|W + scaling * B A|`.
 
 Source: DoRA, arXiv:2402.09353; its section 4.3 says why the norms get no gradient.
 """
@@ -11,10 +11,53 @@ import torch
 from torch import Tensor
 
 from .... import ops
-from ....quant import QuantState
+from ....autograd.dora import dora_linear
+from ....quant import QuantState, as_quant_state
+from ..plan.call import Adapter, Plan
+from .launch import base_alone, base_bias, launch, one_layer
+from .tensors import cast
+
+# Devices whose kernels compute the masks of DoRA's dropout. On others the reference would, in many
+# operations: torch's own dropout is faster there.
+_DORA_MASKS = ("cpu",)
 
 # Where a quant state of bitsandbytes keeps |W|^2 of the weight that it belongs to.
 _SQUARES = "_fastlora_squared_norms"
+
+
+def dora(plan: Plan, x: Tensor, adapter: Adapter) -> Tensor:
+    """`y = x W^T + bias + (f - 1) * x' W^T + f * scaling * x' A^T B^T`, as PEFT has it, where
+
+        x' = drop(x),   f = magnitude / norm of the rows of W + scaling * B A
+
+    Without dropout that is one product, `f * (x W^T + scaling * x A^T B^T) + bias`; with it two,
+    as in `dora_linear`; with torch's own masks its two inputs are kept for the backward.
+    """
+    parts = plan.parts
+    state = None if parts.quant_state is None else as_quant_state(parts.quant_state)
+    A, B = cast(adapter.lora_A, plan.casts.adapter), cast(adapter.lora_B, plan.casts.adapter)
+    norms = weight_norms(parts.weight, parts.quant_state, state, A, B, adapter.scaling)
+    assert adapter.magnitude is not None
+    factor = adapter.magnitude.float() / norms
+    bias = base_bias(plan)
+    layer = one_layer(plan, None, adapter)
+    dropout_p = layer.dropout_p
+    if adapter.drops and x.device.type not in _DORA_MASKS:
+        kept, scale = adapter.dropout(torch.ones_like(x)) != 0, 1.0 / (1.0 - dropout_p)
+        bias = launch(torch.where(kept, x * (1.0 - scale), x), base_alone(plan, x))
+        x, factor, dropout_p = torch.where(kept, x, 0.0), scale * factor, 0.0
+    return dora_linear(
+        x,
+        layer.weight,
+        bias,
+        layer.lora_A,
+        layer.lora_B,
+        layer.scaling,
+        factor,
+        dropout_p=dropout_p,
+        quant_state=state,
+        compute_dtype=layer.compute_dtype,
+    )
 
 
 @torch.no_grad()
@@ -26,7 +69,7 @@ def weight_norms(
     lora_B: Tensor,
     scaling: float,
 ) -> Tensor:
-    """`|W_n + scaling * (B A)_n|` for each row n. A kernel makes nothing of W's size for it.
+    """`|W_n + scaling * (B A)_n|` for each row n. Kernels need no [N, K] temporary.
 
     Args:
         weight: [N, K], or the packed bytes when state is given.
@@ -53,7 +96,7 @@ def expanded_norms(
     lora_B: Tensor,
     scaling: float,
 ) -> Tensor:
-    """`weight_norms` of a packed weight, for a device without a kernel for them, from
+    """`weight_norms` of a packed weight, for devices without a kernel for them, from
 
         |W_n|^2 + 2 scaling <(W A^T)_n, B_n> + scaling^2 <B_n A A^T, B_n>
 

@@ -8,7 +8,7 @@ from peft.tuners.lora.bnb import Linear4bit
 from torch import Tensor
 
 from ..bitsandbytes import disable_cpu_repacking
-from .plan.plan import forward_or_stock
+from .layers import serve
 
 
 class FastLoraLinear4bit(Linear4bit):
@@ -20,7 +20,8 @@ class FastLoraLinear4bit(Linear4bit):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`y = x W^T + bias + scaling * drop(x) A^T B^T`, or PEFT's own code; see `fast_path`."""
-        return forward_or_stock(self, super().forward, x, args, kwargs)
+        y = serve(self, x, args, kwargs)
+        return super().forward(x, *args, **kwargs) if y is None else y
 
     def _get_name(self) -> str:
         return type(self).__name__.removeprefix("FastLora")
