@@ -191,7 +191,7 @@ def _dtype(name: str | None) -> Any:
 
 
 def _tokenizer(folder: str) -> Any:
-    from ..integrations.transformers.callbacks import load_tokenizer
+    from ..integrations.transformers import load_tokenizer
 
     try:
         return load_tokenizer(folder)
@@ -218,7 +218,7 @@ def _moments(args: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
 
 def _write(model: Any, tokenizer: Any, out: Path) -> None:
     """The folder appears by one rename, whole or not at all."""
-    from ..integrations.transformers.callbacks import make_savable
+    from ..integrations.transformers import make_savable
 
     make_savable(model)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -47,7 +47,7 @@ def measure(case: Case, provider: str) -> Memory:
     """
     import torch
 
-    from ...integrations.transformers.callbacks import peak_memory, reset_peak_memory
+    from ...integrations.transformers import peak_memory, reset_peak_memory
     from .inputs import Setup
     from .providers import PROVIDERS
 

@@ -129,7 +129,7 @@ class _Model:
         import torch
         from peft import LoraConfig, get_peft_model
 
-        from ...integrations.transformers.callbacks import load_causal_lm
+        from ...integrations.transformers import load_causal_lm
         from ..finetune.training import cast_adapter, quiet_libraries
 
         quiet_libraries()
@@ -269,7 +269,7 @@ class _Model:
         """Growth of the resident memory in MiB, over the loaded model, in a few calls."""
         import torch
 
-        from ...integrations.transformers.callbacks import peak_memory, reset_peak_memory
+        from ...integrations.transformers import peak_memory, reset_peak_memory
         from .memory import release_free_memory
 
         self.switch(provider)

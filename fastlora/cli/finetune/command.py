@@ -280,7 +280,7 @@ def _check(job: Job, console: Console) -> None:
         raise CliError(f"--model: no such folder or file: {job.model}")
     _check_packages(job)
     quiet_libraries()
-    from ...integrations.transformers.callbacks import load_tokenizer, model_folder
+    from ...integrations.transformers import load_tokenizer, model_folder
 
     try:
         _announce_conversion(job, console)
@@ -292,7 +292,7 @@ def _check(job: Job, console: Console) -> None:
 
 def _announce_conversion(job: Job, console: Console) -> None:
     """Says why the first run with a GGUF file takes a minute longer."""
-    from ...integrations.transformers.callbacks import gguf_cache_folder, is_gguf
+    from ...integrations.transformers import gguf_cache_folder, is_gguf
 
     if is_gguf(job.model):
         folder = gguf_cache_folder(job.model, job.cache_dir)

@@ -99,7 +99,7 @@ def train(job: Job, observer: Observer, *, resume: bool) -> dict[str, Any]:
     import torch
     from transformers import set_seed
 
-    from ...integrations.transformers import callbacks as hf
+    from ...integrations import transformers as hf
     from .data import Collator, batches, load_data
 
     if job.threads:
@@ -284,7 +284,7 @@ def _trainer(
     import torch
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-    from ...integrations.transformers.callbacks import ThroughputCallback, peak_memory
+    from ...integrations.transformers import ThroughputCallback, peak_memory
 
     throughput = ThroughputCallback()
     on_cpu = next(model.parameters()).device.type == "cpu"
