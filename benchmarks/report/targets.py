@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastlora.cli.bench.rows import Row, ratio, read, together
-from fastlora.cli.bench.table import PASSES, Cell, Grid, short, wide_console
+from fastlora.cli.bench.table import PASSES, Cell, Grid, short
+from fastlora.cli.console import wide_console
 
 from ..shapes import ATTENTION, DOWN, GATE, ONE_B, SMOL, UP
 

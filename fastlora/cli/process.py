@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 # Called with an event's name and its fields.
@@ -40,6 +42,18 @@ def serve(work: Callable[[dict[str, Any], Emit], None]) -> int:
         emit("error", {"text": f"{type(error).__name__}: {error}"})
         return 1
     return 0
+
+
+@contextmanager
+def on_stop_signal(handle: Callable[[], None]) -> Iterator[None]:
+    """Calls `handle` on Ctrl-C and on SIGTERM."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda *_: handle()) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
 def lead(

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from ..console import wide_console
 from ..process import Emit
 from . import lead, rows, table
 from .case import Case, Layer
@@ -122,7 +123,7 @@ def execute(
     Raises:
         CliError: an allocator is not there. RuntimeError: a worker failed.
     """
-    console = console or table.wide_console()
+    console = console or wide_console()
     for plan in plans:
         for allocator in plan.allocators:
             lead.environment(allocator)

@@ -130,7 +130,8 @@ class _Model:
         from peft import LoraConfig, get_peft_model
 
         from ...integrations.transformers import load_causal_lm
-        from ..finetune.training import cast_adapter, quiet_libraries
+        from ..console import quiet_libraries
+        from ..finetune.model import cast_adapter
 
         quiet_libraries()
         self._request = request
@@ -190,15 +191,13 @@ class _Model:
         return self._step
 
     def _prepare(self, mode: str) -> None:
+        from ..finetune.model import enable_checkpointing
+
         model = self._model
         model.train(mode != "decode")
         base = model.get_base_model()
         if mode == "train-checkpointed":
-            # Transformers 5.2x renamed it.
-            enable = getattr(
-                base, "activation_checkpointing_enable", base.gradient_checkpointing_enable
-            )
-            enable({"use_reentrant": False})
+            enable_checkpointing(base)
         elif getattr(base, "is_gradient_checkpointing", False):
             base.gradient_checkpointing_disable()
 

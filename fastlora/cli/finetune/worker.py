@@ -13,7 +13,8 @@ import traceback
 from typing import Any, TextIO
 
 from ..errors import CliError
-from .training import Job, Stopped, train
+from .job import Job, Stopped
+from .training import train
 
 
 class _Pipe:
