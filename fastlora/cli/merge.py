@@ -9,17 +9,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from .console import layer_bar, quiet_libraries, wide_console
 from .errors import CliError
 from .finetune.command import DTYPES, positive
-from .finetune.terminal import layer_bar
-from .finetune.training import quiet_libraries
 
 # Tokens in an example of the text that --calibrate names.
 _LENGTH = 512
 _EXAMPLES_AT_ONCE = 4
-_WIDTH = 140
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -74,10 +70,7 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     _check(args, out)
     quiet_libraries()
-    console = Console()
-    if not console.is_terminal:
-        # In a file, a table as narrow as a terminal's default is hard to read.
-        console = Console(width=_WIDTH)
+    console = wide_console()
     from peft import PeftModel
 
     from ..integrations.peft.merge.merge import merge_adapter
@@ -191,7 +184,7 @@ def _dtype(name: str | None) -> Any:
 
 
 def _tokenizer(folder: str) -> Any:
-    from ..integrations.transformers.callbacks import load_tokenizer
+    from ..integrations.transformers import load_tokenizer
 
     try:
         return load_tokenizer(folder)
@@ -218,7 +211,7 @@ def _moments(args: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
 
 def _write(model: Any, tokenizer: Any, out: Path) -> None:
     """The folder appears by one rename, whole or not at all."""
-    from ..integrations.transformers.callbacks import make_savable
+    from ..integrations.transformers import make_savable
 
     make_savable(model)
     out.parent.mkdir(parents=True, exist_ok=True)

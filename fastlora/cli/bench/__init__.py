@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..errors import CliError
+from .allocators import current
 from .case import DTYPES, MODEL_MODES, MODES, QUANTS, Case, Layer, grid
-from .execute import COMPARISONS, ModelPlan, Output, Plan, execute
-from .model import ModelRequest
+from .execute import COMPARISONS, Output, execute
+from .plan import Budget, ModelPlan, Plan
 
 _DEFAULT_PROVIDERS = ("frozen", "peft", "peft-cast", "addmm", "fastlora", "fastlora-frozen")
 _QUICK_PROVIDERS = ("frozen", "peft", "fastlora")
@@ -172,19 +172,17 @@ def model_plan_of(args: argparse.Namespace) -> ModelPlan:
         (args.dropout or [0.05])[0],
         args.adapter_dtype,
     )
-    allocators = _allocators(args)
-    request = ModelRequest(
+    return ModelPlan(
         str(Path(args.model).resolve()),
         modes,
         layer,
         args.batch_size,
         args.seq_len,
-        args.rounds or (3 if args.quick else 9),
-        args.sample_ms * 1e-3,
-        allocators[0],
+        _allocators(args),
+        _budget(args),
         args.threads,
+        args.memory,
     )
-    return ModelPlan(request, allocators, args.memory)
 
 
 def plan_of(args: argparse.Namespace, cases: list[Case]) -> Plan:
@@ -193,8 +191,7 @@ def plan_of(args: argparse.Namespace, cases: list[Case]) -> Plan:
         cases,
         _providers(args),
         _allocators(args),
-        args.rounds or (3 if args.quick else 9),
-        args.sample_ms * 1e-3,
+        _budget(args),
         args.threads,
         args.memory,
     )
@@ -240,10 +237,13 @@ def _list_providers() -> int:
     return 0
 
 
+def _budget(args: argparse.Namespace) -> Budget:
+    return Budget(args.rounds or (3 if args.quick else 9), args.sample_ms * 1e-3)
+
+
 def _allocators(args: argparse.Namespace) -> list[str]:
-    """Those asked for; "current" is the one of this process, by LD_PRELOAD."""
-    current = "tcmalloc" if "tcmalloc" in os.environ.get("LD_PRELOAD", "") else "glibc"
-    names = [current if name == "current" else name for name in args.allocators or ["current"]]
+    wanted = args.allocators or ["current"]
+    names = [current() if name == "current" else name for name in wanted]
     return list(dict.fromkeys(names))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import shlex
 import shutil
 from collections.abc import Callable
@@ -14,41 +13,18 @@ from typing import Any
 
 from rich.console import Console
 
+from ..console import quiet_libraries
 from ..errors import CliError
 from .compare import compare
 from .data import load_data
-from .records import LOG_FILE, RUN_FILE, read_log, read_run, write_atomically
+from .job import BACKENDS, Job, Stopped
+from .records import LOG_FILE, RUN_FILE, read_log, read_run, update_run
 from .report import CSV_FILE, PLOT_FILE, print_comparison, print_result, write_csv, write_plot
 from .terminal import TerminalObserver
-from .training import BACKENDS, Job, Stopped, quiet_libraries, train
+from .training import train
 
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 DTYPES = tuple(_SHORT)
-_DEFAULTS: dict[str, Any] = {
-    "backend": "fastlora",
-    "quant": "nf4",
-    "double_quant": True,
-    "r": 16,
-    "alpha": 32.0,
-    "dropout": 0.05,
-    "target_modules": "all-linear",
-    "lr": 2e-4,
-    "lr_schedule": "linear",
-    "warmup_steps": 0,
-    "steps": None,
-    "epochs": None,
-    "batch_size": 4,
-    "grad_accum": 1,
-    "seq_len": 512,
-    "dtype": "bfloat16",
-    "adapter_dtype": "float32",
-    "gradient_checkpointing": False,
-    "eval_split": 0.05,
-    "save_every": 50,
-    "seed": 0,
-    "threads": None,
-    "cache_dir": None,
-}
 # These may differ between a run and its resumption: they change nothing but rounding.
 _FREE_ON_RESUME = ("out", "save_every", "threads", "cache_dir")
 _WRITTEN = (
@@ -133,7 +109,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 
 def _add(group: Any, flag: str, text: str, **options: Any) -> None:
-    default = _DEFAULTS[flag[2:].replace("-", "_")]
+    default = getattr(Job, flag[2:].replace("-", "_"))
     if isinstance(default, bool):
         default = "on" if default else "off"
     elif "choices" in options:
@@ -170,7 +146,8 @@ def execute(job: Job, *, resume: bool, overwrite: bool, console: Console | None 
         _clear(out)
     console.print(f"model    {_model_name(job)}\nmethod   {_method(job)}", highlight=False)
     backends = BACKENDS if job.backend == "both" else (job.backend,)
-    _write_run(out, job)
+    out.mkdir(parents=True, exist_ok=True)
+    update_run(out, job=job.as_dict())
     try:
         with TerminalObserver(console, backends) as observer:
             if job.backend == "both":
@@ -198,7 +175,7 @@ def _report(
         print_comparison(console, results)
         write_csv(out)
         logs = {b: read_log(out / b / LOG_FILE) for b in BACKENDS}
-        _write_run(out, job, results=results)
+        update_run(out, results=results)
         written = f"{'/, '.join(BACKENDS)}/ (adapters, logs), {CSV_FILE}, {RUN_FILE}"
     else:
         print_result(console, job.backend, results[job.backend])
@@ -230,7 +207,7 @@ def new_job(**given: Any) -> Job:
     for name in ("model", "data"):
         if name not in given:
             raise CliError(f"--{name}: missing (see fastlora finetune --help)")
-    return Job(**{**_DEFAULTS, **given})
+    return Job(**given)
 
 
 def _resumed(given: dict[str, Any]) -> Job:
@@ -280,7 +257,7 @@ def _check(job: Job, console: Console) -> None:
         raise CliError(f"--model: no such folder or file: {job.model}")
     _check_packages(job)
     quiet_libraries()
-    from ...integrations.transformers.callbacks import load_tokenizer, model_folder
+    from ...integrations.transformers import load_tokenizer, model_folder
 
     try:
         _announce_conversion(job, console)
@@ -292,7 +269,7 @@ def _check(job: Job, console: Console) -> None:
 
 def _announce_conversion(job: Job, console: Console) -> None:
     """Says why the first run with a GGUF file takes a minute longer."""
-    from ...integrations.transformers.callbacks import gguf_cache_folder, is_gguf
+    from ...integrations.transformers import gguf_cache_folder, is_gguf
 
     if is_gguf(job.model):
         folder = gguf_cache_folder(job.model, job.cache_dir)
@@ -316,13 +293,6 @@ def _check_packages(job: Job) -> None:
             f"missing: {', '.join(missing)}; in fastlora's source folder, "
             "`pip install '.[finetune]'` brings what it takes"
         )
-
-
-def _write_run(out: Path, job: Job, **fields: Any) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    content = {**(read_run(out) or {}), "job": job.as_dict(), **fields}
-    text = json.dumps(content, indent=2) + "\n"
-    write_atomically(out / RUN_FILE, lambda partial: partial.write_text(text))
 
 
 def _model_name(job: Job) -> str:

@@ -150,7 +150,8 @@ def tune(
     import torch
 
     from ...backends.triton.tuner import Trial, keep
-    from ..bench.measure import Budget, interleave, waits_for
+    from ..bench.measure import interleave, waits_for
+    from ..bench.plan import Budget
 
     trial = Trial(problem, torch.device(device))
     choices = {_name(choice): choice for choice in trial.choices()[:most]}
