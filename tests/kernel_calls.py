@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastlora import reference
-from fastlora.quant import QuantState, quantize_bounds
+from fastlora.quant import QuantState, from_mxfp4, quantize_bounds
 from tests import embedding_cases
 from tests.cases import (
     BASES,
@@ -140,6 +140,7 @@ def backward(case: Case, inputs: Inputs, S: Tensor, needs: tuple[bool, bool, boo
 def layer_calls(case: Case, base: Base, dtypes: str) -> Iterator[Call]:
     """Forward and backward of a layer, held to the error policy."""
     torch.manual_seed(0)  # each has the values that it has alone
+    case = base.fit(case)
     inputs = make_inputs(case, base, DTYPES[dtypes])
     exact, plain = exact_results(case, inputs), plain_results(case, inputs)
     x_dtype, adapter_dtype = inputs.x.dtype, inputs.lora_A.dtype
@@ -232,16 +233,13 @@ def quant_calls(
     weight = torch.randn(shape).to(dtype)
     weight.view(-1)[:: max(1, weight.numel() // 5)] *= 1e-30  # some tiny, some denormal
     assert base.quant_type is not None
-    plain_packed, plain_state = reference.quantize_4bit(weight, base.blocksize, base.quant_type)
     packed, state = reference.quantize_4bit(weight, base.blocksize, base.quant_type, base.nested)
-    decoded = reference.dequantize_4bit(packed, state, out_dtype)
+    plain_packed, plain_state = reference.quantize_4bit(weight, base.blocksize, base.quant_type)
+    name = f"{shape}, {base}, {dtype} to {out_dtype}"
 
     def check_quantize(outputs: list[Tensor]) -> None:
         assert torch.equal(outputs[0], plain_packed.view(-1))
         assert torch.equal(outputs[1], plain_state.absmax)
-
-    def check_dequantize(outputs: list[Tensor]) -> None:
-        assert torch.equal(outputs[0], decoded.view(-1))
 
     record = Record()
     record.integers(KERNELS.index("quantize_4bit"))
@@ -251,19 +249,37 @@ def quant_calls(
     record.array(bounds)
     record.array(order.to(torch.uint8))
     record.integers(1, 1)
-    name = f"{shape}, {base}, {dtype} to {out_dtype}"
     yield Call(f"quantize: {name}", record, (torch.uint8, torch.float32), check_quantize)
+    yield dequantize_call(name, packed, state, out_dtype)
+
+
+def dequantize_call(name: str, packed: Tensor, state: QuantState, out_dtype: torch.dtype) -> Call:
+    """Dequantise, bit by bit, except that any NaN will do."""
+    decoded = reference.dequantize_4bit(packed, state, out_dtype)
+
+    def check(outputs: list[Tensor]) -> None:
+        torch.testing.assert_close(outputs[0], decoded.view(-1), rtol=0, atol=0, equal_nan=True)
 
     record = Record()
-    record.integers(KERNELS.index("dequantize_4bit"), weight.numel())
+    record.integers(KERNELS.index("dequantize_4bit"), state.shape.numel())
     record.quant(packed, state)
     record.integers(FLOATS.index(out_dtype), 1)
-    yield Call(f"dequantize: {name}", record, (out_dtype,), check_dequantize)
+    return Call(f"dequantize: {name}", record, (out_dtype,), check)
+
+
+def scale_calls() -> Iterator[Call]:
+    """Every scale and every code of MXFP4, in each dtype."""
+    codes = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(256, 16, 16)
+    scales = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, 16)
+    packed, state = from_mxfp4(codes, scales)
+    for dtype in FLOATS:
+        yield dequantize_call(f"every scale of mxfp4 to {dtype}", packed, state, dtype)
 
 
 def norm_call(case: Case, base: Base, dtypes: str) -> Call:
     """DoRA's norms, held to the error policy."""
     torch.manual_seed(0)
+    case = base.fit(case)
     inputs = make_inputs(case, base, DTYPES[dtypes])
     W, state, A, B = inputs.weight, inputs.quant_state, inputs.lora_A, inputs.lora_B
     if state is not None:
@@ -371,9 +387,10 @@ def make_calls() -> list[Call]:
     calls += [mask_call(M, p) for M, p in ((5, 0.05), (37, 0.5), (37, 0.999))]
     shapes = ((7, 33), (64, 128), (1, 1), (130, 577), (3, 1, 5))
     for i, shape in enumerate(shapes):
-        for j, base in enumerate(FOUR_BIT):
+        for j, base in enumerate(base for base in FOUR_BIT if base.quant_type != "mxfp4"):
             calls += quant_calls(shape, base, FLOATS[(i + j) % 3], FLOATS[j % 3])
             calls += quant_calls(shape, base, FLOATS[i % 3], FLOATS[(i + j) % 3])
+    calls += scale_calls()
     return calls
 
 

@@ -61,11 +61,9 @@ class Packed(NamedTuple):
 
 def packed(weight: Tensor, state: QuantState) -> Packed:
     """The bytes of a 4-bit weight with the fields of its state."""
-    inner = state.state2
-    if inner is None:
-        return Packed(weight, state.absmax, state.code, None, None, None, state.blocksize)
-    nested = (inner.absmax, inner.code, state.offset)
-    return Packed(weight, state.absmax, state.code, *nested, state.blocksize)
+    absmax, code, *nested = state.tensors()
+    assert absmax is not None and code is not None
+    return Packed(weight, absmax, code, *nested, state.blocksize)
 
 
 _PACKED = (

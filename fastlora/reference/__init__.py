@@ -6,6 +6,7 @@ inputs) and each result is rounded once, at the end.
 
 from __future__ import annotations
 
+from ..quant.absmax import nested
 from .dora import (
     dora_dropout_bwd,
     dora_dropout_fwd,
@@ -31,8 +32,7 @@ from .linear import (
     shrink,
     skinny_bwd,
 )
-from .quantize import _quantize_absmax as _quantize_absmax
-from .quantize import dequantize_4bit, dequantize_absmax, nested, quantize_4bit
+from .quantize import dequantize_4bit, dequantize_absmax, quantize_4bit
 from .shared import shared_linear_bwd, shared_linear_fwd
 
 __all__ = [

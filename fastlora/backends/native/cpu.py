@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ... import reference
 from ...layer import Grads, Layer, Needs
-from ...quant import QuantState, code_table, quantize_bounds
+from ...quant import AbsmaxFormat, QuantState, find_format, quantize_bounds
 from .. import composed
 from ..contract import asked, is_empty
 from ..schemas import flatten, flatten_all, packed
@@ -171,21 +171,24 @@ def dora_dropout_bwd(dkept: Tensor, drest: Tensor, dropout_p: float, seed: Tenso
 def quantize_4bit(
     weight: Tensor, blocksize: int, quant_type: str, compress_statistics: bool
 ) -> tuple[Tensor, QuantState]:
-    """`reference.quantize_4bit`."""
-    data, state = plain_4bit(ops, weight, blocksize, quant_type)
+    """`reference.quantize_4bit`: a kernel for bitsandbytes' formats, plain torch for the others."""
+    fmt = find_format(quant_type)
+    if not isinstance(fmt, AbsmaxFormat):
+        return fmt.quantize(weight, blocksize, compress_statistics)
+    data, state = plain_4bit(ops, fmt, weight, blocksize)
     return data, reference.nested(state) if compress_statistics else state
 
 
 def plain_4bit(
-    ops: Any, weight: Tensor, blocksize: int, quant_type: str
+    ops: Any, fmt: AbsmaxFormat, weight: Tensor, blocksize: int
 ) -> tuple[Tensor, QuantState]:
     """Packed codes and a state with fp32 absmax, by `quantize_4bit` of a library's `ops`."""
-    code, device = code_table(quant_type, "cpu"), weight.device
+    code, device = fmt.table("cpu"), weight.device
     bounds, order = quantize_bounds(code)
     tables = bounds.to(device), order.to(torch.uint8).to(device)
     data, absmax = ops.quantize_4bit(weight.detach(), *tables, blocksize)
     shape, dtype = weight.shape, weight.dtype
-    return data, QuantState(absmax, shape, code.to(device), dtype, blocksize, quant_type)
+    return data, QuantState(absmax, shape, code.to(device), dtype, blocksize, fmt.name)
 
 
 def dequantize_4bit(

@@ -18,7 +18,13 @@ from torch import Tensor
 
 from ... import reference
 from ...layer import Grads, Layer, Needs
-from ...quant import NESTED_BLOCKSIZE, QuantState, dynamic_code
+from ...quant import (
+    NESTED_BLOCKSIZE,
+    AbsmaxFormat,
+    QuantState,
+    dynamic_code,
+    find_format,
+)
 from .. import composed
 from ..contract import Request, SkinnyBackend, unsupported_dtype
 from ..machine import tuned
@@ -227,8 +233,11 @@ def grouped_lora_linear_bwd(
 def quantize_4bit(
     weight: Tensor, blocksize: int, quant_type: str, compress_statistics: bool
 ) -> tuple[Tensor, QuantState]:
-    """`reference.quantize_4bit`."""
-    data, state = cpu.plain_4bit(ops, weight, blocksize, quant_type)
+    """`reference.quantize_4bit`: a kernel for bitsandbytes' formats, plain torch for the others."""
+    fmt = find_format(quant_type)
+    if not isinstance(fmt, AbsmaxFormat):
+        return fmt.quantize(weight, blocksize, compress_statistics)
+    data, state = cpu.plain_4bit(ops, fmt, weight, blocksize)
     return data, nested(state) if compress_statistics else state
 
 
