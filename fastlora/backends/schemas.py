@@ -61,9 +61,9 @@ class Packed(NamedTuple):
 
 def packed(weight: Tensor, state: QuantState) -> Packed:
     """The bytes of a 4-bit weight with the fields of its state."""
-    absmax, code, *nested = state.tensors()
+    absmax, code, nested_absmax, nested_code, offset = state.tensors()
     assert absmax is not None and code is not None
-    return Packed(weight, absmax, code, *nested, state.blocksize)
+    return Packed(weight, absmax, code, nested_absmax, nested_code, offset, state.blocksize)
 
 
 _PACKED = (
