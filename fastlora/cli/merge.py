@@ -11,7 +11,7 @@ from typing import Any
 
 from .console import layer_bar, quiet_libraries, wide_console
 from .errors import CliError
-from .finetune.command import DTYPES, positive
+from .options import SHORT_DTYPES, add_double_quant, positive, torch_dtype
 
 # Tokens in an example of the text that --calibrate names.
 _LENGTH = 512
@@ -40,13 +40,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="quantise a dense model first, as its training did: --into dense then writes the "
         "decoded 4-bit weights plus the adapter; --into 4bit implies nf4",
     )
-    parser.add_argument(
-        "--double-quant",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="absmax in 8 bits as well",
-    )
-    parser.add_argument("--dtype", choices=DTYPES, help="of dense weights (the model's own)")
+    add_double_quant(parser)
+    parser.add_argument("--dtype", choices=SHORT_DTYPES, help="of dense weights (the model's own)")
     parser.add_argument(
         "--base",
         metavar="FOLDER",
@@ -178,9 +173,7 @@ def _stored_dtype(folder: str) -> Any:
 
 
 def _dtype(name: str | None) -> Any:
-    import torch
-
-    return None if name is None else getattr(torch, name)
+    return None if name is None else torch_dtype(name)
 
 
 def _tokenizer(folder: str) -> Any:

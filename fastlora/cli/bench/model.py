@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..options import torch_dtype
 from ..process import Leader
-from .case import DTYPES
 from .plan import ModelPlan
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class _Model:
                 _with_weights(Path(plan.model), Path(scratch), layer.dtype),
                 quant=layer.quant,
                 double_quant=layer.nested,
-                dtype=getattr(torch, DTYPES[layer.dtype]),
+                dtype=torch_dtype(layer.dtype),
             )
         config = LoraConfig(
             task_type="CAUSAL_LM",
@@ -99,7 +99,7 @@ class _Model:
             target_modules="all-linear",
         )
         self._model: Any = get_peft_model(model, config)
-        cast_adapter(self._model, getattr(torch, DTYPES[layer.adapter_dtype]))
+        cast_adapter(self._model, torch_dtype(layer.adapter_dtype))
         for name, parameter in self._model.named_parameters():
             if "lora_B" in name:
                 # It starts at zero, which would hide A's gradient from the check.
@@ -233,13 +233,12 @@ def _with_weights(path: Path, scratch: Path, dtype: str) -> Path:
     """`path`, or where it has a config alone, a model in `scratch` with random weights."""
     if not path.is_dir() or any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
         return path
-    import torch
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     config = AutoConfig.from_pretrained(path)
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, DTYPES[dtype]))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype(dtype))
     model.save_pretrained(scratch)
     tokenizer = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="a").save_pretrained(scratch)

@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import shlex
 import shutil
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from rich.console import Console
 
 from ..console import quiet_libraries
 from ..errors import CliError
+from ..options import SHORT_DTYPES, not_negative, positive, positive_float, share
 from .compare import compare
 from .data import load_data
 from .job import BACKENDS, Job, Stopped
@@ -23,8 +23,6 @@ from .report import CSV_FILE, PLOT_FILE, print_comparison, print_result, write_c
 from .terminal import TerminalObserver
 from .training import train
 
-_SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-DTYPES = tuple(_SHORT)
 # These may differ between a run and its resumption: they change nothing but rounding.
 _FREE_ON_RESUME = ("out", "save_every", "threads", "cache_dir")
 _WRITTEN = (
@@ -76,8 +74,13 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     _add(model, "--backend", "whose LoRA layers", choices=("fastlora", "peft", "both"))
     _add(model, "--quant", "of the frozen weights", choices=("nf4", "fp4", "none"))
     _add(model, "--double-quant", "absmax in 8 bits as well", action=argparse.BooleanOptionalAction)
-    _add(model, "--dtype", "of the frozen weights, or their compute dtype", choices=DTYPES)
-    _add(model, "--adapter-dtype", "of A and B", choices=DTYPES)
+    _add(
+        model,
+        "--dtype",
+        "of the frozen weights, or their compute dtype",
+        choices=SHORT_DTYPES,
+    )
+    _add(model, "--adapter-dtype", "of A and B", choices=SHORT_DTYPES)
     _add(
         model,
         "--gradient-checkpointing",
@@ -87,23 +90,23 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
     lora = parser.add_argument_group("LoRA")
     _add(lora, "--r", "rank", type=positive)
-    _add(lora, "--alpha", "scaling is alpha / r", type=_positive_float)
-    _add(lora, "--dropout", "on the adapter's input", type=_share(below=1.0))
+    _add(lora, "--alpha", "scaling is alpha / r", type=positive_float)
+    _add(lora, "--dropout", "on the adapter's input", type=share(below=1.0))
     _add(lora, "--target-modules", "layers, like q_proj,v_proj", metavar="NAMES")
 
     training = parser.add_argument_group("training")
     length = training.add_mutually_exclusive_group()
     length.add_argument("--steps", type=positive, metavar="N", help="optimizer steps")
-    length.add_argument("--epochs", type=_positive_float, metavar="N", help="or epochs (1)")
-    _add(training, "--lr", "learning rate of AdamW", type=_positive_float)
+    length.add_argument("--epochs", type=positive_float, metavar="N", help="or epochs (1)")
+    _add(training, "--lr", "learning rate of AdamW", type=positive_float)
     _add(training, "--lr-schedule", "", choices=("linear", "cosine", "constant_with_warmup"))
-    _add(training, "--warmup-steps", "", type=_not_negative)
+    _add(training, "--warmup-steps", "", type=not_negative)
     _add(training, "--batch-size", "examples in a forward", type=positive)
     _add(training, "--grad-accum", "forwards in a step", type=positive)
     _add(training, "--seq-len", "tokens in an example, at most", type=positive)
-    _add(training, "--eval-split", "share held out for the perplexity", type=_share(below=0.51))
+    _add(training, "--eval-split", "share held out for the perplexity", type=share(below=0.51))
     _add(training, "--save-every", "steps between saves", type=positive)
-    _add(training, "--seed", "", type=_not_negative)
+    _add(training, "--seed", "", type=not_negative)
     training.add_argument("--threads", type=positive, metavar="N", help="CPU threads (torch's)")
     return parser
 
@@ -301,39 +304,8 @@ def _model_name(job: Job) -> str:
 
 
 def _method(job: Job) -> str:
-    dtype, adapter = _SHORT[job.dtype], _SHORT[job.adapter_dtype]
+    dtype, adapter = SHORT_DTYPES[job.dtype], SHORT_DTYPES[job.adapter_dtype]
     if job.quant == "none":
         return f"LoRA on {dtype}, {adapter} adapter"
     double = " + double quant" if job.double_quant else ""
     return f"QLoRA on {job.quant}{double}, {dtype} compute, {adapter} adapter"
-
-
-def positive(text: str) -> int:
-    """An argument that is a whole number above 0."""
-    return int(_number(text, int, lambda value: value >= 1, "a whole number from 1 on"))
-
-
-def _not_negative(text: str) -> int:
-    return int(_number(text, int, lambda value: value >= 0, "a whole number from 0 on"))
-
-
-def _positive_float(text: str) -> float:
-    return _number(text, float, lambda value: 0.0 < value < float("inf"), "a number above 0")
-
-
-def _share(below: float) -> Callable[[str], float]:
-    def share(text: str) -> float:
-        expected = f"a number from 0 to below {below:g}"
-        return _number(text, float, lambda value: 0.0 <= value < below, expected)
-
-    return share
-
-
-def _number(text: str, kind: type[float], fits: Callable[[float], bool], expected: str) -> float:
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not fits(value):
-        raise argparse.ArgumentTypeError(f"expected {expected}, got {text}")
-    return value

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from ..console import quiet_libraries
 from ..errors import CliError
+from ..options import positive
 from . import command as finetune
 
 _OUT = "fastlora-demo"
@@ -36,7 +37,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an earlier run in another --out"
     )
-    parser.add_argument("--steps", type=finetune.positive, metavar="N", default=20, help="(20)")
+    parser.add_argument("--steps", type=positive, metavar="N", default=20, help="(20)")
     parser.add_argument(
         "--backend", choices=("both", "peft", "fastlora"), default="both", metavar="NAME",
         help="both | peft | fastlora (both)",

@@ -6,12 +6,12 @@ import hashlib
 from typing import Any
 
 from ..errors import CliError
+from ..options import torch_dtype
 from .job import Job
 
 
 def with_adapter(model: Any, job: Job) -> Any:
     """PEFT's model around `model`, with the job's adapter."""
-    import torch
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -25,7 +25,7 @@ def with_adapter(model: Any, job: Job) -> Any:
         model.config.use_cache = False
         enable_checkpointing(model)
     model = get_peft_model(model, config)
-    cast_adapter(model, getattr(torch, job.adapter_dtype))
+    cast_adapter(model, torch_dtype(job.adapter_dtype))
     return model
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..options import torch_dtype
 from .job import Job, Observer
 from .model import cast_adapter
 from .records import Log
@@ -38,7 +39,6 @@ def make_trainer(
         observer: is told of every step and holds its gates.
         stop: asked after every step.
     """
-    import torch
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     from ...integrations.transformers import ThroughputCallback, peak_memory
@@ -94,7 +94,7 @@ def make_trainer(
 
         def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
             super()._load_from_checkpoint(*args, **kwargs)
-            cast_adapter(self.model, getattr(torch, job.adapter_dtype))
+            cast_adapter(self.model, torch_dtype(job.adapter_dtype))
 
     args = TrainingArguments(
         output_dir=job.out,

@@ -8,6 +8,7 @@ from typing import Any
 from ...version import __version__
 from ..console import quiet_libraries
 from ..errors import CliError
+from ..options import torch_dtype
 from ..process import on_stop_signal
 from .data import Collator, batches, load_data
 from .job import Job, Observer, Stopped
@@ -46,7 +47,7 @@ def train(job: Job, observer: Observer, *, resume: bool) -> dict[str, Any]:
             job.model,
             quant=job.quant,
             double_quant=job.double_quant,
-            dtype=getattr(torch, job.dtype),
+            dtype=torch_dtype(job.dtype),
             cache_dir=job.cache_dir,
         )
     except (FileNotFoundError, ValueError) as error:
@@ -98,7 +99,7 @@ def train(job: Job, observer: Observer, *, resume: bool) -> dict[str, Any]:
         if checkpoint is not None and is_last(checkpoint):
             # The run was complete. The Trainer would do one more step.
             model.load_adapter(checkpoint, "default", is_trainable=True)
-            cast_adapter(model, getattr(torch, job.adapter_dtype))
+            cast_adapter(model, torch_dtype(job.adapter_dtype))
             steps = step_of(checkpoint)
         else:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
