@@ -6,6 +6,7 @@ only runs kernels. So it needs no torch, and can be compiled for a processor tha
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -32,19 +33,12 @@ from tests.cases import (
 )
 from tests.tolerance import assert_close_to_exact
 
+ROOT = Path(__file__).resolve().parents[1]
 # Positions in the runner's list of kernels, and of dtypes in csrc/common/params.h.
-KERNELS = (
-    "lora_linear_fwd",
-    "lora_linear_bwd",
-    "lora_embedding_fwd",
-    "lora_embedding_bwd",
-    "quantize_4bit",
-    "dequantize_4bit",
-    "dora_norm",
-    "dora_magnitude_fwd",
-    "dora_magnitude_bwd",
-    "dora_dropout_fwd",
-    "dora_dropout_bwd",
+KERNELS = re.findall(
+    r"^FASTLORA_KERNEL\((\w+)",
+    (ROOT / "csrc" / "cpu" / "runtime" / "kernels.def").read_text(),
+    re.MULTILINE,
 )
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -8,10 +8,9 @@
 #include <vector>
 
 #include "checks.h"
-#include "cpu/kernels.h"
-#include "cpu/tile_sizes.h"
+#include "cpu/runtime/kernels.h"
+#include "cpu/runtime/tile_sizes.h"
 #include "parallel.h"
-#include "schemas.h"
 
 namespace fastlora {
 namespace {
@@ -43,39 +42,34 @@ struct Experts {
   int64_t quant_blocksize() const { return all.dense ? 1 : all.quant.blocksize; }
 };
 
-Experts experts_of(const Tensor& dense) {
-  Weight all{};
-  all.N = dense.size(1);
-  all.K = dense.size(2);
-  all.dense = dense.data_ptr();
-  all.compute_dtype = dtype_of(dense, "weight");
-  check_not_empty(all);
-  return {dense.size(0), all};
-}
-
-Experts experts_of(const QuantTensors& quant, int64_t E, int64_t N, int64_t K,
-                   ScalarType compute_dtype) {
-  Weight all{};
-  all.N = N;
-  all.K = K;
-  all.quant = quant_of(quant, E * N * K);
-  all.compute_dtype = dtype_of(compute_dtype, "compute_dtype");
-  check_not_empty(all);
-  const int64_t together = quant.blocksize * (quant.nested_absmax.has_value() ? kNestedBlock : 1);
-  STD_TORCH_CHECK(N * K % together == 0, "each expert must have whole blocks of ", together,
-                  " elements, got ", N, " x ", K);
-  return {E, all};
-}
-
-Tensor dense_stack(const Tensor& weight, const Tensor& x) {
-  STD_TORCH_CHECK(weight.dim() == 3, "weight must be [E, N, K]");
-  STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type(), "weight must have x's dtype");
-  return torch::stable::contiguous(weight);
-}
-
 void check_stack(const Tensor& t, const char* name, int64_t E, int64_t rows, int64_t columns) {
   STD_TORCH_CHECK(t.dim() == 3 && t.size(0) == E && t.size(1) == rows && t.size(2) == columns, name,
                   " must be [", E, ", ", rows, ", ", columns, "]");
+}
+
+// Sets `dense`, the tensor that the result points into, to a dense stack [E, N, K].
+Experts experts_of(const LayerTensors& layer, const Tensor& x, Tensor& dense) {
+  const Tensor &A = layer.lora_A, &B = layer.lora_B;
+  STD_TORCH_CHECK(A.dim() == 3 && B.dim() == 3, "lora_A and lora_B must be stacks");
+  const int64_t E = B.size(0), N = B.size(1), K = A.size(2);
+  Weight all{};
+  all.N = N;
+  all.K = K;
+  check_not_empty(all);
+  if (layer.is_dense()) {
+    check_stack(layer.weight, "weight", E, N, K);
+    STD_TORCH_CHECK(layer.weight.scalar_type() == x.scalar_type(), "weight must have x's dtype");
+    dense = torch::stable::contiguous(layer.weight);
+    all.dense = dense.data_ptr();
+    all.compute_dtype = dtype_of(dense, "weight");
+    return {E, all};
+  }
+  all.quant = quant_of(layer.quant(), E * N * K);
+  all.compute_dtype = dtype_of(layer.compute_dtype.value_or(x.scalar_type()), "compute_dtype");
+  const int64_t together = layer.blocksize * (layer.nested_absmax.has_value() ? kNestedBlock : 1);
+  STD_TORCH_CHECK(N * K % together == 0, "each expert must have whole blocks of ", together,
+                  " elements, got ", N, " x ", K);
+  return {E, all};
 }
 
 struct Segment {
@@ -144,9 +138,11 @@ void clear_from(Tensor& t, int64_t row) {
               static_cast<size_t>((t.size(0) - row) * columns * t.element_size()));
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& x_any, const Experts& experts,
-                                   const Tensor& offsets, const Tensor& A_any, const Tensor& B_any,
-                                   double scaling, double dropout_p, const OptionalTensor& seed) {
+std::tuple<Tensor, Tensor> forward(const Tensor& x_any, const LayerTensors& layer,
+                                   const Tensor& offsets) {
+  const Tensor &A_any = layer.lora_A, &B_any = layer.lora_B;
+  Tensor dense;
+  const Experts experts = experts_of(layer, x_any, dense);
   const int64_t M = x_any.size(0), R = A_any.size(1), N = experts.all.N, K = experts.all.K;
   check_matrix(x_any, "x", M, K);
   check_stack(A_any, "lora_A", experts.E, R, K);
@@ -166,8 +162,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_any, const Experts& experts,
   all.x_dtype = dtype_of(x, "x");
   all.adapter_dtype = dtype_of(A, "lora_A");
   all.ldx = row_stride(x);
-  all.scaling = static_cast<float>(scaling);
-  all.dropout = dropout_of(dropout_p, seed);
+  all.scaling = static_cast<float>(layer.scaling);
+  all.dropout = dropout_of(layer.dropout_p, layer.seed);
   each_segment(segments, [&](const Segment& segment, const ParallelFor& parallel) {
     LoraLinearFwd p = all;
     p.M = segment.rows;
@@ -178,17 +174,17 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_any, const Experts& experts,
     p.first_row = segment.begin;
     p.y = at(y, segment.begin * N);
     p.S = floats_at(S, segment.begin * R);
-    kernels().lora_linear_fwd(&p, 1, parallel);
+    kernels().lora_linear_fwd({&p, 1}, parallel);
   });
   return {y, S};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy_any, const OptionalTensor& x_any,
-                                            const Experts& experts, const Tensor& offsets,
-                                            const Tensor& A_any, const Tensor& B_any,
-                                            const OptionalTensor& S_any, double scaling,
-                                            double dropout_p, const OptionalTensor& seed,
-                                            bool need_dx, bool need_dA, bool need_dB) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& dy_any, const OptionalTensor& x_any, const LayerTensors& layer,
+    const Tensor& offsets, const OptionalTensor& S_any, bool need_dx, bool need_dA, bool need_dB) {
+  const Tensor &A_any = layer.lora_A, &B_any = layer.lora_B;
+  Tensor dense;
+  const Experts experts = experts_of(layer, dy_any, dense);
   const int64_t M = dy_any.size(0), R = A_any.size(1), N = experts.all.N, K = experts.all.K;
   const int64_t E = experts.E;
   check_matrix(dy_any, "dy", M, N);
@@ -223,8 +219,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy_any, const Optional
   all.adapter_dtype = dtype_of(A, "lora_A");
   all.lddy = row_stride(dy);
   all.ldx = x.has_value() ? row_stride(*x) : K;
-  all.scaling = static_cast<float>(scaling);
-  all.dropout = dropout_of(dropout_p, seed);
+  all.scaling = static_cast<float>(layer.scaling);
+  all.dropout = dropout_of(layer.dropout_p, layer.seed);
   each_segment(segments, [&](const Segment& segment, const ParallelFor& parallel) {
     LoraLinearBwd p = all;
     p.M = segment.rows;
@@ -238,84 +234,33 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy_any, const Optional
     p.dx = need_dx ? at(dx, segment.begin * K) : nullptr;
     p.dA = need_dA ? floats_at(dA, segment.expert * R * K) : nullptr;
     p.dB = need_dB ? floats_at(dB, segment.expert * N * R) : nullptr;
-    kernels().lora_linear_bwd(&p, 1, parallel);
+    kernels().lora_linear_bwd({&p, 1}, parallel);
   });
   if (need_dA) dA = torch::stable::to(dA, A.scalar_type());
   if (need_dB) dB = torch::stable::to(dB, B.scalar_type());
-  return {dx, dA, dB};
+  return {dx, dA, dB, empty(dy, {0}, ScalarType::Float)};
 }
 
 // ---- the ops, in the order of their schemas ----------------------------------------------------
 
-std::tuple<Tensor, Tensor> grouped_lora_linear_fwd(Tensor x, Tensor weight, Tensor offsets,
-                                                   Tensor lora_A, Tensor lora_B, double scaling,
-                                                   double dropout_p, OptionalTensor seed) {
-  const Tensor dense = dense_stack(weight, x);
-  return forward(x, experts_of(dense), offsets, lora_A, lora_B, scaling, dropout_p, seed);
+std::tuple<Tensor, Tensor> grouped_lora_linear_fwd(Tensor x, FASTLORA_LAYER, Tensor offsets) {
+  STD_TORCH_CHECK(!bias.has_value(), "experts have no bias");
+  return forward(x, FASTLORA_LAYER_OF, offsets);
 }
 
-std::tuple<Tensor, Tensor, Tensor> grouped_lora_linear_bwd(
-    Tensor dy, OptionalTensor x, Tensor weight, Tensor offsets, Tensor lora_A, Tensor lora_B,
-    OptionalTensor S, double scaling, double dropout_p, OptionalTensor seed, bool need_dx,
-    bool need_dA, bool need_dB) {
-  const Tensor dense = dense_stack(weight, dy);
-  return backward(dy, x, experts_of(dense), offsets, lora_A, lora_B, S, scaling, dropout_p, seed,
-                  need_dx, need_dA, need_dB);
-}
-
-std::tuple<Tensor, Tensor> grouped_qlora_linear_fwd(Tensor x, Tensor weight, Tensor absmax,
-                                                    Tensor code, OptionalTensor nested_absmax,
-                                                    OptionalTensor nested_code,
-                                                    OptionalTensor nested_offset, int64_t blocksize,
-                                                    ScalarType compute_dtype, Tensor offsets,
-                                                    Tensor lora_A, Tensor lora_B, double scaling,
-                                                    double dropout_p, OptionalTensor seed) {
-  const QuantTensors quant{weight,      absmax,        code,     nested_absmax,
-                           nested_code, nested_offset, blocksize};
-  const Experts experts =
-      experts_of(quant, lora_B.size(0), lora_B.size(1), x.size(1), compute_dtype);
-  return forward(x, experts, offsets, lora_A, lora_B, scaling, dropout_p, seed);
-}
-
-std::tuple<Tensor, Tensor, Tensor> grouped_qlora_linear_bwd(
-    Tensor dy, OptionalTensor x, Tensor weight, Tensor absmax, Tensor code,
-    OptionalTensor nested_absmax, OptionalTensor nested_code, OptionalTensor nested_offset,
-    int64_t blocksize, ScalarType compute_dtype, Tensor offsets, Tensor lora_A, Tensor lora_B,
-    OptionalTensor S, double scaling, double dropout_p, OptionalTensor seed, bool need_dx,
-    bool need_dA, bool need_dB) {
-  const QuantTensors quant{weight,      absmax,        code,     nested_absmax,
-                           nested_code, nested_offset, blocksize};
-  const Experts experts =
-      experts_of(quant, lora_B.size(0), lora_B.size(1), lora_A.size(2), compute_dtype);
-  return backward(dy, x, experts, offsets, lora_A, lora_B, S, scaling, dropout_p, seed, need_dx,
-                  need_dA, need_dB);
+std::tuple<Tensor, Tensor, Tensor, Tensor> grouped_lora_linear_bwd(Tensor dy, OptionalTensor x,
+                                                                   FASTLORA_LAYER, Tensor offsets,
+                                                                   OptionalTensor S, bool need_dx,
+                                                                   bool need_dA, bool need_dB,
+                                                                   bool need_dbias) {
+  STD_TORCH_CHECK(!need_dbias, "experts have no bias");
+  return backward(dy, x, FASTLORA_LAYER_OF, offsets, S, need_dx, need_dA, need_dB);
 }
 
 }  // namespace
 }  // namespace fastlora
 
-#define FASTLORA_GROUPED_NEEDS ", bool need_dx, bool need_dA, bool need_dB"
-
-STABLE_TORCH_LIBRARY_FRAGMENT(fastlora, m) {
-  m.def(
-      "grouped_lora_linear_fwd(Tensor x, Tensor weight, Tensor "
-      "offsets, " FASTLORA_LORA FASTLORA_DROPOUT ") -> (Tensor y, Tensor S)");
-  m.def(
-      "grouped_lora_linear_bwd(Tensor dy, Tensor? x, Tensor weight, Tensor offsets, " FASTLORA_LORA
-      "Tensor? S, " FASTLORA_DROPOUT FASTLORA_GROUPED_NEEDS
-      ") -> (Tensor dx, Tensor dA, Tensor dB)");
-  m.def("grouped_qlora_linear_fwd(Tensor x, " FASTLORA_QUANT
-        "ScalarType compute_dtype, Tensor offsets, " FASTLORA_LORA FASTLORA_DROPOUT
-        ") -> (Tensor y, Tensor S)");
-  m.def("grouped_qlora_linear_bwd(Tensor dy, Tensor? x, " FASTLORA_QUANT
-        "ScalarType compute_dtype, Tensor offsets, " FASTLORA_LORA
-        "Tensor? S, " FASTLORA_DROPOUT FASTLORA_GROUPED_NEEDS
-        ") -> (Tensor dx, Tensor dA, Tensor dB)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(fastlora, CPU, m) {
   m.impl("grouped_lora_linear_fwd", TORCH_BOX(&fastlora::grouped_lora_linear_fwd));
   m.impl("grouped_lora_linear_bwd", TORCH_BOX(&fastlora::grouped_lora_linear_bwd));
-  m.impl("grouped_qlora_linear_fwd", TORCH_BOX(&fastlora::grouped_qlora_linear_fwd));
-  m.impl("grouped_qlora_linear_bwd", TORCH_BOX(&fastlora::grouped_qlora_linear_bwd));
 }

@@ -4,8 +4,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu/kernels.h"
-#include "cpu/tile_sizes.h"
+#include "cpu/runtime/kernels.h"
+#include "cpu/runtime/tile_sizes.h"
 
 namespace py = pybind11;
 

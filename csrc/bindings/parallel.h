@@ -7,7 +7,7 @@
 #include <atomic>
 
 #include "common/params.h"
-#include "cpu/scratch.h"
+#include "cpu/runtime/scratch.h"
 
 namespace fastlora {
 

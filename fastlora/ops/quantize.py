@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose
+from ..backends.contract import Request
 from ..quant import QuantState, as_quant_state, find_format, packed_bytes
 from .checks import check_bytes
 
@@ -26,7 +27,7 @@ def quantize_4bit(
     """
     blocksize = find_format(quant_type).check(weight, blocksize, compress_statistics)
     place = weight.device
-    b = choose("quantize_4bit", place.type, backend, dtype=weight.dtype, index=place.index)
+    b = choose(Request("quantize_4bit", place.type, place.index, weight.dtype), backend)
     return b.quantize_4bit(weight, blocksize, quant_type, compress_statistics)
 
 
@@ -59,5 +60,5 @@ def dequantize_4bit(
     if out is not None and out.dtype != dtype:
         raise TypeError(f"out must have dtype {dtype}, got {out.dtype}")
     place = packed.device
-    b = choose("dequantize_4bit", place.type, backend, dtype=dtype, index=place.index)
+    b = choose(Request("dequantize_4bit", place.type, place.index, dtype), backend)
     return b.dequantize_4bit(packed, state, dtype, out)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fastlora
 from fastlora import ops
 from fastlora.backends import use_backend
-from fastlora.integrations.peft.run import linear as peft_run
+from fastlora.integrations.peft.run import dora as peft_run
 from fastlora.integrations.peft.run.dora import expanded_norms, weight_norms
 from fastlora.quant import QuantState
 from tests.integrations.models import gradients, last_reasons, linear4bit

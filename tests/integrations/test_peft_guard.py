@@ -24,10 +24,10 @@ from torch.autograd import forward_ad
 
 import fastlora
 from fastlora.integrations.peft import fast_path
+from fastlora.integrations.peft.plan.call import Casts, Parts
 from fastlora.integrations.peft.plan.casts import casts
 from fastlora.integrations.peft.plan.parts import layer_parts
-from fastlora.integrations.peft.plan.plan import LAST_REASON
-from fastlora.integrations.peft.run.linear import Casts, Parts
+from fastlora.integrations.peft.plan.reasons import LAST_REASON
 from tests.integrations.models import MLP, MLP4bit, fill_adapters, lora_layers, peft_model
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -1011,12 +1011,12 @@ def test_autocast_that_is_off_is_none() -> None:
 
 def test_no_fallback_on_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
     """An error inside the fast path reaches the caller; nothing hides it."""
-    from fastlora.integrations.peft.run import linear as peft_run
+    from fastlora.integrations.peft.run import launch
 
     def broken(*args: object, **kwargs: object) -> Tensor:
         raise RuntimeError("broken kernel")
 
-    monkeypatch.setattr(peft_run, "lora_linear", broken)
+    monkeypatch.setattr(launch, "lora_linear", broken)
     call = dense()
     with pytest.raises(RuntimeError, match="broken kernel"):
         call.layer(call.x)

@@ -1,4 +1,4 @@
-"""One adapter of a PEFT layer as `peft_run` takes it, whichever variant of LoRA it is."""
+"""One adapter of a PEFT layer as `run` takes it, whichever variant of LoRA it is."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..run.linear import Adapter
+from .call import Adapter
 from .plain import PLAIN, tensors_reason
 
 # PEFT's variants that differ from LoRA in their initial values and in what trains, not in forward.
 _PLAIN_VARIANTS = ("MiCALinearVariant",)
-# Those that make their A or B of other tensors, KaSA's `diag * A` and the diagonal blocks of
-# BD-LoRA, and are LoRA from there on.
+# Those that compute their A or B from other tensors (KaSA: `diag * A`; BD-LoRA: diagonal blocks)
+# and are LoRA from there on.
 _KASA = "KasaLinearVariant"
 _MADE_VARIANTS = (_KASA, "BdLoraLinearVariant")
 # Activated LoRA, which serves the tokens from an invocation sequence on.

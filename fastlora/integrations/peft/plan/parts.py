@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ....quant import NESTED_BLOCKSIZE, QUANT_TYPES
 from ... import bitsandbytes as bnb
-from ..run.linear import Adapter, Parts
+from ..names import named
 from .adapters import plain_adapter, svd_adapter
-from .casts import named
+from .call import Adapter, Parts
 from .plain import modules_reason, state_reason, tensors_reason
 
 
