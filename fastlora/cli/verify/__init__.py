@@ -22,10 +22,11 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "verify",
         help="check every kernel on this machine against the definition",
         description=(
-            "Runs every op of every backend, in every dtype, on dense, nf4 and fp4 weights, with "
-            "and without dropout, forward and all gradients, on odd sizes. A result may be off "
-            "from a float64 reference by twice as much as plain torch in the same dtypes is; 4-bit "
-            "quantisation has to match bit for bit. Exits with 1 when anything is off by more."
+            "Runs every op of every backend, in every dtype, on dense, nf4, fp4 and mxfp4 weights, "
+            "with and without dropout, forward and all gradients, on odd sizes. A result may be "
+            "off from a float64 reference by twice as much as plain torch in the same dtypes is; "
+            "4-bit quantisation has to match bit for bit. Exits with 1 when anything is off by "
+            "more."
         ),
     )
     parser.add_argument(
