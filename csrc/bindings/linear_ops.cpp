@@ -2,11 +2,13 @@
 //
 // Formulas, shapes and dtypes: fastlora/reference/. The ops allocate what they return; a gradient
 // that is not asked for comes back as an empty tensor.
+#include <optional>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "checks.h"
+#include "cpu/linear/experts.h"
 #include "cpu/runtime/kernels.h"
 #include "cpu/runtime/tile_sizes.h"
 #include "parallel.h"
@@ -21,18 +23,34 @@ Tensor dense_weight(const Tensor& weight, const Tensor& x) {
   return with_order(weight);
 }
 
-// One layer of a forward: what `params` points into, and what it writes.
+// How many experts a stack has; none: a plain layer.
+using ExpertCount = std::optional<int64_t>;
+
+void check_adapter(const Tensor& t, const char* name, ExpertCount experts, int64_t rows,
+                   int64_t columns) {
+  if (!experts) return check_matrix(t, name, rows, columns);
+  STD_TORCH_CHECK(
+      t.dim() == 3 && t.size(0) == *experts && t.size(1) == rows && t.size(2) == columns, name,
+      " must be [", *experts, ", ", rows, ", ", columns, "]");
+}
+
+void check_adapters(const Tensor& A, const Tensor& B, ExpertCount experts, const Weight& weight) {
+  const int64_t R = A.size(experts ? 1 : 0);
+  check_adapter(A, "lora_A", experts, R, weight.K);
+  check_adapter(B, "lora_B", experts, weight.N, R);
+  STD_TORCH_CHECK(A.scalar_type() == B.scalar_type(), "lora_B must have lora_A's dtype");
+}
+
+// One layer of a forward, or a stack of experts: what `params` points into, and what it writes.
 struct Forward {
   // x has contiguous rows.
-  Forward(const Tensor& x, const Weight& weight, const OptionalTensor& bias_any,
-          const Tensor& A_any, const Tensor& B_any, double scaling, double dropout_p,
-          const OptionalTensor& seed, const TileSizes& tiles) {
-    const int64_t M = x.size(0), R = A_any.size(0);
+  Forward(const Tensor& x, const Weight& weight, ExpertCount experts,
+          const OptionalTensor& bias_any, const Tensor& A_any, const Tensor& B_any, double scaling,
+          double dropout_p, const OptionalTensor& seed, const TileSizes& tiles) {
+    const int64_t M = x.size(0), R = A_any.size(experts ? 1 : 0);
     check_not_empty(weight);
     check_matrix(x, "x", M, weight.K);
-    check_matrix(A_any, "lora_A", R, weight.K);
-    check_matrix(B_any, "lora_B", weight.N, R);
-    STD_TORCH_CHECK(A_any.scalar_type() == B_any.scalar_type(), "lora_B must have lora_A's dtype");
+    check_adapters(A_any, B_any, experts, weight);
     A = torch::stable::contiguous(A_any);
     B = torch::stable::contiguous(B_any);
     y = empty(x, {M, weight.N});
@@ -68,7 +86,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_any, const Weight& weight,
                                    const OptionalTensor& bias, const Tensor& A, const Tensor& B,
                                    double scaling, double dropout_p, const OptionalTensor& seed) {
   const Tensor x = with_contiguous_rows(x_any);
-  Forward layer(x, weight, bias, A, B, scaling, dropout_p, seed, tile_sizes());
+  Forward layer(x, weight, std::nullopt, bias, A, B, scaling, dropout_p, seed, tile_sizes());
   kernels().lora_linear_fwd({&layer.params, 1}, parallel_for());
   return {layer.y, layer.S};
 }
@@ -78,43 +96,54 @@ struct Needs {
   bool dx, dA, dB, dbias;
 };
 
-// One layer of a backward: what `params` points into, and what it writes, but dx.
+// One layer of a backward, or a stack of experts: what `params` points into, and what it writes,
+// but dx.
 struct Backward {
-  // x has contiguous rows; dx is null where it is not needed.
-  Backward(const Tensor& dy_any, const Tensor& x, const Weight& weight, const Tensor& A_any,
-           const Tensor& B_any, const Tensor& S_any, double scaling, double dropout_p,
-           const OptionalTensor& seed, const Needs& needs, void* dx, const TileSizes& tiles) {
-    const int64_t M = x.size(0), R = A_any.size(0), N = weight.N, K = weight.K;
+  // x has contiguous rows. A stack may lack x and S, which are then null. dx is null where it is not
+  // needed.
+  Backward(const Tensor& dy_any, const Tensor* x, const Weight& weight, ExpertCount experts,
+           const Tensor& A_any, const Tensor& B_any, const Tensor* S_any, double scaling,
+           double dropout_p, const OptionalTensor& seed, const Needs& needs, void* dx,
+           const TileSizes& tiles) {
+    const int64_t M = experts ? dy_any.size(0) : x->size(0), R = A_any.size(experts ? 1 : 0);
+    const int64_t N = weight.N, K = weight.K;
     check_not_empty(weight);
-    check_matrix(x, "x", M, K);
+    if (x) check_matrix(*x, "x", M, K);
     check_matrix(dy_any, "dy", M, N);
-    check_matrix(A_any, "lora_A", R, K);
-    check_matrix(B_any, "lora_B", N, R);
-    check_matrix(S_any, "S", M, R);
-    check_dtype(S_any, "S", ScalarType::Float);
-    STD_TORCH_CHECK(dy_any.scalar_type() == x.scalar_type(), "dy must have x's dtype");
-    STD_TORCH_CHECK(A_any.scalar_type() == B_any.scalar_type(), "lora_B must have lora_A's dtype");
+    check_adapters(A_any, B_any, experts, weight);
+    if (S_any) {
+      check_matrix(*S_any, "S", M, R);
+      check_dtype(*S_any, "S", ScalarType::Float);
+      S = torch::stable::contiguous(*S_any);
+    }
+    STD_TORCH_CHECK(x == nullptr || dy_any.scalar_type() == x->scalar_type(),
+                    "dy must have x's dtype");
     dy = with_contiguous_rows(dy_any);
     A = torch::stable::contiguous(A_any);
     B = torch::stable::contiguous(B_any);
-    S = torch::stable::contiguous(S_any);
-    dA = wanted(x, needs.dA, {R, K}, ScalarType::Float);
-    dB = wanted(x, needs.dB, {N, R}, ScalarType::Float);
-    dbias = wanted(x, needs.dbias, {N}, ScalarType::Float);
+    const auto gradient = [&](bool needed, int64_t rows, int64_t columns) {
+      return experts ? wanted(dy, needed, {*experts, rows, columns}, ScalarType::Float)
+                     : wanted(dy, needed, {rows, columns}, ScalarType::Float);
+    };
+    dA = gradient(needs.dA, R, K);
+    dB = gradient(needs.dB, N, R);
+    dbias = wanted(dy, needs.dbias, {N}, ScalarType::Float);
 
     params.tiles = tiles;
     params.M = M;
     params.R = R;
     params.weight = weight;
-    params.x_dtype = dtype_of(x, "x");
+    params.x_dtype = dtype_of(dy, "dy");
     params.adapter_dtype = dtype_of(A, "lora_A");
     params.dy = dy.data_ptr();
     params.lddy = row_stride(dy);
-    params.x = x.data_ptr();
-    params.ldx = row_stride(x);
+    if (x) {
+      params.x = x->data_ptr();
+      params.ldx = row_stride(*x);
+    }
     params.lora_A = A.data_ptr();
     params.lora_B = B.data_ptr();
-    params.S = static_cast<const float*>(S.data_ptr());
+    if (S_any) params.S = static_cast<const float*>(S.data_ptr());
     params.scaling = static_cast<float>(scaling);
     params.dropout = dropout_of(dropout_p, seed);
     params.dx = dx;
@@ -139,12 +168,93 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tens
                                                     bool need_dA, bool need_dB, bool need_dbias) {
   const Tensor x = with_contiguous_rows(x_any);
   const Tensor dx = wanted(x, need_dx, {x.size(0), weight.K}, std::nullopt);
-  Backward layer(dy, x, weight, A, B, S, scaling, dropout_p, seed,
+  Backward layer(dy, &x, weight, std::nullopt, A, B, &S, scaling, dropout_p, seed,
                  {need_dx, need_dA, need_dB, need_dbias}, need_dx ? dx.data_ptr() : nullptr,
                  tile_sizes());
   kernels().lora_linear_bwd({&layer.params, 1}, parallel_for());
   layer.finish();
   return {dx, layer.dA, layer.dB, layer.dbias};
+}
+
+// ---- stacks of experts -------------------------------------------------------------------------
+
+Tensor dense_stack(const Tensor& weight, const Tensor& x) {
+  STD_TORCH_CHECK(weight.dim() == 3, "weight must be [E, N, K]");
+  STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type(), "weight must have x's dtype");
+  return torch::stable::contiguous(weight);
+}
+
+// E weights, of which `dense` or `quant` points to expert 0.
+struct Stack {
+  int64_t E;
+  Weight weight;
+};
+
+Stack stack_of(const Tensor& dense) {
+  Weight weight{};
+  weight.N = dense.size(1);
+  weight.K = dense.size(2);
+  weight.dense = dense.data_ptr();
+  weight.compute_dtype = dtype_of(dense, "weight");
+  check_not_empty(weight);
+  return {dense.size(0), weight};
+}
+
+Stack stack_of(const QuantTensors& quant, int64_t E, int64_t N, int64_t K,
+               ScalarType compute_dtype) {
+  Weight weight{};
+  weight.N = N;
+  weight.K = K;
+  weight.quant = quant_of(quant, E * N * K);
+  weight.compute_dtype = dtype_of(compute_dtype, "compute_dtype");
+  check_not_empty(weight);
+  const int64_t together = quant.blocksize * (quant.nested_absmax.has_value() ? kNestedBlock : 1);
+  STD_TORCH_CHECK(N * K % together == 0, "each expert must have whole blocks of ", together,
+                  " elements, got ", N, " x ", K);
+  return {E, weight};
+}
+
+Segments checked_segments(const Tensor& offsets, int64_t E, int64_t M) {
+  check_vector(offsets, "offsets", E);
+  check_dtype(offsets, "offsets", ScalarType::Long);
+  const int64_t* ends = static_cast<const int64_t*>(offsets.data_ptr());
+  for (int64_t e = 0; e < E; e++) {
+    const int64_t before = e ? ends[e - 1] : 0;
+    STD_TORCH_CHECK(before <= ends[e] && ends[e] <= M, "offsets must ascend from 0 to at most ", M,
+                    ", got ", ends[e], " after ", before);
+  }
+  return segments_of(ends, E);
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& x_any, const Stack& stack, const Tensor& offsets,
+                                   const Tensor& A, const Tensor& B, double scaling,
+                                   double dropout_p, const OptionalTensor& seed) {
+  const Tensor x = with_contiguous_rows(x_any);
+  Forward layers(x, stack.weight, stack.E, std::nullopt, A, B, scaling, dropout_p, seed,
+                 tile_sizes());
+  each_expert_fwd(kernels(), layers.params, checked_segments(offsets, stack.E, x.size(0)),
+                  threads());
+  return {layers.y, layers.S};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const OptionalTensor& x_any,
+                                            const Stack& stack, const Tensor& offsets,
+                                            const Tensor& A, const Tensor& B,
+                                            const OptionalTensor& S, double scaling,
+                                            double dropout_p, const OptionalTensor& seed,
+                                            bool need_dx, bool need_dA, bool need_dB) {
+  STD_TORCH_CHECK(x_any.has_value() || !need_dA, "x must be given where dA is needed");
+  STD_TORCH_CHECK(S.has_value() || !need_dB, "S must be given where dB is needed");
+  OptionalTensor x;
+  if (x_any.has_value()) x = with_contiguous_rows(*x_any);
+  const Tensor dx = wanted(dy, need_dx, {dy.size(0), stack.weight.K}, std::nullopt);
+  Backward layers(dy, x ? &*x : nullptr, stack.weight, stack.E, A, B, S ? &*S : nullptr, scaling,
+                  dropout_p, seed, {need_dx, need_dA, need_dB, false},
+                  need_dx ? dx.data_ptr() : nullptr, tile_sizes());
+  each_expert_bwd(kernels(), layers.params, checked_segments(offsets, stack.E, dy.size(0)),
+                  threads());
+  layers.finish();
+  return {dx, layers.dA, layers.dB};
 }
 
 // ---- the ops, in the order of their schemas ----------------------------------------------------
@@ -260,7 +370,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> shared_linear_fwd(
   std::vector<LoraLinearFwd> params;
   const TileSizes tiles = tile_sizes();  // one choice for all
   for (size_t i = 0; i < layers.count(); i++) {
-    each.emplace_back(x, layers.weight_at(i, x), layers.get(i, Layers::bias),
+    each.emplace_back(x, layers.weight_at(i, x), std::nullopt, layers.get(i, Layers::bias),
                       layers.must(i, Layers::lora_A), layers.must(i, Layers::lora_B),
                       layers.scalings[i], layers.dropouts[i], layers.get(i, Layers::seed), tiles);
     params.push_back(each.back().params);
@@ -291,9 +401,10 @@ std::tuple<Tensor, std::vector<Tensor>> shared_linear_bwd(
   const TileSizes tiles = tile_sizes();
   for (size_t i = 0; i < layers.count(); i++) {
     const Needs asked{need_dx, needs[3 * i] != 0, needs[3 * i + 1] != 0, needs[3 * i + 2] != 0};
-    each.emplace_back(dys[i], x, layers.weight_at(i, x), layers.must(i, Layers::lora_A),
-                      layers.must(i, Layers::lora_B), Ss[i], layers.scalings[i], layers.dropouts[i],
-                      layers.get(i, Layers::seed), asked, need_dx ? dx.data_ptr() : nullptr, tiles);
+    each.emplace_back(dys[i], &x, layers.weight_at(i, x), std::nullopt,
+                      layers.must(i, Layers::lora_A), layers.must(i, Layers::lora_B), &Ss[i],
+                      layers.scalings[i], layers.dropouts[i], layers.get(i, Layers::seed), asked,
+                      need_dx ? dx.data_ptr() : nullptr, tiles);
     params.push_back(each.back().params);
   }
   kernels().lora_linear_bwd({params.data(), static_cast<int64_t>(params.size())}, parallel_for());
@@ -303,6 +414,49 @@ std::tuple<Tensor, std::vector<Tensor>> shared_linear_bwd(
     for (const Tensor& grad : {layer.dA, layer.dB, layer.dbias}) grads.push_back(grad);
   }
   return {dx, grads};
+}
+
+std::tuple<Tensor, Tensor> grouped_lora_linear_fwd(Tensor x, Tensor weight, Tensor offsets,
+                                                   Tensor lora_A, Tensor lora_B, double scaling,
+                                                   double dropout_p, OptionalTensor seed) {
+  const Tensor dense = dense_stack(weight, x);
+  return forward(x, stack_of(dense), offsets, lora_A, lora_B, scaling, dropout_p, seed);
+}
+
+std::tuple<Tensor, Tensor, Tensor> grouped_lora_linear_bwd(
+    Tensor dy, OptionalTensor x, Tensor weight, Tensor offsets, Tensor lora_A, Tensor lora_B,
+    OptionalTensor S, double scaling, double dropout_p, OptionalTensor seed, bool need_dx,
+    bool need_dA, bool need_dB) {
+  const Tensor dense = dense_stack(weight, dy);
+  return backward(dy, x, stack_of(dense), offsets, lora_A, lora_B, S, scaling, dropout_p, seed,
+                  need_dx, need_dA, need_dB);
+}
+
+std::tuple<Tensor, Tensor> grouped_qlora_linear_fwd(Tensor x, Tensor weight, Tensor absmax,
+                                                    Tensor code, OptionalTensor nested_absmax,
+                                                    OptionalTensor nested_code,
+                                                    OptionalTensor nested_offset, int64_t blocksize,
+                                                    ScalarType compute_dtype, Tensor offsets,
+                                                    Tensor lora_A, Tensor lora_B, double scaling,
+                                                    double dropout_p, OptionalTensor seed) {
+  const QuantTensors quant{weight,      absmax,        code,     nested_absmax,
+                           nested_code, nested_offset, blocksize};
+  const Stack stack = stack_of(quant, lora_B.size(0), lora_B.size(1), x.size(1), compute_dtype);
+  return forward(x, stack, offsets, lora_A, lora_B, scaling, dropout_p, seed);
+}
+
+std::tuple<Tensor, Tensor, Tensor> grouped_qlora_linear_bwd(
+    Tensor dy, OptionalTensor x, Tensor weight, Tensor absmax, Tensor code,
+    OptionalTensor nested_absmax, OptionalTensor nested_code, OptionalTensor nested_offset,
+    int64_t blocksize, ScalarType compute_dtype, Tensor offsets, Tensor lora_A, Tensor lora_B,
+    OptionalTensor S, double scaling, double dropout_p, OptionalTensor seed, bool need_dx,
+    bool need_dA, bool need_dB) {
+  const QuantTensors quant{weight,      absmax,        code,     nested_absmax,
+                           nested_code, nested_offset, blocksize};
+  const Stack stack =
+      stack_of(quant, lora_B.size(0), lora_B.size(1), lora_A.size(2), compute_dtype);
+  return backward(dy, x, stack, offsets, lora_A, lora_B, S, scaling, dropout_p, seed, need_dx,
+                  need_dA, need_dB);
 }
 
 std::tuple<Tensor, Tensor> quantize_4bit(Tensor weight, Tensor bounds, Tensor order,
@@ -323,6 +477,7 @@ void dequantize_4bit_out(Tensor weight, Tensor absmax, Tensor code, OptionalTens
 }  // namespace
 }  // namespace fastlora
 
+#define FASTLORA_GROUPED_NEEDS ", bool need_dx, bool need_dA, bool need_dB"
 #define FASTLORA_LAYERS "Tensor?[] layers, int[] blocksizes, ScalarType compute_dtype, "
 
 STABLE_TORCH_LIBRARY(fastlora, m) {
@@ -342,6 +497,20 @@ STABLE_TORCH_LIBRARY(fastlora, m) {
   m.def("shared_linear_bwd(Tensor[] dys, Tensor x, " FASTLORA_LAYERS
         "Tensor[] Ss, float[] scalings, float[] dropouts, bool need_dx, int[] needs)"
         " -> (Tensor dx, Tensor[] grads)");
+  m.def(
+      "grouped_lora_linear_fwd(Tensor x, Tensor weight, Tensor "
+      "offsets, " FASTLORA_LORA FASTLORA_DROPOUT ") -> (Tensor y, Tensor S)");
+  m.def(
+      "grouped_lora_linear_bwd(Tensor dy, Tensor? x, Tensor weight, Tensor offsets, " FASTLORA_LORA
+      "Tensor? S, " FASTLORA_DROPOUT FASTLORA_GROUPED_NEEDS
+      ") -> (Tensor dx, Tensor dA, Tensor dB)");
+  m.def("grouped_qlora_linear_fwd(Tensor x, " FASTLORA_QUANT
+        "ScalarType compute_dtype, Tensor offsets, " FASTLORA_LORA FASTLORA_DROPOUT
+        ") -> (Tensor y, Tensor S)");
+  m.def("grouped_qlora_linear_bwd(Tensor dy, Tensor? x, " FASTLORA_QUANT
+        "ScalarType compute_dtype, Tensor offsets, " FASTLORA_LORA
+        "Tensor? S, " FASTLORA_DROPOUT FASTLORA_GROUPED_NEEDS
+        ") -> (Tensor dx, Tensor dA, Tensor dB)");
   m.def(FASTLORA_QUANTIZE_4BIT);
   m.def(FASTLORA_DEQUANTIZE_4BIT_OUT);
 }
@@ -353,6 +522,10 @@ STABLE_TORCH_LIBRARY_IMPL(fastlora, CPU, m) {
   m.impl("qlora_linear_bwd", TORCH_BOX(&fastlora::qlora_linear_bwd));
   m.impl("shared_linear_fwd", TORCH_BOX(&fastlora::shared_linear_fwd));
   m.impl("shared_linear_bwd", TORCH_BOX(&fastlora::shared_linear_bwd));
+  m.impl("grouped_lora_linear_fwd", TORCH_BOX(&fastlora::grouped_lora_linear_fwd));
+  m.impl("grouped_lora_linear_bwd", TORCH_BOX(&fastlora::grouped_lora_linear_bwd));
+  m.impl("grouped_qlora_linear_fwd", TORCH_BOX(&fastlora::grouped_qlora_linear_fwd));
+  m.impl("grouped_qlora_linear_bwd", TORCH_BOX(&fastlora::grouped_qlora_linear_bwd));
   m.impl("quantize_4bit", TORCH_BOX(&fastlora::quantize_4bit));
   m.impl("dequantize_4bit_out", TORCH_BOX(&fastlora::dequantize_4bit_out));
 }
