@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .... import ops
 from ....autograd.dora import dora_linear
-from ....quant import QuantState, as_quant_state
+from ....quant import QuantState
 from ..plan.call import Adapter, Plan
 from .launch import base_alone, base_bias, launch, one_layer
 from .tensors import cast
@@ -34,9 +34,8 @@ def dora(plan: Plan, x: Tensor, adapter: Adapter) -> Tensor:
     as in `dora_linear`; with torch's own masks its two inputs are kept for the backward.
     """
     parts = plan.parts
-    state = None if parts.quant_state is None else as_quant_state(parts.quant_state)
     A, B = cast(adapter.lora_A, plan.casts.adapter), cast(adapter.lora_B, plan.casts.adapter)
-    norms = weight_norms(parts.weight, parts.quant_state, state, A, B, adapter.scaling)
+    norms = weight_norms(parts.weight, parts.raw_state, parts.quant_state, A, B, adapter.scaling)
     assert adapter.magnitude is not None
     factor = adapter.magnitude.float() / norms
     bias = base_bias(plan)
@@ -55,7 +54,7 @@ def dora(plan: Plan, x: Tensor, adapter: Adapter) -> Tensor:
         layer.scaling,
         factor,
         dropout_p=dropout_p,
-        quant_state=state,
+        quant_state=parts.quant_state,
         compute_dtype=layer.compute_dtype,
     )
 

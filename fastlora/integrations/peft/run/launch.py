@@ -17,14 +17,13 @@ NO_ADAPTER = "__base__"
 def one_layer(plan: Plan, bias: Tensor | None, adapter: Adapter) -> Projection:
     """The base weight of a plan, `bias` and `adapter` as one layer."""
     parts, (_, adapter_dtype, compute_dtype) = plan.parts, plan.casts
-    dropout = adapter.dropout
     return Projection(
         parts.weight,
         bias,
         cast(adapter.lora_A, adapter_dtype),
         cast(adapter.lora_B, adapter_dtype),
         adapter.scaling,
-        dropout_p=getattr(dropout, "p", 0.0) if dropout.training else 0.0,
+        dropout_p=adapter.dropout_p,
         quant_state=parts.quant_state,
         compute_dtype=compute_dtype,
     )
