@@ -2,14 +2,19 @@
 
 Each case starts from a layer for which the fast path holds, changes one thing, and wants the one
 sentence that names it. A condition that is taken out of the guard fails its case here.
+
+A layer keeps the answer of its latest call (`plan/kept.py`). So every test here runs twice: on a
+layer that nobody has called, and on one that has been called before the change. `test_case` then
+takes the change back, too.
 """
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import bitsandbytes
@@ -26,6 +31,7 @@ import fastlora
 from fastlora.integrations.peft import fast_path
 from fastlora.integrations.peft.plan.call import Casts, Parts
 from fastlora.integrations.peft.plan.casts import casts
+from fastlora.integrations.peft.plan.kept import KEPT
 from fastlora.integrations.peft.plan.parts import layer_parts
 from fastlora.integrations.peft.plan.reasons import LAST_REASON
 from tests.integrations.models import MLP, MLP4bit, fill_adapters, lora_layers, peft_model
@@ -61,6 +67,16 @@ class Call:
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
     # The same call on PEFT's own layer fails, so that there is nothing to compare.
     stock_raises: type[Exception] | None = None
+    # The result of the call that was made before any change, and the layer as it was then.
+    first: Tensor | None = None
+    snapshot: Snapshot | None = None
+
+    def result(self) -> Tensor:
+        """One call, with the same dropout masks each time."""
+        torch.manual_seed(0)
+        with self.around():
+            y: Tensor = self.layer(self.x, *self.args, **self.kwargs)
+        return y.detach()
 
     @property
     def base(self) -> Any:
@@ -75,23 +91,89 @@ class Call:
         return self.layer.lora_B["default"]
 
 
+# Whether the calls that the functions below give have been made once already.
+_called_before = False
+
+
+@pytest.fixture(autouse=True, params=["first call", "later call"])
+def called_before(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    before: bool = request.param == "later call"
+    monkeypatch.setitem(globals(), "_called_before", before)
+    return before
+
+
+def begun(call: Call) -> Call:
+    """`call`, after it has been made once where the tests ask for that."""
+    if _called_before:
+        call.first = call.result()
+        call.snapshot = Snapshot(call)
+    return call
+
+
 def dense(**options: Any) -> Call:
     model = peft_model(MLP(), **options).train()
     fastlora.accelerate(model, verbose=False)
-    return Call(lora_layers(model)[0], torch.randn(2, 5, 37))
+    return begun(Call(lora_layers(model)[0], torch.randn(2, 5, 37)))
 
 
 def four_bit(**options: Any) -> Call:
     model = peft_model(MLP4bit(**options)).train()
     fastlora.accelerate(model, verbose=False)
-    return Call(lora_layers(model)[0], torch.randn(2, 5, 64))
+    return begun(Call(lora_layers(model)[0], torch.randn(2, 5, 64)))
 
 
 def bf16() -> Call:
-    call = dense()
-    call.base.to(BF16)
-    call.x = call.x.to(BF16)
-    return call
+    model = peft_model(MLP()).train()
+    fastlora.accelerate(model, verbose=False)
+    layer = lora_layers(model)[0]
+    layer.base_layer.to(BF16)
+    return begun(Call(layer, torch.randn(2, 5, 37, dtype=BF16)))
+
+
+class Snapshot:
+    """All that a call depends on, to take changes back: the layer's modules, tensors and states."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = replace(call)
+        self.objects: list[tuple[Any, type, dict[str, Any]]] = []
+        self.containers: list[tuple[Any, Any]] = []
+        self.tensors: list[tuple[Tensor, Tensor, Tensor, bool]] = []
+        for module in call.layer.modules():
+            self._note(module)
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    self._note(parameter)
+                    data = parameter.data
+                    self.tensors.append((parameter, data, data.clone(), parameter.requires_grad))
+                state = getattr(parameter, "quant_state", None)
+                while state is not None:
+                    self._note(state)
+                    state = state.state2
+
+    def _note(self, found: Any) -> None:
+        self.objects.append((found, type(found), dict(found.__dict__)))
+        for value in found.__dict__.values():
+            if isinstance(value, dict | list):
+                self.containers.append((value, copy.copy(value)))
+
+    def restore(self) -> Call:
+        """The call as it was; what the layer has kept since stays with it."""
+        layer = self.call.layer
+        own = layer.__dict__
+        ours = {name: own[name] for name in (KEPT, LAST_REASON) if name in own}
+        for found, kind, state in self.objects:
+            found.__class__ = kind
+            found.__dict__.clear()
+            found.__dict__.update(state)
+        for container, items in self.containers:
+            container.clear()
+            container.update(items) if isinstance(container, dict) else container.extend(items)
+        for parameter, data, values, requires_grad in self.tensors:
+            parameter.data = data
+            parameter.data.copy_(values)
+            parameter.requires_grad_(requires_grad)
+        layer.__dict__.update(ours)
+        return replace(self.call)
 
 
 # ---- the cases -----------------------------------------------------------------------------------
@@ -816,6 +898,11 @@ def test_case(name: str, reason: str, make: Case) -> None:
             for our, their in pairs:
                 torch.testing.assert_close(our, their, rtol=0, atol=0)
         assert call.layer.__dict__[LAST_REASON] == reason
+    if call.snapshot is not None:
+        call = call.snapshot.restore()
+        assert fast_path(call.layer, call.x) == (True, "")
+        assert torch.equal(call.result(), call.first)
+        assert call.layer.__dict__[LAST_REASON] == ""
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -1016,8 +1103,8 @@ def test_no_fallback_on_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: object, **kwargs: object) -> Tensor:
         raise RuntimeError("broken kernel")
 
-    monkeypatch.setattr(launch, "lora_linear", broken)
     call = dense()
+    monkeypatch.setattr(launch, "lora_linear", broken)
     with pytest.raises(RuntimeError, match="broken kernel"):
         call.layer(call.x)
 

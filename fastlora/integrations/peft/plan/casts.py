@@ -81,8 +81,11 @@ def casts(
 
 def backend_reason(request: Request) -> str | None:
     """Why no backend is worth taking. One that the user asked for runs, or says why it can't."""
-    if forced_backend() is not None:
-        return None
+    return None if forced_backend() is not None else no_backend_reason(op, device, **what)
+
+
+def no_backend_reason(op: str, device: torch.device, **what: torch.dtype | None) -> str | None:
+    """Why no backend is worth taking when the user has not asked for one, or None."""
     reasons = []
     for name in DEVICE_ORDER.get(request.device, ()):
         # The reference defines the ops; PEFT's own code is faster.
