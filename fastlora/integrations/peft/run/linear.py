@@ -41,7 +41,7 @@ def _run(plan: Plan, x: Tensor) -> Tensor:
     if adapters[0].magnitude is not None:
         return dora(plan, x, adapters[0])
     if len(adapters) == 1 and not adapters[0].invoked:
-        return launch(x, joined(plan, adapters))
+        return linear(x, joined(plan, adapters))
     together = plan.together
     y = linear(x, joined(plan, together) if together else base_alone(plan, x))
     for adapter in adapters:
