@@ -80,7 +80,7 @@ class Base:
             return "dense, turned" if self.turned else "dense"
         return f"{self.quant_type}-{self.blocksize}{'-nested' if self.nested else ''}"
 
-    def fit(self, case: Case) -> Case:
+    def fit(self, case: Any) -> Any:
         """The case, K rounded up to what the format can store: MXFP4 has whole blocks in a row."""
         return replace(case, K=-(-case.K // 32) * 32) if self.quant_type == "mxfp4" else case
 

@@ -46,7 +46,7 @@ CASES = (
 )
 
 
-BASES = (Base(), Base("nf4", 64, nested=True), Base("fp4", 256))
+BASES = (Base(), Base("nf4", 64, nested=True), Base("fp4", 256), Base("mxfp4", 32))
 
 
 @dataclass
@@ -152,6 +152,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 def test_against_definition(case: Case, base: Base, dtypes: str, backend: str) -> None:
     if base.quant_type is None and DTYPES[dtypes][2] is not None:
         pytest.skip("a dense weight has no compute dtype of its own")
+    case = base.fit(case)
     if case.N * case.K % base.blocksize:
         pytest.skip("experts would share blocks, which the op refuses")
     inputs = make_inputs(case, base, DTYPES[dtypes])
