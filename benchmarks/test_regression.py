@@ -11,7 +11,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from fastlora.backends import native
 from fastlora.cli.bench.case import Case, Layer
-from fastlora.cli.bench.measure import Bench, Budget, Refused
+from fastlora.cli.bench.measure import Bench, Refused
+from fastlora.cli.bench.plan import Budget
 
 pytestmark = [
     pytest.mark.bench,

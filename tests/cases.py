@@ -5,7 +5,7 @@ Each case says which code path it hits. B is never zero: with B = 0 the LoRA ter
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -80,6 +80,10 @@ class Base:
             return "dense, turned" if self.turned else "dense"
         return f"{self.quant_type}-{self.blocksize}{'-nested' if self.nested else ''}"
 
+    def fit(self, case: Case) -> Case:
+        """The case, K rounded up to what the format can store: MXFP4 has whole blocks in a row."""
+        return replace(case, K=-(-case.K // 32) * 32) if self.quant_type == "mxfp4" else case
+
 
 BASES = (
     Base(),
@@ -89,6 +93,7 @@ BASES = (
     Base("nf4", 32, nested=True),
     Base("nf4", 256),
     Base("fp4", 128, nested=True),
+    Base("mxfp4", 32),
 )
 FOUR_BIT = tuple(base for base in BASES if base.quant_type is not None)
 

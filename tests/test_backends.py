@@ -60,6 +60,7 @@ def run(case: Case, inputs: Inputs, backend: str, needs=NEEDS) -> Results:
 def test_against_definition(case: Case, base: Base, dtypes: str, backend: str) -> None:
     if base.quant_type is None and DTYPES[dtypes][2] is not None:
         pytest.skip("a dense weight has no compute dtype of its own")
+    case = base.fit(case)
     inputs = make_inputs(case, base, DTYPES[dtypes])
     exact, plain = exact_results(case, inputs), plain_results(case, inputs)
     with poisoned_memory():

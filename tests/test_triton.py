@@ -42,7 +42,7 @@ COMBINATIONS = [
 OPS = [op for op in test_backends._op_arguments() if not op.startswith("shared_linear")]
 
 
-def chosen(index: int, count: int = 3) -> list[tuple[Base, str]]:
+def chosen(index: int, count: int = 4) -> list[tuple[Base, str]]:
     """Some combinations of base and dtypes for a case; the cases together take each of them."""
     return [
         COMBINATIONS[(index * count + j) * 7 % len(COMBINATIONS)] for j in range(count)

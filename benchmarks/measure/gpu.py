@@ -227,7 +227,8 @@ def measure(run: Run, until: float) -> dict[str, Any]:
     """Frozen layer, PEFT, addmm and ours, the training sizes first; wrong results get no row."""
     from fastlora.cli.bench import rows
     from fastlora.cli.bench.case import Case, Layer
-    from fastlora.cli.bench.measure import Bench, Budget, Refused
+    from fastlora.cli.bench.measure import Bench
+    from fastlora.cli.bench.plan import Budget
     from fastlora.cli.bench.providers import PROVIDERS
 
     plan = run.plan
@@ -249,21 +250,15 @@ def measure(run: Run, until: float) -> dict[str, Any]:
         # Compiling PEFT takes half a minute: once, at the case that is measured first.
         compiled = plan.compiled if case == cases[0] else ()
         bench.providers = [PROVIDERS[name] for name in (*plan.providers, *compiled)]
-        outcomes = bench.run(case)
-        seconds = {n: o.seconds for n, o in outcomes.items() if not isinstance(o, Refused)}
         written = []
-        for provider in bench.providers:
-            outcome = outcomes.get(provider.name)
-            if isinstance(outcome, Refused):
-                refused[provider.name] = outcome.reason
-                wrong += [f"{case}: {provider.name}: {outcome.reason}"] if outcome.wrong else []
-            elif outcome is not None:
-                row = machine | rows.case_row(
-                    case, provider.name, provider.adapter_dtype(case.layer)
-                )
-                row |= rows.timing_columns(outcome.seconds, seconds.get("peft"))
-                peak = _peak_mb(bench.timed[provider.name][0]) if run.device == "cuda" else ""
-                written.append(row | {"calls": str(outcome.calls), "peak_mb": peak})
+        for row, reason in bench.rows(case, machine):
+            name = row["provider"]
+            if reason is not None:
+                refused[name] = reason.reason
+                wrong += [f"{case}: {name}: {reason.reason}"] if reason.wrong else []
+            else:
+                peak = _peak_mb(bench.timed[name][0]) if run.device == "cuda" else ""
+                written.append(row | {"peak_mb": peak})
         rows.append(run.out / "layers.csv", written)
         done += 1
     return {"cases": done, "of": len(cases), "left_out": refused, "wrong": wrong}

@@ -21,12 +21,12 @@ import torch
 import fastlora
 from benchmarks.report.document import fill
 from fastlora.cli.bench.rows import machine
+from fastlora.cli.console import quiet_libraries
 from fastlora.cli.finetune.data import Collator, batches, load_data
 from fastlora.cli.finetune.demo import smollm2, topics
-from fastlora.cli.finetune.training import quiet_libraries
+from fastlora.integrations import transformers as hf
 from fastlora.integrations.bitsandbytes import disable_cpu_repacking
 from fastlora.integrations.peft.merge.moments import InputMoments
-from fastlora.integrations.transformers import callbacks as hf
 
 RESULTS = Path(__file__).parents[1] / "results" / "merging.csv"
 PAGE = Path(__file__).parents[2] / "docs" / "peft.md"

@@ -15,10 +15,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from fastlora.cli import bench, info
+from fastlora.cli import info
+from fastlora.cli.bench import command as bench
+from fastlora.cli.bench.allocators import ALLOCATORS, tcmalloc
 from fastlora.cli.bench.case import Case, grid
-from fastlora.cli.bench.execute import ModelPlan, Plan, execute
-from fastlora.cli.bench.lead import ALLOCATORS, tcmalloc
+from fastlora.cli.bench.execute import execute
+from fastlora.cli.bench.plan import ModelPlan, Plan
 from fastlora.cli.errors import CliError
 
 from ..shapes import SUITES

@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.table import Table
 
 from fastlora.cli.bench.rows import CASE_COLUMNS, Row, read
-from fastlora.cli.bench.table import wide_console
+from fastlora.cli.console import wide_console
 
 # Rows of the same key are measurements of the same thing.
 _KEY = ("device", "cpu_isa", "threads", "allocator", *CASE_COLUMNS, "provider", "adapter_dtype")

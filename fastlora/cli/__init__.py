@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..version import __version__
-from . import bench, info, merge, spectrum, verify
+from . import info, merge, spectrum, verify
+from .bench import command as bench
 from .errors import CliError
 from .finetune import command as finetune
 from .finetune import demo

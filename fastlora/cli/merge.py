@@ -9,17 +9,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from .console import layer_bar, quiet_libraries, wide_console
 from .errors import CliError
-from .finetune.command import DTYPES, positive
-from .finetune.terminal import layer_bar
-from .finetune.training import quiet_libraries
+from .options import SHORT_DTYPES, add_double_quant, positive, torch_dtype
 
 # Tokens in an example of the text that --calibrate names.
 _LENGTH = 512
 _EXAMPLES_AT_ONCE = 4
-_WIDTH = 140
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -44,13 +40,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="quantise a dense model first, as its training did: --into dense then writes the "
         "decoded 4-bit weights plus the adapter; --into 4bit implies nf4",
     )
-    parser.add_argument(
-        "--double-quant",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="absmax in 8 bits as well",
-    )
-    parser.add_argument("--dtype", choices=DTYPES, help="of dense weights (the model's own)")
+    add_double_quant(parser)
+    parser.add_argument("--dtype", choices=SHORT_DTYPES, help="of dense weights (the model's own)")
     parser.add_argument(
         "--base",
         metavar="FOLDER",
@@ -74,10 +65,7 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     _check(args, out)
     quiet_libraries()
-    console = Console()
-    if not console.is_terminal:
-        # In a file, a table as narrow as a terminal's default is hard to read.
-        console = Console(width=_WIDTH)
+    console = wide_console()
     from peft import PeftModel
 
     from ..integrations.peft.merge.merge import merge_adapter
@@ -185,13 +173,11 @@ def _stored_dtype(folder: str) -> Any:
 
 
 def _dtype(name: str | None) -> Any:
-    import torch
-
-    return None if name is None else getattr(torch, name)
+    return None if name is None else torch_dtype(name)
 
 
 def _tokenizer(folder: str) -> Any:
-    from ..integrations.transformers.callbacks import load_tokenizer
+    from ..integrations.transformers import load_tokenizer
 
     try:
         return load_tokenizer(folder)
@@ -218,7 +204,7 @@ def _moments(args: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
 
 def _write(model: Any, tokenizer: Any, out: Path) -> None:
     """The folder appears by one rename, whole or not at all."""
-    from ..integrations.transformers.callbacks import make_savable
+    from ..integrations.transformers import make_savable
 
     make_savable(model)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -8,9 +8,8 @@ from typing import Any
 
 from rich.console import Console
 
+from .console import layer_bar, quiet_libraries
 from .errors import CliError
-from .finetune.terminal import layer_bar
-from .finetune.training import quiet_libraries
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from fastlora.cli import process
 from fastlora.cli.errors import CliError
 from fastlora.cli.finetune import command as finetune
-from fastlora.cli.finetune import compare, worker
+from fastlora.cli.finetune import compare
 
 
 class Worker:
@@ -23,7 +24,7 @@ class Worker:
         self.backend, self.steps, self.order, self.step = backend, steps, order, step
         self.gate: str | None = "start"
         self.facts = {"data_digest": "d", "adapter_digest": "a"}
-        self.ended = self.stopped = False
+        self.stopped = False
         self.result: dict[str, Any] | None = None
 
     def go(self) -> None:
@@ -120,7 +121,7 @@ def compare_with(
         "job = json.loads(sys.stdin.readline())['job']\n"
         "def send(**event): print(json.dumps(event), flush=True)\n"
     )
-    monkeypatch.setattr(compare, "_COMMAND", (sys.executable, "-c", frame + program))
+    monkeypatch.setattr(process, "COMMAND", (sys.executable, "-c", frame + program))
     job = finetune.new_job(model="m", data="d", out=str(out), **{"backend": "both", **changed})
     observer = Observer()
     return compare.compare(job, observer, resume=False), observer
@@ -165,7 +166,7 @@ def test_a_worker_ends_with_the_process_that_leads_it(monkeypatch: pytest.Monkey
         raise SystemExit(status)
 
     monkeypatch.setattr(os, "_exit", leave)
-    pipe = worker._Pipe(io.StringIO("go\n"), io.StringIO())
-    pipe.gate("step", 0)
+    leader = process.Leader(io.StringIO("go\n"), io.StringIO())
+    leader.gate("step", 0)
     with pytest.raises(SystemExit):
-        pipe.gate("step", 1)
+        leader.gate("step", 1)

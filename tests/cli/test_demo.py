@@ -12,7 +12,7 @@ import pytest
 from fastlora.cli import main
 from fastlora.cli.finetune import command as finetune
 from fastlora.cli.finetune import demo
-from fastlora.integrations.transformers.callbacks import file_sha256
+from fastlora.integrations.transformers import file_sha256
 
 
 @pytest.fixture

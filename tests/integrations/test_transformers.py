@@ -22,8 +22,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from fastlora.integrations import transformers as hf
 from fastlora.integrations.peft import FastLoraLinear
-from fastlora.integrations.transformers import callbacks as hf
 
 VOCABULARY = 50
 
@@ -109,7 +109,7 @@ def test_throughput(llama: LlamaForCausalLM, tmp_path: Path) -> None:
     throughput = hf.ThroughputCallback()
     seen: list[dict[str, float]] = []
 
-    class Keep(hf.TrainerCallback):
+    class Keep(transformers.TrainerCallback):
         def on_log(self, *args: Any, **kwargs: Any) -> None:
             seen.append(dict(kwargs["logs"]))
 
@@ -217,8 +217,8 @@ def conversions(
             assert options["quantization_config"].dequantize
         return llama
 
-    monkeypatch.setattr(hf.AutoTokenizer, "from_pretrained", lambda *a, **k: tokenizer)
-    monkeypatch.setattr(hf.AutoModelForCausalLM, "from_pretrained", model)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *a, **k: tokenizer)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", model)
     return read
 
 

@@ -2,9 +2,9 @@
 //
 // Sums go over the tokens of a tile, and then over the tiles in their order: the result does not depend
 // on the number of threads.
-#include "../scratch.h"
-#include "../table.h"
-#include "../tiles.h"
+#include "../runtime/scratch.h"
+#include "../runtime/table.h"
+#include "../runtime/tiles.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {
@@ -89,11 +89,11 @@ struct MagnitudeBwd {
 
 }  // namespace
 
-void dora_magnitude_bwd(const DoraMagnitudeBwd& p, const ParallelFor& parallel) {
+void dora_magnitude_bwd(const DoraMagnitudeBwd& p, const Machine& machine) {
   with_type(p.dtype, [&](auto* type) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
     void* parts = scratch(Scratch::shared, MagnitudeBwd<T>::shared_bytes(p));
-    MagnitudeBwd<T>(p, static_cast<float*>(parts)).run(parallel);
+    MagnitudeBwd<T>(p, static_cast<float*>(parts)).run(machine.parallel);
   });
   trim_scratch(Scratch::shared);
 }

@@ -1,16 +1,16 @@
 // norms[n] = |W[n] + scaling * (B A)[n]|: the sum is formed in registers, and never stored. So it costs
 // what W A^T would, and loses nothing where W and B A cancel.
-#include "../scratch.h"
-#include "../table.h"
-#include "../tiles.h"
-#include "../with_weight.h"
+#include "../runtime/scratch.h"
+#include "../runtime/table.h"
+#include "../runtime/tiles.h"
+#include "../weight/with_weight.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {
 namespace {
 
 constexpr int64_t kRows = 48;      // of W in a tile: whole register tiles of any set
-constexpr int64_t kColumns = 512;  // of W, decoded or turned at a time
+constexpr int64_t kColumns = 512;  // of W, decoded or transposed at a time
 constexpr int64_t kAhead = 2;      // panels for which W is asked for early
 
 // Rows of W as they are read: where they lie, from one to the next, and how many columns are left.
@@ -76,7 +76,7 @@ FASTLORA_INLINE void add_squares_of(int64_t nr, const float* B, int64_t ldb, con
 
 template <class Compute, class Source, class Adapter>
 struct Norm {
-  // Others are decoded or turned first.
+  // Others are decoded or transposed first.
   static constexpr bool kReadAsStored = kStoredByRows<Source> && !std::is_same_v<Source, FourBit>;
 
   const DoraNorm& p;
@@ -175,19 +175,19 @@ void norms_of(const DoraNorm& p, const ParallelFor& parallel) {
 
 }  // namespace
 
-void dora_norm(const DoraNorm& p, const ParallelFor& parallel) {
+void dora_norm(const DoraNorm& p, const Machine& machine) {
   if (p.weight.dense) {
     with_type(p.weight.compute_dtype, [&](auto* type) {
       using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-      p.weight.turned ? norms_of<F32, Turned<T>>(p, parallel)
-                      : norms_of<F32, Dense<T>>(p, parallel);
+      p.weight.transposed ? norms_of<F32, Transposed<T>>(p, machine.parallel)
+                          : norms_of<F32, Dense<T>>(p, machine.parallel);
     });
 #if defined(FASTLORA_PAIRS)
   } else if (p.weight.compute_dtype == DType::bf16) {
-    norms_of<Bf16Pair, FourBit>(p, parallel);
+    norms_of<Bf16Pair, FourBit>(p, machine.parallel);
 #endif
   } else {
-    norms_of<F32, FourBit>(p, parallel);
+    norms_of<F32, FourBit>(p, machine.parallel);
   }
   trim_scratch(Scratch::shared);
 }

@@ -2,10 +2,10 @@
 //
 // Each element of dA and dB is summed by one tile, over the tokens in their order: the result does not
 // depend on the number of threads.
-#include "../pack.h"
-#include "../scratch.h"
-#include "../table.h"
-#include "../tiles.h"
+#include "../runtime/scratch.h"
+#include "../runtime/table.h"
+#include "../runtime/tiles.h"
+#include "../weight/pack.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {
@@ -124,12 +124,12 @@ struct EmbeddingBwd {
 
 }  // namespace
 
-void lora_embedding_bwd(const LoraEmbeddingBwd& p, const ParallelFor& parallel) {
+void lora_embedding_bwd(const LoraEmbeddingBwd& p, const Machine& machine) {
   with_type(p.dtype, [&](auto* type) {
     with_type(p.adapter_dtype, [&](auto* adapter) {
       using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
       using Adapter = std::remove_const_t<std::remove_pointer_t<decltype(adapter)>>;
-      EmbeddingBwd<T, Adapter>(p).run(parallel);
+      EmbeddingBwd<T, Adapter>(p).run(machine.parallel);
     });
   });
   trim_scratch(Scratch::shared);

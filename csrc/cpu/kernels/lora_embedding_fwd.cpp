@@ -1,8 +1,8 @@
 // y[m] = weight_scale * E[id] + scaling * S[m] B^T: rows of the table are read, and y is rounded, once.
-#include "../pack.h"
-#include "../scratch.h"
-#include "../table.h"
-#include "../tiles.h"
+#include "../runtime/scratch.h"
+#include "../runtime/table.h"
+#include "../runtime/tiles.h"
+#include "../weight/pack.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {
@@ -74,13 +74,13 @@ struct EmbeddingFwd {
 
 }  // namespace
 
-void lora_embedding_fwd(const LoraEmbeddingFwd& p, const ParallelFor& parallel) {
+void lora_embedding_fwd(const LoraEmbeddingFwd& p, const Machine& machine) {
   if (p.M == 0) return;
   with_type(p.dtype, [&](auto* type) {
     with_type(p.adapter_dtype, [&](auto* adapter) {
       using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
       using Adapter = std::remove_const_t<std::remove_pointer_t<decltype(adapter)>>;
-      EmbeddingFwd<T, Adapter>(p).run(parallel);
+      EmbeddingFwd<T, Adapter>(p).run(machine.parallel);
     });
   });
   trim_scratch(Scratch::shared);

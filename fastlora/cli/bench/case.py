@@ -6,9 +6,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-# Name in a table and on the command line -> torch's.
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-QUANTS = ("none", "nf4", "fp4")
+from ..options import DTYPES as DTYPES
+
 MODES = {
     "forward": "forward of a training step",
     "backward": "backward alone: gradients of x, A and B",

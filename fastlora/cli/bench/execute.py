@@ -1,9 +1,9 @@
-"""Carries out plans: worker after worker, rows to CSV, then tables and plots."""
+"""Carries out plans: a worker for each allocator, rows to CSV, then tables and plots."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from ..process import Emit
-from . import lead, rows, table
+from ..console import wide_console
+from ..process import Emit, run
+from . import rows, table
+from .allocators import environment
 from .case import Case, Layer
-from .model import ModelRequest
+from .plan import ModelPlan, Plan
 from .rows import Row
-from .worker import Request
 
 # What a table compares when nothing is asked for: (who, with whom).
 COMPARISONS = (
@@ -26,71 +27,13 @@ COMPARISONS = (
 )
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What to measure.
+@dataclass
+class Results:
+    """What the workers sent: rows, and who was refused in which row and why."""
 
-    Args:
-        cases: in this order; cases of one layer stand together, so that they share its weights.
-        providers: names in PROVIDERS.
-        allocators: each has a process of its own: "glibc", "tcmalloc".
-        rounds, sample_seconds: as in `measure.Budget`.
-        threads: of torch; None for torch's own choice.
-        memory: measure the peak memory too, in "step" and "inference" mode, at each layer's
-            largest number of tokens.
-    """
-
-    cases: Sequence[Case]
-    providers: Sequence[str]
-    allocators: Sequence[str]
-    rounds: int = 9
-    sample_seconds: float = 0.02
-    threads: int | None = None
-    memory: bool = False
-
-    def __len__(self) -> int:
-        return len(self.cases)
-
-    def carry_out(self, allocator: str, results: lead.Results, emit: Emit) -> None:
-        """Measures everything under `allocator`; the rows go to `results`."""
-        first = len(results.rows)
-        request = Request(
-            list(self.cases),
-            list(self.providers),
-            self.rounds,
-            self.sample_seconds,
-            allocator,
-            self.threads,
-        )
-        lead.measure(request, emit, results)
-        for case in _largest(self.cases) if self.memory else []:
-            lead.add_memory(case, request, results.rows[first:], emit)
-
-
-@dataclass(frozen=True)
-class ModelPlan:
-    """What to measure of a whole model.
-
-    Args:
-        request: for any allocator.
-        allocators: as in `Plan`.
-        memory: measure the peak memory of every mode too.
-    """
-
-    request: ModelRequest
-    allocators: Sequence[str]
-    memory: bool = False
-
-    def __len__(self) -> int:
-        return len(self.request.modes)
-
-    def carry_out(self, allocator: str, results: lead.Results, emit: Emit) -> None:
-        """Measures everything under `allocator`; the rows go to `results`."""
-        first = len(results.rows)
-        request = replace(self.request, allocator=allocator)
-        lead.measure(request, emit, results)
-        if self.memory:
-            lead.add_model_memory(request, results.rows[first:], emit)
+    rows: list[Row] = field(default_factory=list)
+    refused: list[tuple[Row, str]] = field(default_factory=list)
+    wrong: list[tuple[Row, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -122,17 +65,17 @@ def execute(
     Raises:
         CliError: an allocator is not there. RuntimeError: a worker failed.
     """
-    console = console or table.wide_console()
+    console = console or wide_console()
     for plan in plans:
         for allocator in plan.allocators:
-            lead.environment(allocator)
-    results = lead.Results()
+            environment(allocator)
+    results = Results()
     with _Bar(console, sum(len(plan.allocators) * len(plan) for plan in plans)) as bar:
         for plan in plans:
             for allocator in plan.allocators:
                 first = len(results.rows)
                 try:
-                    plan.carry_out(allocator, results, bar.emit)
+                    _measure(plan, allocator, results, bar.emit)
                 finally:
                     if output.csv is not None and len(results.rows) > first:
                         rows.append(output.csv, results.rows[first:])
@@ -157,6 +100,45 @@ def execute(
             highlight=False,
         )
     return 1 if results.wrong else 0
+
+
+def _measure(plan: Plan | ModelPlan, allocator: str, results: Results, emit: Emit) -> None:
+    """Measures everything under `allocator`; the rows go to `results` as they come."""
+
+    def take(event: str, **fields: Any) -> None:
+        if event == "row":
+            results.rows.append(fields["row"])
+        elif event == "refused":
+            kind = results.wrong if fields["wrong"] else results.refused
+            kind.append((fields["row"], fields["reason"]))
+        emit(event, **fields)
+
+    def work(module: str, **more: Any) -> Any:
+        request = {"plan": plan.as_dict(), "allocator": allocator, **more}
+        return run("measuring", f"{__package__}.{module}", request, take, environment(allocator))
+
+    first = len(results.rows)
+    work("measure" if isinstance(plan, Plan) else "model")
+    if not plan.memory:
+        return
+    for row, what, module, more in list(_memory_tasks(plan, results.rows[first:])):
+        emit("case", text=f"memory of {row['provider']}: {what}")
+        row |= {name: f"{value:.4g}" for name, value in work(module, **more).items()}
+
+
+def _memory_tasks(
+    plan: Plan | ModelPlan, measured: list[Row]
+) -> Iterator[tuple[Row, str, str, dict[str, Any]]]:
+    """A row, a name, the worker's module and the rest of its request, for each peak to measure."""
+    if isinstance(plan, ModelPlan):
+        for row in measured:
+            yield row, row["mode"], "model", {"memory_of": (row["mode"], row["provider"])}
+        return
+    for case in _largest(plan.cases):
+        for row in measured:
+            provider = row["provider"]
+            if row == {**row, **rows.case_row(case, provider, row["adapter_dtype"])}:
+                yield row, str(case), "memory", {"case": case.as_dict(), "provider": provider}
 
 
 def _largest(cases: Sequence[Case]) -> list[Case]:
@@ -211,7 +193,7 @@ class _Bar:
         if self._console.is_terminal:
             self._progress.stop()
 
-    def emit(self, event: str, fields: dict[str, Any]) -> None:
+    def emit(self, event: str, **fields: Any) -> None:
         """Shows an event of a worker."""
         match event:
             case "machine":

@@ -1,4 +1,8 @@
-"""Interleaved timing: rounds in which every provider runs once, and a ratio for each round."""
+"""Interleaved timing: rounds in which every provider runs once, and a ratio for each round.
+
+`work` runs in a worker. Its events are "machine", and for each case "case", "tick", "row" or
+"refused", "done".
+"""
 
 from __future__ import annotations
 
@@ -8,31 +12,22 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from .case import Case
+from ..process import Leader
+from .case import BASELINES, Case
 from .check import fault
 from .inputs import ROTATE_UP_TO, Built, Setup
+from .plan import Budget, Plan
 from .providers import PROVIDERS, Provider
+from .rows import Row, case_row, machine, timed_row
 
 # A sample during which the system took a core away is taken again, up to so many times, unless it
 # is so long that the next one would fare no better.
 _RETRIES = 2
 _TOO_LONG_TO_RETRY = 0.2
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How long to measure.
-
-    Args:
-        rounds: samples of each provider.
-        sample_seconds: least length of a sample: a sample is so many calls.
-    """
-
-    rounds: int = 9
-    sample_seconds: float = 0.02
 
 
 @dataclass(frozen=True)
@@ -53,6 +48,25 @@ class Refused:
 
 Outcome = Timing | Refused
 Calls = list[Callable[[], object]]
+
+
+def work(request: dict[str, Any], leader: Leader) -> None:
+    """Times the layers of `request["plan"]`."""
+    plan = Plan.from_dict(request["plan"])
+    if plan.threads:
+        torch.set_num_threads(plan.threads)
+    bench = Bench(plan.providers, plan.budget)
+    shared = {**machine(), "allocator": request["allocator"]}
+    leader.emit("machine", **shared)
+    for case in plan.cases:
+        able = [name for name in plan.providers if case.mode in PROVIDERS[name].modes]
+        leader.emit("case", text=str(case), samples=plan.budget.rounds * len(able))
+        for row, refused in bench.rows(case, shared, lambda: leader.emit("tick")):
+            if refused is None:
+                leader.emit("row", row=row)
+            else:
+                leader.emit("refused", row=row, reason=refused.reason, wrong=refused.wrong)
+        leader.emit("done")
 
 
 class Bench:
@@ -84,6 +98,25 @@ class Bench:
         refused = {name: what for name, what in prepared.items() if isinstance(what, Refused)}
         self.timed = {n: what for n, what in prepared.items() if not isinstance(what, Refused)}
         return refused | interleave(self.timed, self.budget, tick, wait=waits_for(self.device))
+
+    def rows(
+        self, case: Case, shared: Row, tick: Callable[[], None] = lambda: None
+    ) -> Iterator[tuple[Row, Refused | None]]:
+        """Runs a case; for each provider its row, or what it was refused for.
+
+        Args:
+            case, tick: as in `run`.
+            shared: the columns of the machine.
+        """
+        outcomes = self.run(case, tick)
+        base = outcomes.get(BASELINES[case.mode])
+        baseline = base.seconds if isinstance(base, Timing) else None
+        for name, outcome in outcomes.items():
+            what = case_row(case, name, PROVIDERS[name].adapter_dtype(case.layer))
+            if isinstance(outcome, Refused):
+                yield what, outcome
+            else:
+                yield timed_row(shared | what, outcome.seconds, outcome.calls, baseline), None
 
     def calls(self, case: Case) -> dict[str, Calls | Refused]:
         """By provider: what to time, one call for each copy of the weight. Checked."""

@@ -1,18 +1,16 @@
-"""`python -m fastlora.cli.bench.memory`: peak memory of a training step, in a process of its own.
+"""Peak memory of a training step, measured in a worker.
 
-Four layers in a row, so that what a forward keeps for the backward adds up as in a model. Takes
-{"case", "provider", "threads"}; its one event is "memory"; see `pipe`.
+There are four layers in a row, so that what a forward keeps for the backward adds up as in a model.
 """
 
 from __future__ import annotations
 
 import ctypes
-import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..process import Emit, serve
+from ..process import Leader
 from .case import Case
 
 if TYPE_CHECKING:
@@ -24,22 +22,23 @@ LAYERS = 4
 _STEPS = 3
 
 
-@dataclass(frozen=True)
-class Memory:
-    """What a step took.
+def work(request: dict[str, Any], leader: Leader) -> dict[str, float]:
+    """The memory of `request["case"]` with `request["provider"]`; see `measure`."""
+    if threads := request["plan"]["threads"]:
+        import torch
 
-    Args:
-        peak_mb: growth of the resident memory in MiB over weights, adapters, x and dy.
+        torch.set_num_threads(threads)
+    return measure(Case.from_dict(request["case"]), request["provider"])
+
+
+def measure(case: Case, provider: str) -> dict[str, float]:
+    """Runs steps of `LAYERS` layers (N x K, K x N, N x K, ...) and returns the columns
+
+        peak_mb: growth of the resident memory in MiB over weights, adapters, x and dy
         saved_bytes: bytes that autograd keeps for the backward, for each element of the layers'
-            inputs; weights and adapters do not count. 0 in inference.
-    """
+            inputs, without weights and adapters; 0 in inference
 
-    peak_mb: float
-    saved_bytes: float
-
-
-def measure(case: Case, provider: str) -> Memory:
-    """Runs steps of `LAYERS` layers (N x K, K x N, N x K, ...); call it in a fresh process.
+    Call it in a fresh process.
 
     Args:
         case: its mode is "step" or "inference".
@@ -47,7 +46,7 @@ def measure(case: Case, provider: str) -> Memory:
     """
     import torch
 
-    from ...integrations.transformers.callbacks import peak_memory, reset_peak_memory
+    from ...integrations.transformers import peak_memory, reset_peak_memory
     from .inputs import Setup
     from .providers import PROVIDERS
 
@@ -76,7 +75,7 @@ def measure(case: Case, provider: str) -> Memory:
     peak = peak_memory(device) - before
     elements = case.M * sum(setups[i % len(setups)].layer.K for i in range(LAYERS))
     saved = _saved_bytes(chain, setups, x, dy) if case.mode == "step" else 0
-    return Memory(peak / 2**20, saved / elements)
+    return {"peak_mb": peak / 2**20, "saved_bytes": saved / elements}
 
 
 def _step(chain: list[Built], x: Tensor, dy: Tensor, mode: str) -> None:
@@ -131,16 +130,3 @@ def release_free_memory() -> None:
     release = getattr(ctypes.CDLL(None), "MallocExtension_ReleaseFreeMemory", None)
     if release is not None:
         release()
-
-
-def _work(request: dict[str, Any], emit: Emit) -> None:
-    if request["threads"]:
-        import torch
-
-        torch.set_num_threads(request["threads"])
-    memory = measure(Case.from_dict(request["case"]), request["provider"])
-    emit("memory", {"peak_mb": memory.peak_mb, "saved_bytes": memory.saved_bytes})
-
-
-if __name__ == "__main__":
-    sys.exit(serve(_work))

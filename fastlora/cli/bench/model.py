@@ -1,21 +1,19 @@
-"""`python -m fastlora.cli.bench.model`: times a whole model, PEFT and fastlora in turn; see `pipe`.
+"""Times a whole model in a worker, PEFT and fastlora in turn.
 
-There is one model: between two samples its layers are PEFT's own again, or fastlora's. Takes a
-`ModelRequest`. Events as in `worker`; with `memory_of` one event, "memory", instead.
+There is one model. Before each sample its layers become PEFT's own, or fastlora's.
 """
 
 from __future__ import annotations
 
 import copy
-import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..process import Emit, serve
-from .case import DTYPES, Layer
+from ..options import torch_dtype
+from ..process import Leader
+from .plan import ModelPlan
 
 if TYPE_CHECKING:
     import torch
@@ -29,119 +27,69 @@ _GRADIENTS_MAY_DIFFER = 0.2
 _LOSSES_MAY_DIFFER = 0.02
 
 
-@dataclass(frozen=True)
-class ModelRequest:
-    """What to time.
+def work(request: dict[str, Any], leader: Leader) -> dict[str, float] | None:
+    """Times the model of `request["plan"]`, with the events of `measure.work`.
 
-    Args:
-        model: folder, GGUF file, or a folder with config.json alone for random weights.
-        modes: names in MODEL_MODES.
-        layer: R, dtype, quant, nested, dropout and adapter_dtype; N and K do not count.
-        batch, length: sequences of a step and tokens in each; in decoding, the tokens before.
-        rounds: samples of each provider.
-        sample_seconds: least length of a sample.
-        allocator: what it runs under, for the rows.
-        threads: of torch; None for torch's own choice.
-        memory_of: measure the peak memory of (mode, provider), and nothing else.
+    With `request["memory_of"]`, a mode and a provider, it measures their peak memory instead, and
+    returns it.
     """
-
-    model: str
-    modes: list[str]
-    layer: Layer
-    batch: int
-    length: int
-    rounds: int
-    sample_seconds: float
-    allocator: str
-    threads: int | None
-    memory_of: tuple[str, str] | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON keeps it."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> ModelRequest:
-        """Undoes `as_dict`."""
-        return cls(**{**fields, "layer": Layer(**fields["layer"])})
-
-    def row(self, mode: str, provider: str) -> dict[str, str]:
-        """The columns that say what was measured."""
-        layer = self.layer
-        path = Path(self.model).resolve()
-        return {
-            "op": f"model {path.stem if path.is_file() else path.name}",
-            "mode": mode,
-            "provider": provider,
-            "M": str(self.batch * (1 if mode == "decode" else self.length)),
-            "R": str(layer.R),
-            "dtype": layer.dtype,
-            "quant": layer.quant_name,
-            "dropout": f"{layer.dropout:g}",
-            "adapter_dtype": layer.adapter_dtype,
-        }
-
-
-def work(fields: dict[str, Any], emit: Emit) -> None:
-    """Does the request; `emit` is told of every event."""
     import torch
 
-    request = ModelRequest.from_dict(fields)
-    if request.threads:
-        torch.set_num_threads(request.threads)
-    model = _Model(request)
-    if request.memory_of is not None:
-        emit("memory", {"peak_mb": model.peak_mb(*request.memory_of)})
-        return
-    from .measure import Budget, interleave
-    from .rows import COLUMNS, machine, timing_columns
+    plan = ModelPlan.from_dict(request["plan"])
+    if plan.threads:
+        torch.set_num_threads(plan.threads)
+    model = _Model(plan)
+    if "memory_of" in request:
+        return {"peak_mb": model.peak_mb(*request["memory_of"])}
+    from .measure import interleave
+    from .rows import machine, timed_row
 
-    shared = {**machine(), "allocator": request.allocator}
-    emit("machine", shared)
-    for mode in request.modes:
+    shared = {**machine(), "allocator": request["allocator"]}
+    leader.emit("machine", **shared)
+    for mode in plan.modes:
         providers = [*MODEL_PROVIDERS]
         if mode == "decode" and model.repacks:
             providers.append(_PACKED)
-        text = f"{mode}: {Path(request.model).name}"
-        emit("case", {"text": text, "samples": request.rounds * len(providers)})
+        samples = plan.budget.rounds * len(providers)
+        leader.emit("case", text=f"{mode}: {Path(plan.model).name}", samples=samples)
         if (fault := model.fault(mode)) is not None:
-            row = request.row(mode, "fastlora")
-            emit("refused", {"row": row, "reason": fault, "wrong": True})
-            emit("done", {})
-            continue
-        timings = interleave(
-            {name: [model.call(mode, name)] for name in providers},
-            Budget(request.rounds, request.sample_seconds),
-            lambda: emit("tick", {}),
-            model.switch,
-        )
-        for name, timing in timings.items():
-            columns = timing_columns(timing.seconds, timings["peft"].seconds)
-            row = dict.fromkeys(COLUMNS, "") | shared | request.row(mode, name) | columns
-            emit("row", {"row": {**row, "calls": str(timing.calls)}})
-        emit("done", {})
+            leader.emit("refused", row=plan.row(mode, "fastlora"), reason=fault, wrong=True)
+        else:
+            timings = interleave(
+                {name: [model.call(mode, name)] for name in providers},
+                plan.budget,
+                lambda: leader.emit("tick"),
+                model.switch,
+            )
+            baseline = timings["peft"].seconds
+            for name, timing in timings.items():
+                what = shared | plan.row(mode, name)
+                leader.emit("row", row=timed_row(what, timing.seconds, timing.calls, baseline))
+        leader.emit("done")
+    return None
 
 
 class _Model:
     """A causal LM with an adapter on every linear layer, and what to call for each mode."""
 
-    def __init__(self, request: ModelRequest) -> None:
+    def __init__(self, plan: ModelPlan) -> None:
         import torch
         from peft import LoraConfig, get_peft_model
 
-        from ...integrations.transformers.callbacks import load_causal_lm
-        from ..finetune.training import cast_adapter, quiet_libraries
+        from ...integrations.transformers import load_causal_lm
+        from ..console import quiet_libraries
+        from ..finetune.model import cast_adapter
 
         quiet_libraries()
-        self._request = request
-        layer = request.layer
+        self._plan = plan
+        layer = plan.layer
         torch.manual_seed(0)
         with tempfile.TemporaryDirectory() as scratch:
             model, _ = load_causal_lm(
-                _with_weights(Path(request.model), Path(scratch), layer.dtype),
+                _with_weights(Path(plan.model), Path(scratch), layer.dtype),
                 quant=layer.quant,
                 double_quant=layer.nested,
-                dtype=getattr(torch, DTYPES[layer.dtype]),
+                dtype=torch_dtype(layer.dtype),
             )
         config = LoraConfig(
             task_type="CAUSAL_LM",
@@ -151,21 +99,21 @@ class _Model:
             target_modules="all-linear",
         )
         self._model: Any = get_peft_model(model, config)
-        cast_adapter(self._model, getattr(torch, DTYPES[layer.adapter_dtype]))
+        cast_adapter(self._model, torch_dtype(layer.adapter_dtype))
         for name, parameter in self._model.named_parameters():
             if "lora_B" in name:
                 # It starts at zero, which would hide A's gradient from the check.
                 parameter.data.normal_(0, 0.02)
         self._trained = [p for p in self._model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(self._trained, lr=1e-5)
-        shape = (request.batch, request.length)
+        shape = (plan.batch, plan.length)
         self._tokens = torch.randint(0, model.config.vocab_size, shape)
         self._packed: Any = None
 
     @property
     def repacks(self) -> bool:
         """Whether bitsandbytes would rewrite the weights for inference on this CPU."""
-        if self._request.layer.quant == "none" or self._request.layer.dtype != "bf16":
+        if self._plan.layer.quant == "none" or self._plan.layer.dtype != "bf16":
             return False
         from bitsandbytes.functional import has_avx512bf16
 
@@ -190,15 +138,13 @@ class _Model:
         return self._step
 
     def _prepare(self, mode: str) -> None:
+        from ..finetune.model import enable_checkpointing
+
         model = self._model
         model.train(mode != "decode")
         base = model.get_base_model()
         if mode == "train-checkpointed":
-            # Transformers 5.2x renamed it.
-            enable = getattr(
-                base, "activation_checkpointing_enable", base.gradient_checkpointing_enable
-            )
-            enable({"use_reentrant": False})
+            enable_checkpointing(base)
         elif getattr(base, "is_gradient_checkpointing", False):
             base.gradient_checkpointing_disable()
 
@@ -269,7 +215,7 @@ class _Model:
         """Growth of the resident memory in MiB, over the loaded model, in a few calls."""
         import torch
 
-        from ...integrations.transformers.callbacks import peak_memory, reset_peak_memory
+        from ...integrations.transformers import peak_memory, reset_peak_memory
         from .memory import release_free_memory
 
         self.switch(provider)
@@ -287,18 +233,13 @@ def _with_weights(path: Path, scratch: Path, dtype: str) -> Path:
     """`path`, or where it has a config alone, a model in `scratch` with random weights."""
     if not path.is_dir() or any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
         return path
-    import torch
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     config = AutoConfig.from_pretrained(path)
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, DTYPES[dtype]))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype(dtype))
     model.save_pretrained(scratch)
     tokenizer = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="a").save_pretrained(scratch)
     return scratch
-
-
-if __name__ == "__main__":
-    sys.exit(serve(work))

@@ -103,6 +103,20 @@ def timing_columns(seconds: Sequence[float], baseline: Sequence[float] | None) -
     }
 
 
+def timed_row(
+    what: Row, seconds: Sequence[float], calls: int, baseline: Sequence[float] | None
+) -> Row:
+    """A whole row.
+
+    Args:
+        what: the columns of the machine and of what was measured.
+        seconds, calls: a call took so long, by round; calls in a sample.
+        baseline: the baseline's seconds in the same rounds, if it was measured.
+    """
+    columns = timing_columns(seconds, baseline)
+    return dict.fromkeys(COLUMNS, "") | what | columns | {"calls": str(calls)}
+
+
 def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
     """20th percentile, median, 80th percentile; between two values in proportion."""
     ordered = sorted(values)

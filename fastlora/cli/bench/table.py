@@ -160,14 +160,6 @@ def short(value: float) -> str:
     return f"{value:.0f}" if value >= 20 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def wide_console() -> Console:
-    """The terminal; a file gets lines as long as a table needs, not 80 characters."""
-    console = Console()
-    if not console.is_terminal:
-        console.width = 200
-    return console
-
-
 class _Tables:
     """Cells by table, line and number of tokens, in the order in which they came."""
 

@@ -4,51 +4,25 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import shlex
 import shutil
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from ..console import quiet_libraries
 from ..errors import CliError
+from ..options import SHORT_DTYPES, not_negative, positive, positive_float, share
 from .compare import compare
 from .data import load_data
-from .records import LOG_FILE, RUN_FILE, read_log, read_run, write_atomically
+from .job import BACKENDS, Job, Stopped
+from .records import LOG_FILE, RUN_FILE, read_log, read_run, update_run
 from .report import CSV_FILE, PLOT_FILE, print_comparison, print_result, write_csv, write_plot
 from .terminal import TerminalObserver
-from .training import BACKENDS, Job, Stopped, quiet_libraries, train
+from .training import train
 
-_SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-DTYPES = tuple(_SHORT)
-_DEFAULTS: dict[str, Any] = {
-    "backend": "fastlora",
-    "quant": "nf4",
-    "double_quant": True,
-    "r": 16,
-    "alpha": 32.0,
-    "dropout": 0.05,
-    "target_modules": "all-linear",
-    "lr": 2e-4,
-    "lr_schedule": "linear",
-    "warmup_steps": 0,
-    "steps": None,
-    "epochs": None,
-    "batch_size": 4,
-    "grad_accum": 1,
-    "seq_len": 512,
-    "dtype": "bfloat16",
-    "adapter_dtype": "float32",
-    "gradient_checkpointing": False,
-    "eval_split": 0.05,
-    "save_every": 50,
-    "seed": 0,
-    "threads": None,
-    "cache_dir": None,
-}
 # These may differ between a run and its resumption: they change nothing but rounding.
 _FREE_ON_RESUME = ("out", "save_every", "threads", "cache_dir")
 _WRITTEN = (
@@ -100,8 +74,13 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     _add(model, "--backend", "whose LoRA layers", choices=("fastlora", "peft", "both"))
     _add(model, "--quant", "of the frozen weights", choices=("nf4", "fp4", "none"))
     _add(model, "--double-quant", "absmax in 8 bits as well", action=argparse.BooleanOptionalAction)
-    _add(model, "--dtype", "of the frozen weights, or their compute dtype", choices=DTYPES)
-    _add(model, "--adapter-dtype", "of A and B", choices=DTYPES)
+    _add(
+        model,
+        "--dtype",
+        "of the frozen weights, or their compute dtype",
+        choices=SHORT_DTYPES,
+    )
+    _add(model, "--adapter-dtype", "of A and B", choices=SHORT_DTYPES)
     _add(
         model,
         "--gradient-checkpointing",
@@ -111,29 +90,29 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
     lora = parser.add_argument_group("LoRA")
     _add(lora, "--r", "rank", type=positive)
-    _add(lora, "--alpha", "scaling is alpha / r", type=_positive_float)
-    _add(lora, "--dropout", "on the adapter's input", type=_share(below=1.0))
+    _add(lora, "--alpha", "scaling is alpha / r", type=positive_float)
+    _add(lora, "--dropout", "on the adapter's input", type=share(below=1.0))
     _add(lora, "--target-modules", "layers, like q_proj,v_proj", metavar="NAMES")
 
     training = parser.add_argument_group("training")
     length = training.add_mutually_exclusive_group()
     length.add_argument("--steps", type=positive, metavar="N", help="optimizer steps")
-    length.add_argument("--epochs", type=_positive_float, metavar="N", help="or epochs (1)")
-    _add(training, "--lr", "learning rate of AdamW", type=_positive_float)
+    length.add_argument("--epochs", type=positive_float, metavar="N", help="or epochs (1)")
+    _add(training, "--lr", "learning rate of AdamW", type=positive_float)
     _add(training, "--lr-schedule", "", choices=("linear", "cosine", "constant_with_warmup"))
-    _add(training, "--warmup-steps", "", type=_not_negative)
+    _add(training, "--warmup-steps", "", type=not_negative)
     _add(training, "--batch-size", "examples in a forward", type=positive)
     _add(training, "--grad-accum", "forwards in a step", type=positive)
     _add(training, "--seq-len", "tokens in an example, at most", type=positive)
-    _add(training, "--eval-split", "share held out for the perplexity", type=_share(below=0.51))
+    _add(training, "--eval-split", "share held out for the perplexity", type=share(below=0.51))
     _add(training, "--save-every", "steps between saves", type=positive)
-    _add(training, "--seed", "", type=_not_negative)
+    _add(training, "--seed", "", type=not_negative)
     training.add_argument("--threads", type=positive, metavar="N", help="CPU threads (torch's)")
     return parser
 
 
 def _add(group: Any, flag: str, text: str, **options: Any) -> None:
-    default = _DEFAULTS[flag[2:].replace("-", "_")]
+    default = getattr(Job, flag[2:].replace("-", "_"))
     if isinstance(default, bool):
         default = "on" if default else "off"
     elif "choices" in options:
@@ -170,7 +149,8 @@ def execute(job: Job, *, resume: bool, overwrite: bool, console: Console | None 
         _clear(out)
     console.print(f"model    {_model_name(job)}\nmethod   {_method(job)}", highlight=False)
     backends = BACKENDS if job.backend == "both" else (job.backend,)
-    _write_run(out, job)
+    out.mkdir(parents=True, exist_ok=True)
+    update_run(out, job=job.as_dict())
     try:
         with TerminalObserver(console, backends) as observer:
             if job.backend == "both":
@@ -198,7 +178,7 @@ def _report(
         print_comparison(console, results)
         write_csv(out)
         logs = {b: read_log(out / b / LOG_FILE) for b in BACKENDS}
-        _write_run(out, job, results=results)
+        update_run(out, results=results)
         written = f"{'/, '.join(BACKENDS)}/ (adapters, logs), {CSV_FILE}, {RUN_FILE}"
     else:
         print_result(console, job.backend, results[job.backend])
@@ -230,7 +210,7 @@ def new_job(**given: Any) -> Job:
     for name in ("model", "data"):
         if name not in given:
             raise CliError(f"--{name}: missing (see fastlora finetune --help)")
-    return Job(**{**_DEFAULTS, **given})
+    return Job(**given)
 
 
 def _resumed(given: dict[str, Any]) -> Job:
@@ -280,7 +260,7 @@ def _check(job: Job, console: Console) -> None:
         raise CliError(f"--model: no such folder or file: {job.model}")
     _check_packages(job)
     quiet_libraries()
-    from ...integrations.transformers.callbacks import load_tokenizer, model_folder
+    from ...integrations.transformers import load_tokenizer, model_folder
 
     try:
         _announce_conversion(job, console)
@@ -292,7 +272,7 @@ def _check(job: Job, console: Console) -> None:
 
 def _announce_conversion(job: Job, console: Console) -> None:
     """Says why the first run with a GGUF file takes a minute longer."""
-    from ...integrations.transformers.callbacks import gguf_cache_folder, is_gguf
+    from ...integrations.transformers import gguf_cache_folder, is_gguf
 
     if is_gguf(job.model):
         folder = gguf_cache_folder(job.model, job.cache_dir)
@@ -318,52 +298,14 @@ def _check_packages(job: Job) -> None:
         )
 
 
-def _write_run(out: Path, job: Job, **fields: Any) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    content = {**(read_run(out) or {}), "job": job.as_dict(), **fields}
-    text = json.dumps(content, indent=2) + "\n"
-    write_atomically(out / RUN_FILE, lambda partial: partial.write_text(text))
-
-
 def _model_name(job: Job) -> str:
     path = Path(job.model).expanduser().resolve()
     return path.stem if path.is_file() else path.name
 
 
 def _method(job: Job) -> str:
-    dtype, adapter = _SHORT[job.dtype], _SHORT[job.adapter_dtype]
+    dtype, adapter = SHORT_DTYPES[job.dtype], SHORT_DTYPES[job.adapter_dtype]
     if job.quant == "none":
         return f"LoRA on {dtype}, {adapter} adapter"
     double = " + double quant" if job.double_quant else ""
     return f"QLoRA on {job.quant}{double}, {dtype} compute, {adapter} adapter"
-
-
-def positive(text: str) -> int:
-    """An argument that is a whole number above 0."""
-    return int(_number(text, int, lambda value: value >= 1, "a whole number from 1 on"))
-
-
-def _not_negative(text: str) -> int:
-    return int(_number(text, int, lambda value: value >= 0, "a whole number from 0 on"))
-
-
-def _positive_float(text: str) -> float:
-    return _number(text, float, lambda value: 0.0 < value < float("inf"), "a number above 0")
-
-
-def _share(below: float) -> Callable[[str], float]:
-    def share(text: str) -> float:
-        expected = f"a number from 0 to below {below:g}"
-        return _number(text, float, lambda value: 0.0 <= value < below, expected)
-
-    return share
-
-
-def _number(text: str, kind: type[float], fits: Callable[[float], bool], expected: str) -> float:
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not fits(value):
-        raise argparse.ArgumentTypeError(f"expected {expected}, got {text}")
-    return value

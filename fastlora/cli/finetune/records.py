@@ -1,4 +1,4 @@
-"""What a run keeps on disk: its settings, its log and its checkpoints, whole after a kill."""
+"""What a run stores: its settings, its log and its checkpoints. A kill damages none of them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 
 LOG_FILE = "log.jsonl"
 RUN_FILE = "run.json"
-# The loss of a single batch says little; a curve's end is the mean of so many steps.
+# The final loss is the mean of this many steps: the loss of a single batch says little.
 LAST_STEPS = 10
 
 
 def newest_checkpoint(out: Path) -> Path | None:
-    """The complete checkpoint with the highest step. Those that a kill cut off are removed.
+    """The complete checkpoint with the highest step. Removes checkpoints that a kill cut off.
 
-    The Trainer writes trainer_state.json last, so a checkpoint is complete when that can be read.
+    The Trainer writes trainer_state.json last: a checkpoint is complete if that can be read.
     """
     complete = []
     for folder in out.glob("checkpoint-*"):
@@ -31,7 +31,7 @@ def newest_checkpoint(out: Path) -> Path | None:
 
 
 def is_last(checkpoint: Path) -> bool:
-    """True when the run had ended where the checkpoint was saved."""
+    """True if the checkpoint was saved at the end of the run."""
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     return bool(state["global_step"] >= state["max_steps"])
 
@@ -42,44 +42,34 @@ def step_of(checkpoint: Path) -> int:
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Calls `write(temporary path)`, then renames: readers see the old file or all of the new."""
+    """Calls `write(temporary path)`, then renames: readers see the old file or the new, whole."""
     partial = path.with_name(f".{path.name}.partial")
     write(partial)
     partial.replace(path)
 
 
-class RunFile:
-    """`run.json`: what was run and what came out."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def read(self) -> dict[str, Any]:
-        """What it holds so far."""
-        return read_run(self.path.parent) or {}
-
-    def update(self, **fields: Any) -> None:
-        """Adds or replaces fields."""
-        content = json.dumps({**self.read(), **fields}, indent=2) + "\n"
-        write_atomically(self.path, lambda partial: partial.write_text(content))
-
-
 def read_run(out: Path) -> dict[str, Any] | None:
-    """What `run.json` in `out` holds; None when there is none."""
+    """The content of `run.json` in `out`: what was run and its results. None if there is none."""
     try:
         return dict(json.loads((out / RUN_FILE).read_text()))
     except FileNotFoundError:
         return None
 
 
-class Log:
-    """`log.jsonl`: one line a step. A resumed run drops the steps after its checkpoint."""
+def update_run(out: Path, **fields: Any) -> None:
+    """Adds or replaces fields of `run.json` in `out`."""
+    content = json.dumps({**(read_run(out) or {}), **fields}, indent=2) + "\n"
+    write_atomically(out / RUN_FILE, lambda partial: partial.write_text(content))
 
-    def __init__(self, path: Path, keep_to_step: int) -> None:
-        self.path = path
-        kept = [e for e in read_log(path) if e["step"] <= keep_to_step]
+
+class Log:
+    """`log.jsonl` in `out`: one line a step. A resumed run drops the steps after its checkpoint."""
+
+    def __init__(self, out: Path, keep_to_step: int) -> None:
+        self.path = out / LOG_FILE
+        kept = [e for e in read_log(self.path) if e["step"] <= keep_to_step]
         lines = "".join(json.dumps(entry) + "\n" for entry in kept)
-        write_atomically(path, lambda partial: partial.write_text(lines))
+        write_atomically(self.path, lambda partial: partial.write_text(lines))
 
     def write(self, entry: dict[str, Any]) -> None:
         """Adds a line."""
@@ -92,7 +82,7 @@ class Log:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The entries of a log; a last line that a kill cut off is left out."""
+    """The entries of a log, without a last line that a kill cut off."""
     if not path.is_file():
         return []
     entries = []

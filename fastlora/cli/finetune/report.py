@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from .compare import paired_steps
+from .job import BACKENDS
 from .records import LAST_STEPS, summarise, write_atomically
 from .terminal import gib
-from .training import BACKENDS
 
 CSV_FILE = "steps.csv"
 PLOT_FILE = "loss.png"

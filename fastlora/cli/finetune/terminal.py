@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -26,20 +25,6 @@ _LOG_LINES = 20
 def gib(megabytes: float) -> str:
     """1234.5 (MiB) as 1.21 GiB; less than a tenth of a GiB in MiB."""
     return f"{megabytes:.0f} MiB" if megabytes < 102.4 else f"{megabytes / 1024:.2f} GiB"
-
-
-@contextmanager
-def layer_bar(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar for work that goes layer by layer; none where the output is no terminal.
-
-    Yields a function to call with the number of layers done, and of all.
-    """
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 class _Status(ProgressColumn):

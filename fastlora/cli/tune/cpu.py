@@ -13,7 +13,8 @@ from rich.table import Table
 
 from ...backends.machine import cpu
 from ..bench.case import Case, Layer, grid
-from ..bench.measure import Bench, Budget, Calls, Refused, interleave
+from ..bench.measure import Bench, Calls, Refused, interleave
+from ..bench.plan import Budget
 from ..bench.table import PASSES
 from ..errors import CliError
 

@@ -20,6 +20,7 @@ from rich.progress import track
 from rich.table import Table
 
 from ..errors import CliError
+from ..options import DTYPES, add_sizes, add_timing, share, torch_dtype
 
 if TYPE_CHECKING:
     from ...backends.triton.tuner import Problem, Trial
@@ -32,9 +33,6 @@ _NAMES = {"vendor": "vendor's product", "native": "native backend"}
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     """The command's arguments."""
-    from ..bench import _count, _counts, _names, _pairs, _share, _time
-    from ..bench.case import DTYPES, QUANTS
-
     parser: argparse.ArgumentParser = commands.add_parser(
         "tune",
         help="measure the kernels on your sizes and keep the fastest",
@@ -49,21 +47,12 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         ),
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), help="(cuda where there is one)")
-    parser.add_argument("--shape", type=_pairs, metavar="N,K", help="several with : (4096,4096)")
     parser.add_argument("--model", metavar="PATH", help="every linear layer of a folder's model")
-    parser.add_argument(
-        "--tokens", type=_counts, metavar="M,...",
-        help="(cuda: 16,256,2048,8192; cpu: 1,16,128,512)",
-    )  # fmt: skip
-    parser.add_argument("--rank", type=_counts, default=[16], metavar="R,...", help="(16)")
-    parser.add_argument(
-        "--quant", type=_names(QUANTS), default=["none", "nf4"], metavar="NAME,...",
-        help=f"{' | '.join(QUANTS)} (none,nf4)",
-    )  # fmt: skip
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="(bf16)")
-    parser.add_argument("--dropout", type=_share, default=0.1, metavar="P", help="(0.1)")
-    parser.add_argument("--rounds", type=_count, default=9, metavar="N", help="(9)")
-    parser.add_argument("--sample-ms", type=_time, default=20.0, metavar="MS", help="(20)")
+    add_sizes(parser, tokens="cuda: 16,256,2048,8192; cpu: 1,16,128,512", quant="none,nf4")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="(bf16)")
+    parser.add_argument("--dropout", type=share(), default=0.1, metavar="P", help="(0.1)")
+    add_timing(parser)
+    parser.set_defaults(rank=[16], quant=["none", "nf4"], rounds=9)
     return parser
 
 
@@ -150,7 +139,8 @@ def tune(
     import torch
 
     from ...backends.triton.tuner import Trial, keep
-    from ..bench.measure import Budget, interleave, waits_for
+    from ..bench.measure import interleave, waits_for
+    from ..bench.plan import Budget
 
     trial = Trial(problem, torch.device(device))
     choices = {_name(choice): choice for choice in trial.choices()[:most]}
@@ -199,27 +189,26 @@ def _device(wanted: str | None) -> str:
         CliError: the kernels can't run here; it says why.
     """
     from ...backends import BACKENDS
+    from ...backends.contract import Request
 
-    triton = BACKENDS["triton"].unsupported
-    no_gpu = triton("lora_linear_fwd", "cuda")
+    triton, on_cpu = BACKENDS["triton"].unsupported, Request("lora_linear_fwd", "cpu")
+    no_gpu = triton(on_cpu._replace(device="cuda"))
     if wanted == "cuda" or (wanted is None and no_gpu is None):
         if no_gpu is not None:
             raise CliError(f"--device cuda: {no_gpu}")
         return "cuda"
-    if triton("lora_linear_fwd", "cpu") is None:  # TRITON_INTERPRET is set
+    if triton(on_cpu) is None:  # TRITON_INTERPRET is set
         return "cpu"
-    if reason := BACKENDS["native"].unsupported("lora_linear_fwd", "cpu"):
+    if reason := BACKENDS["native"].unsupported(on_cpu):
         raise CliError(f"there is nothing to tune. cuda: {no_gpu} cpu: {reason}")
     return "native"
 
 
 def _problems(args: argparse.Namespace, shapes: Sequence[tuple[int, int]]) -> Iterator[Problem]:
-    import torch
 
     from ...backends.triton.tuner import Problem
-    from ..bench.case import DTYPES
 
-    dtype = getattr(torch, DTYPES[args.dtype])
+    dtype = torch_dtype(args.dtype)
     for N, K in shapes:
         for quant in args.quant:
             for M in args.tokens:

@@ -7,7 +7,6 @@ import re
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,15 +14,21 @@ from peft.tuners.lora.layer import Conv1D, Embedding, LoraLayer, ParamWrapper
 from torch import nn
 
 from ...backends import choose
+from ...backends.contract import Request
+from ...backends.machine.tuned import op_key
 from ...version import __version__
 from .. import bitsandbytes as bnb
 from ..names import kind_of
 from .fuse.join import Fusion, fusions
 from .names import base_name, short
 from .plan.call import Parts
-from .plan.casts import casts
-from .plan.embedding import OP as EMBEDDING_OP
-from .plan.embedding import EmbeddingParts, embedding_casts, embedding_parts
+from .plan.casts import casts, linear_request
+from .plan.embedding import (
+    EmbeddingParts,
+    embedding_casts,
+    embedding_parts,
+    embedding_request,
+)
 from .plan.parameter import ParamParts, param_parts
 from .plan.parts import layer_parts
 from .plan.reasons import LAST_REASON
@@ -231,8 +236,7 @@ def _served(layer: Any) -> tuple[str, str] | str:
         return reason
     if isinstance(parts, ParamParts):
         dtype, device = parts.weight.dtype, parts.weight.device
-        backend = choose(parts.op, device.type, dtype=dtype, index=device.index)
-        return _named(backend, parts.op, device.type)
+        return _named(Request(parts.op, device.type, device.index, dtype))
     if isinstance(parts, EmbeddingParts):
         return _embedding(parts)
     return _kernel(parts)
@@ -240,11 +244,10 @@ def _served(layer: Any) -> tuple[str, str] | str:
 
 def _embedding(parts: EmbeddingParts) -> tuple[str, str] | str:
     """`_served` of an embedding."""
-    device, dtype = parts.weight.device, parts.weight.dtype
+    device = parts.weight.device
     if (reason := embedding_casts(parts, device)) is not None:
         return reason
-    what: dict[str, Any] = {"dtype": dtype, "adapter_dtype": parts.dtype, "index": device.index}
-    return _named(choose(EMBEDDING_OP, device.type, **what), EMBEDDING_OP, device.type)
+    return _named(embedding_request(parts, device))
 
 
 def _kernel(parts: Parts) -> tuple[str, str] | str:
@@ -253,22 +256,15 @@ def _kernel(parts: Parts) -> tuple[str, str] | str:
     dtypes = casts(parts, _input_dtype(parts), device, None)
     if isinstance(dtypes, str):
         return dtypes
-    backend = choose(
-        parts.op,
-        device.type,
-        dtype=dtypes.x,
-        adapter_dtype=dtypes.adapter,
-        compute_dtype=dtypes.compute,
-        index=device.index,
-    )
-    return _named(backend, parts.op, device.type)
+    return _named(linear_request(parts, dtypes, device))
 
 
-def _named(backend: ModuleType, op: str, device: str) -> tuple[str, str]:
-    """The names of a backend and of its op, on a CPU with the instruction set."""
-    kernel = op.removesuffix("_fwd")
+def _named(request: Request) -> tuple[str, str]:
+    """The names of the backend that is chosen and of its op, on a CPU with the instruction set."""
+    backend = choose(request)
+    kernel = op_key(request.op, request.four_bit).removesuffix("_fwd")
     build = backend.build_info() if hasattr(backend, "build_info") else None
-    if build is not None and device == "cpu":
+    if build is not None and request.device == "cpu":
         kernel += f" ({build['cpu_isa']})"
     return backend.NAME, kernel
 

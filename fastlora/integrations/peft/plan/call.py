@@ -77,7 +77,7 @@ class Parts(NamedTuple):
     @property
     def op(self) -> str:
         """The forward op that serves the layer."""
-        return "lora_linear_fwd" if self.quant_state is None else "qlora_linear_fwd"
+        return "lora_linear_fwd"
 
 
 class Casts(NamedTuple):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ....backends.contract import Request
 from ..syntax import source_tree
 from .casts import SUPPORTED_DTYPES, backend_reason
 from .plain import PLAIN, modules_reason, state_reason, tensors_reason
@@ -110,7 +111,7 @@ def embedding_casts(parts: EmbeddingParts, device: torch.device) -> str | None:
             return f"the {role} is in {tensor.dtype}; fastlora takes fp32, bf16 and fp16"
         if tensor.device != device:
             return f"the ids are on {device} and the layer, or a part of it, on {tensor.device}"
-    return backend_reason(OP, device, dtype=parts.weight.dtype, adapter_dtype=parts.dtype)
+    return backend_reason(embedding_request(parts, device))
 
 
 def embedding_plan(
@@ -157,3 +158,8 @@ def _returned(forward: Any) -> str:
     if function.decorator_list or len(function.body) != 1 or not isinstance(last, ast.Return):
         return ""
     return "" if last.value is None else ast.unparse(last.value)
+
+
+def embedding_request(parts: EmbeddingParts, device: torch.device) -> Request:
+    """What a layer asks a backend for."""
+    return Request(OP, device.type, device.index, parts.weight.dtype, parts.dtype)

@@ -31,7 +31,7 @@ from torch.nn.modules import module as nn_module
 from ....quant import QuantState
 from ... import bitsandbytes as bnb
 from .call import Adapter, Casts, Parts, Plan
-from .casts import no_backend_reason
+from .casts import linear_request, no_backend_reason
 from .plain import PLAIN, is_plain
 
 # Under this name a layer keeps its `Kept`.
@@ -67,10 +67,10 @@ def kept_plan(layer: nn.Module, x: Tensor) -> Plan | None:
     _, base, weight, bias, adapter, raw, autocast = look
     state = kept.state
     if state is not None:
-        inner = raw.state2 if state.nested else None
-        nested = (None, None) if inner is None else (inner.absmax, inner.code)
-        offset = raw.offset if state.nested else None
-        state = state.with_tensors(raw.absmax, raw.code, offset, *nested)
+        nested: tuple[Tensor, ...] = ()
+        if state.state2 is not None:
+            nested = (raw.state2.absmax, raw.state2.code, raw.offset)
+        state = state.with_tensors(raw.absmax, raw.code, *nested)
     elif type(base) is Conv1D:
         weight = weight.t()  # Conv1D stores [K, N]
     parts = Parts(base, weight, state, bias, (adapter,), raw)
@@ -81,9 +81,7 @@ def keep(layer: nn.Module, x: Tensor, found: Plan) -> None:
     """Keeps `found`, the plan of `layer(x)`, if it is of the kind that is kept."""
     if (look := _look(layer, x)) is None:
         return
-    x_dtype, adapter_dtype, compute_dtype = found.casts
-    dtypes = {"dtype": x_dtype, "adapter_dtype": adapter_dtype, "compute_dtype": compute_dtype}
-    if no_backend_reason(found.parts.op, x.device, **dtypes) is None:
+    if no_backend_reason(linear_request(found.parts, found.casts, x.device)) is None:
         state = found.parts.quant_state
         hollow = None if state is None else state.without_tensors()
         layer.__dict__[KEPT] = Kept(look[0], found.casts, hollow)

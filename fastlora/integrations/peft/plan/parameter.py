@@ -8,6 +8,7 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
+from ....backends.contract import Request
 from .casts import SUPPORTED_DTYPES, backend_reason
 from .plain import PLAIN, state_reason
 from .reasons import Unserved, call_reason
@@ -72,7 +73,9 @@ def param_parts(layer: Any) -> ParamParts | str:
             return f"lora_A or lora_B does not fit the parameter {name} (sharded?)"
         factors.append((*found, float(layer.scaling[adapter])))
     parts = ParamParts(owner, name, weight, tuple(factors))
-    reason = backend_reason(parts.op, weight.device, dtype=weight.dtype)
+    reason = backend_reason(
+        Request(parts.op, weight.device.type, weight.device.index, weight.dtype)
+    )
     return parts if reason is None else Unserved(reason)
 
 

@@ -1,12 +1,11 @@
-"""One launch: a base product, a bias and one adapter, in the dtypes of a plan."""
+"""A base product, a bias and one adapter as one layer, in the dtypes of a plan."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from ....autograd.linear import lora_linear
-from ....reference import Projection
+from ....layer import Layer
 from ..plan.call import Adapter, Plan
 from .tensors import cast
 
@@ -14,33 +13,18 @@ from .tensors import cast
 NO_ADAPTER = "__base__"
 
 
-def one_layer(plan: Plan, bias: Tensor | None, adapter: Adapter) -> Projection:
+def one_layer(plan: Plan, bias: Tensor | None, adapter: Adapter) -> Layer:
     """The base weight of a plan, `bias` and `adapter` as one layer."""
     parts, (_, adapter_dtype, compute_dtype) = plan.parts, plan.casts
-    return Projection(
+    return Layer(
         parts.weight,
-        bias,
         cast(adapter.lora_A, adapter_dtype),
         cast(adapter.lora_B, adapter_dtype),
         adapter.scaling,
-        dropout_p=adapter.dropout_p,
-        quant_state=parts.quant_state,
-        compute_dtype=compute_dtype,
-    )
-
-
-def launch(x: Tensor, layer: Projection) -> Tensor:
-    """`y = x W^T + bias + scaling * drop(x) A^T B^T`, differentiable."""
-    return lora_linear(
-        x,
-        layer.weight,
-        layer.bias,
-        layer.lora_A,
-        layer.lora_B,
-        layer.scaling,
-        quant_state=layer.quant_state,
-        compute_dtype=layer.compute_dtype,
-        dropout_p=layer.dropout_p,
+        bias,
+        parts.quant_state,
+        compute_dtype,
+        adapter.dropout_p,
     )
 
 
@@ -51,7 +35,7 @@ def base_bias(plan: Plan) -> Tensor | None:
     return None if bias is None else cast(bias, plan.casts.compute or plan.casts.x)
 
 
-def base_alone(plan: Plan, x: Tensor) -> Projection:
+def base_alone(plan: Plan, x: Tensor) -> Layer:
     """The base product and its bias, which the kernels compute with an adapter of zeros."""
     N, K = plan.parts.shape
     zeros = torch.zeros(1, K, dtype=plan.casts.adapter, device=x.device)

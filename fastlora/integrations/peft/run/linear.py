@@ -10,13 +10,14 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ....autograd.linear import autocast_off
+from ....autograd.common import autocast_off
+from ....autograd.linear import linear
 from ....autograd.shared import shared_linear
-from ....reference import Projection
+from ....layer import Layer
 from ... import bitsandbytes as bnb
 from ..plan.call import Plan
 from .dora import dora
-from .launch import base_alone, launch
+from .launch import base_alone
 from .mixed import invoke, mixed
 from .several import joined, term
 from .tensors import cast
@@ -40,9 +41,9 @@ def _run(plan: Plan, x: Tensor) -> Tensor:
     if adapters[0].magnitude is not None:
         return dora(plan, x, adapters[0])
     if len(adapters) == 1 and not adapters[0].invoked:
-        return launch(x, joined(plan, adapters))
+        return linear(x, joined(plan, adapters))
     together = plan.together
-    y = launch(x, joined(plan, together) if together else base_alone(plan, x))
+    y = linear(x, joined(plan, together) if together else base_alone(plan, x))
     for adapter in adapters:
         if adapter.invoked:
             y = invoke(plan, y, x, adapter)
@@ -51,7 +52,7 @@ def _run(plan: Plan, x: Tensor) -> Tensor:
     return y
 
 
-def projection(plan: Plan, x: Tensor) -> Projection:
+def one_call(plan: Plan, x: Tensor) -> Layer:
     """A call on x as one layer, valid only if the plan's `apart_reason` is None."""
     if plan.parts.quant_state is not None:
         bnb.settle_compute_dtype(plan.parts.base, x)
@@ -61,5 +62,5 @@ def projection(plan: Plan, x: Tensor) -> Projection:
 def run_together(plans: Sequence[Plan], x: Tensor) -> tuple[Tensor, ...]:
     """`run(plan, x)` of several plans with the same casts and no `apart_reason`, as one node."""
     with autocast_off(x.device):
-        projections = [projection(plan, x) for plan in plans]
-        return shared_linear(cast(x, plans[0].casts.x), projections)
+        layers = [one_call(plan, x) for plan in plans]
+        return shared_linear(cast(x, plans[0].casts.x), layers)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ....autograd.linear import linear
 from ..plan.call import Adapter, Plan
-from .launch import base_alone, launch
+from .launch import base_alone
 from .several import term
 from .tensors import cast, on_device
 
@@ -21,7 +22,7 @@ def mixed(plan: Plan, x: Tensor, rows: Sequence[str]) -> Tensor:
     padded by zeros: their work does not grow with the number of adapters.
     """
     adapters, dtype = plan.parts.adapters, plan.casts.adapter
-    y = launch(x, base_alone(plan, x))
+    y = linear(x, base_alone(plan, x))
     if not adapters:
         return y
     place = {adapter.name: i for i, adapter in enumerate(adapters)}

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ....reference import Projection
+from ....layer import Layer
 from ..plan.call import Adapter, Plan
 from .launch import base_bias, one_layer
 from .tensors import cast
 
 
-def joined(plan: Plan, adapters: Sequence[Adapter]) -> Projection:
+def joined(plan: Plan, adapters: Sequence[Adapter]) -> Layer:
     """The base product, the bias and adapters with one mask, as one layer.
 
     Biases of lora_B join the base's in fp32: `bias + sum of scaling * bias_B`.

@@ -1,0 +1,98 @@
+"""GGUF files: converted once, and kept in a cache."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+# Part of the cache key: raise it when a conversion would come out differently.
+_CACHE_VERSION = 1
+
+
+def is_gguf(path: str | os.PathLike[str]) -> bool:
+    """True if the file starts like a GGUF file."""
+    path = Path(path)
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
+
+
+def convert_gguf(
+    path: str | os.PathLike[str],
+    cache_dir: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Path:
+    """A folder with the GGUF file's weights in `dtype`, its config and its tokenizer.
+
+    Reading a GGUF tokenizer takes half a minute, so the result is cached under the SHA-256 of the
+    file. The folder is renamed into place when it is complete: an interrupted conversion leaves
+    nothing behind.
+
+    Args:
+        path: the .gguf file.
+        cache_dir: where the result goes; see `cache_folder`.
+        dtype: bf16 is precise enough for 4- to 8-bit codes times their scales.
+    """
+    path = Path(path)
+    target = gguf_cache_folder(path, cache_dir, dtype)
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    options: dict[str, Any] = {"gguf_file": path.name}
+    try:
+        from transformers import GgufConfig
+
+        # Transformers 5 would keep the weights packed, and can neither train nor save those.
+        options["quantization_config"] = GgufConfig(gguf_file=path.name, dequantize=True)
+    except ImportError:
+        # Transformers 4 always unpacks.
+        pass
+    partial = Path(tempfile.mkdtemp(prefix="partial-", dir=target.parent))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer.save_pretrained(partial)
+        model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=dtype, **options)
+        model.save_pretrained(partial)
+        try:
+            partial.rename(target)
+        except OSError:
+            # Another process was faster. Its folder has the same content.
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def gguf_cache_folder(
+    path: str | os.PathLike[str],
+    cache_dir: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Path:
+    """The folder in which `convert_gguf` keeps the conversion of this file."""
+    name = f"{file_sha256(path)}-{str(dtype).removeprefix('torch.')}-v{_CACHE_VERSION}"
+    return cache_folder(cache_dir) / "gguf" / name
+
+
+def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """`cache_dir`, or `$XDG_CACHE_HOME/fastlora`, or `~/.cache/fastlora`."""
+    if cache_dir is None:
+        cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fastlora"
+    return Path(cache_dir).expanduser()
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

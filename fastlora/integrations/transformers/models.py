@@ -1,0 +1,139 @@
+"""Loading and saving models to fine-tune."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from .gguf import convert_gguf, is_gguf
+
+QUANT_TYPES = ("nf4", "fp4", "none")
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
+
+
+def load_causal_lm(
+    path: str | os.PathLike[str],
+    *,
+    quant: str = "none",
+    double_quant: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal LM and its tokenizer, from a folder or a GGUF file, ready for `get_peft_model`.
+
+    A 4-bit model is prepared by `peft.prepare_model_for_kbit_training` (without gradient
+    checkpointing). bitsandbytes' repacking of weights for CPU inference is switched off: after one
+    evaluation it would silently drop the gradients that pass through the frozen weights.
+
+    Args:
+        path: folder for `from_pretrained`, or a .gguf file, which is converted once and cached.
+        quant: "nf4", "fp4" (by bitsandbytes) or "none".
+        double_quant: also store absmax in 8 bits.
+        dtype: of the dense weights; the compute dtype of the 4-bit ones.
+        device: None means "cuda" if there is one, else "cpu".
+        cache_dir: folder for converted GGUF files; see `convert_gguf`.
+
+    Raises:
+        FileNotFoundError: path, its config or its tokenizer is missing.
+        ValueError: unknown quant, quant for a model that is stored quantised, or a tokenizer that
+            can't be loaded.
+    """
+    if quant not in QUANT_TYPES:
+        raise ValueError(f"quant must be one of {', '.join(QUANT_TYPES)}, got {quant!r}")
+    folder = model_folder(path, cache_dir)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    tokenizer = load_tokenizer(folder)
+    stored = getattr(AutoConfig.from_pretrained(folder), "quantization_config", None)
+    options: dict[str, Any] = {}
+    if quant != "none":
+        if stored is not None:
+            raise ValueError(
+                f"quant must be 'none' for {path}, which is stored quantised, got {quant!r}"
+            )
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quant,
+            bnb_4bit_use_double_quant=double_quant,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    if quant != "none" or stored is not None or device.type != "cpu":
+        options["device_map"] = {"": device}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+    if quant != "none" or stored is not None:
+        from peft import prepare_model_for_kbit_training
+
+        from ..bitsandbytes import disable_cpu_repacking
+
+        disable_cpu_repacking(model)
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return model, tokenizer
+
+
+def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer in `folder`.
+
+    Raises:
+        FileNotFoundError: there is none. ValueError: it can't be built from what is there.
+    """
+    files = (path for pattern in _TOKENIZER_FILES for path in Path(folder).glob(pattern))
+    if not any(files):
+        raise FileNotFoundError(f"no tokenizer in {folder}")
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        # The type depends on what is missing and on the version of Transformers.
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"the tokenizer in {folder} can't be loaded: {reason}") from error
+
+
+def model_folder(
+    path: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None = None
+) -> Path:
+    """The folder to load: `path` itself, or the converted copy of a GGUF file.
+
+    Raises:
+        FileNotFoundError: there is nothing at path, or no model.
+        ValueError: the file is not a GGUF file.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"no config.json in {path}")
+        return path
+    if not path.is_file():
+        raise FileNotFoundError(f"no such folder or file: {path}")
+    if not is_gguf(path):
+        raise ValueError(f"neither a model folder nor a GGUF file: {path}")
+    return convert_gguf(path, cache_dir)
+
+
+def make_savable(model: PreTrainedModel) -> None:
+    """Makes a model that was loaded from a 4-bit folder savable.
+
+    On saving, Transformers 5 reverts the conversions that it applied on loading. It can't revert
+    the one that assembles 4-bit weights, and need not: the state dict already has the right names.
+    """
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is not None:
+        model._weight_conversions = [c for c in conversions if _is_reversible(c)]
+
+
+def _is_reversible(conversion: Any) -> bool:
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:
+        return False
+    return True
