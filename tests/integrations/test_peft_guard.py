@@ -10,11 +10,8 @@ takes the change back, too.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import bitsandbytes
@@ -31,9 +28,10 @@ import fastlora
 from fastlora.integrations.peft import fast_path
 from fastlora.integrations.peft.plan.call import Casts, Parts
 from fastlora.integrations.peft.plan.casts import casts
-from fastlora.integrations.peft.plan.kept import KEPT
 from fastlora.integrations.peft.plan.parts import layer_parts
 from fastlora.integrations.peft.plan.reasons import LAST_REASON
+from tests.integrations import calls
+from tests.integrations.calls import Call, bf16, dense, four_bit
 from tests.integrations.models import MLP, MLP4bit, fill_adapters, lora_layers, peft_model
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -56,124 +54,9 @@ class MyLinear(nn.Linear):
     pass
 
 
-@dataclass
-class Call:
-    """A layer and what it is called with."""
-
-    layer: Any
-    x: Tensor
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    around: Callable[[], AbstractContextManager[Any]] = nullcontext
-    # The same call on PEFT's own layer fails, so that there is nothing to compare.
-    stock_raises: type[Exception] | None = None
-    # The result of the call that was made before any change, and the layer as it was then.
-    first: Tensor | None = None
-    snapshot: Snapshot | None = None
-
-    def result(self) -> Tensor:
-        """One call, with the same dropout masks each time."""
-        torch.manual_seed(0)
-        with self.around():
-            y: Tensor = self.layer(self.x, *self.args, **self.kwargs)
-        return y.detach()
-
-    @property
-    def base(self) -> Any:
-        return self.layer.base_layer
-
-    @property
-    def A(self) -> Any:
-        return self.layer.lora_A["default"]
-
-    @property
-    def B(self) -> Any:
-        return self.layer.lora_B["default"]
-
-
-# Whether the calls that the functions below give have been made once already.
-_called_before = False
-
-
 @pytest.fixture(autouse=True, params=["first call", "later call"])
-def called_before(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    before: bool = request.param == "later call"
-    monkeypatch.setitem(globals(), "_called_before", before)
-    return before
-
-
-def begun(call: Call) -> Call:
-    """`call`, after it has been made once where the tests ask for that."""
-    if _called_before:
-        call.first = call.result()
-        call.snapshot = Snapshot(call)
-    return call
-
-
-def dense(**options: Any) -> Call:
-    model = peft_model(MLP(), **options).train()
-    fastlora.accelerate(model, verbose=False)
-    return begun(Call(lora_layers(model)[0], torch.randn(2, 5, 37)))
-
-
-def four_bit(**options: Any) -> Call:
-    model = peft_model(MLP4bit(**options)).train()
-    fastlora.accelerate(model, verbose=False)
-    return begun(Call(lora_layers(model)[0], torch.randn(2, 5, 64)))
-
-
-def bf16() -> Call:
-    model = peft_model(MLP()).train()
-    fastlora.accelerate(model, verbose=False)
-    layer = lora_layers(model)[0]
-    layer.base_layer.to(BF16)
-    return begun(Call(layer, torch.randn(2, 5, 37, dtype=BF16)))
-
-
-class Snapshot:
-    """All that a call depends on, to take changes back: the layer's modules, tensors and states."""
-
-    def __init__(self, call: Call) -> None:
-        self.call = replace(call)
-        self.objects: list[tuple[Any, type, dict[str, Any]]] = []
-        self.containers: list[tuple[Any, Any]] = []
-        self.tensors: list[tuple[Tensor, Tensor, Tensor, bool]] = []
-        for module in call.layer.modules():
-            self._note(module)
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    self._note(parameter)
-                    data = parameter.data
-                    self.tensors.append((parameter, data, data.clone(), parameter.requires_grad))
-                state = getattr(parameter, "quant_state", None)
-                while state is not None:
-                    self._note(state)
-                    state = state.state2
-
-    def _note(self, found: Any) -> None:
-        self.objects.append((found, type(found), dict(found.__dict__)))
-        for value in found.__dict__.values():
-            if isinstance(value, dict | list):
-                self.containers.append((value, copy.copy(value)))
-
-    def restore(self) -> Call:
-        """The call as it was; what the layer has kept since stays with it."""
-        layer = self.call.layer
-        own = layer.__dict__
-        ours = {name: own[name] for name in (KEPT, LAST_REASON) if name in own}
-        for found, kind, state in self.objects:
-            found.__class__ = kind
-            found.__dict__.clear()
-            found.__dict__.update(state)
-        for container, items in self.containers:
-            container.clear()
-            container.update(items) if isinstance(container, dict) else container.extend(items)
-        for parameter, data, values, requires_grad in self.tensors:
-            parameter.data = data
-            parameter.data.copy_(values)
-            parameter.requires_grad_(requires_grad)
-        layer.__dict__.update(ours)
-        return replace(self.call)
+def called_before(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "CALL_FIRST", request.param == "later call")
 
 
 # ---- the cases -----------------------------------------------------------------------------------
@@ -348,6 +231,14 @@ def dora_before_variants() -> Call:
     """Layers pickled by a PEFT that had no variants know DoRA by `use_dora` alone."""
     call = dense()
     call.layer.use_dora["default"] = True
+    return call
+
+
+@case("the adapter is a LoRA variant (object)")
+def unknown_variant() -> Call:
+    call = dense()
+    call.layer.lora_variant["default"] = object()
+    call.stock_raises = AttributeError
     return call
 
 
@@ -637,6 +528,20 @@ def partitioned_base_weight() -> Call:
     call = dense()
     call.base.weight.data = torch.empty(0)
     call.stock_raises = RuntimeError
+    return call
+
+
+@case("base weight has shape (53, 37), not (54, 37) (sharded?)")
+def another_out_features() -> Call:
+    call = dense()
+    call.layer.out_features = 54
+    return call
+
+
+@case("base weight has shape (53, 37), not (53, 36) (sharded?)")
+def another_in_features() -> Call:
+    call = dense()
+    call.layer.in_features = 36
     return call
 
 
