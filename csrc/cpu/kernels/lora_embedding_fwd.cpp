@@ -36,11 +36,12 @@ struct EmbeddingFwd {
     const int64_t strips = ceil_div(panels, kStripPanels);
     const int64_t begin = tile / strips * kTokens, tokens = min(kTokens, p.M - begin);
     const int64_t first = tile % strips * kStripPanels;
-    Pieces pieces{
-        static_cast<char*>(scratch(Scratch::local, Pieces::bytes<float>(kTokens * p.R) +
-                                                       Pieces::bytes<float>(kTokens * kPanel)))};
-    float* S = pieces.take<float>(kTokens * p.R);
-    float* terms = pieces.take<float>(kTokens * kPanel);
+    struct Memory {
+      float *S, *terms;
+    };
+    const auto [S, terms] = on_scratch(Scratch::local, [&](Pieces& pieces) {
+      return Memory{pieces.take<float>(kTokens * p.R), pieces.take<float>(kTokens * kPanel)};
+    });
     // Along a row of A, so that one page of it is looked up for all tokens.
     for (int64_t r = 0; r < p.R; r++) {
       const Adapter* row = static_cast<const Adapter*>(p.lora_A) + r * p.V;
@@ -64,8 +65,9 @@ struct EmbeddingFwd {
   }
 
   void run(const ParallelFor& parallel) {
-    columns = static_cast<float*>(
-        scratch(Scratch::shared, Pieces::bytes<float>(panels * padded * kPanel)));
+    columns = on_scratch(Scratch::shared, [&](Pieces& pieces) {
+      return pieces.take<float>(panels * padded * kPanel);
+    });
     for_each_tile(parallel, this, &EmbeddingFwd::pack, panels, kStripPanels);
     const int64_t strips = ceil_div(panels, kStripPanels);
     for_each_tile(parallel, this, &EmbeddingFwd::rows, ceil_div(p.M, kTokens) * strips, strips);
