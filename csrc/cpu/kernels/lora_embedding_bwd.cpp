@@ -64,9 +64,12 @@ struct EmbeddingBwd {
       pack_rows(F32{}, gradient(begin, tokens, n, columns), round_up(columns, kLanes), rows,
                 kColumns);
       for (int64_t panel = 0; panel < panels; panel++) {
-        multiply<F32>(vectors(panel), tokens, rows, {kColumns, 1},
-                      memory.B + (panel * p.N + n) * kPanel, kPanel, columns,
-                      memory.dS + (panel * p.M + begin) * kPanel, kPanel, n > 0);
+        multiply<F32>({.mv = vectors(panel),
+                       .nr = tokens,
+                       .units = columns,
+                       .rows = {rows, kColumns},
+                       .panel = {memory.B + (panel * p.N + n) * kPanel, kPanel},
+                       .C = {memory.dS + (panel * p.M + begin) * kPanel, kPanel, n > 0}});
       }
     }
   }
@@ -94,9 +97,12 @@ struct EmbeddingBwd {
       const int64_t tokens = min(kHeight, p.M - m);
       pack_rows(F32{}, gradient(m, tokens, n, columns), round_up(columns, kLanes), rows, kStrip);
       for (int64_t panel = 0; panel < panels; panel++) {
-        multiply<F32>(vectors(panel), columns, rows, {1, kStrip},
-                      memory.S + (panel * p.M + m) * kPanel, kPanel, tokens,
-                      sums + panel * kStrip * kPanel, kPanel, true);
+        multiply<F32>({.mv = vectors(panel),
+                       .nr = columns,
+                       .units = tokens,
+                       .rows = {rows, 1, kStrip},
+                       .panel = {memory.S + (panel * p.M + m) * kPanel, kPanel},
+                       .C = {sums + panel * kStrip * kPanel, kPanel, true}});
       }
     }
     for (int64_t i = 0; i < columns; i++) {

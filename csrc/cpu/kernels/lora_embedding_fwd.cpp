@@ -50,8 +50,12 @@ struct EmbeddingFwd {
     for (int64_t panel = first; panel < min(panels, first + kStripPanels); panel++) {
       const int64_t n = panel * kPanel, count = min(kPanel, p.N - n);
       const int mv = vectors(p.N - n);
-      multiply<F32>(mv, tokens, S, {p.R, 1}, columns + panel * padded * kPanel, mv * kLanes, p.R,
-                    terms, kPanel, false);
+      multiply<F32>({.mv = mv,
+                     .nr = tokens,
+                     .units = p.R,
+                     .rows = {S, p.R},
+                     .panel = {columns + panel * padded * kPanel, mv * kLanes},
+                     .C = {terms, kPanel, false}});
       for (int64_t i = 0; i < tokens; i++) {
         const T* e = static_cast<const T*>(p.weight) + p.ids[begin + i] * p.N + n;
         T* y = static_cast<T*>(p.y) + (begin + i) * p.N + n;

@@ -131,8 +131,12 @@ class LinearBwd {
       }
       for (int64_t r = 0; r < R_lanes_; r += kPanel) {
         const int mv = static_cast<int>(min(kPanel, R_lanes_ - r) / kLanes);
-        multiply<F32>(mv, rows, dy_rows, {ld, 1}, memory_.B_lanes + n * R_lanes_ + r, R_lanes_,
-                      count, dS + r, R_lanes_, n > 0);
+        multiply<F32>({.mv = mv,
+                       .nr = rows,
+                       .units = count,
+                       .rows = {dy_rows, ld},
+                       .panel = {memory_.B_lanes + n * R_lanes_ + r, R_lanes_},
+                       .C = {dS + r, R_lanes_, n > 0}});
       }
     }
     const Vec factor = broadcast(p_.scaling * p_.dropout.scale);
@@ -155,9 +159,12 @@ class LinearBwd {
                     const uint32_t* bits, bool accumulate, float* C, float* T) const {
     float* out = drops() && accumulate ? T : C;
     for (int64_t q = 0; q * kPanel < count; q++) {
-      multiply<F32>(kPanelVectors, rows, memory_.dS + m * R_lanes_, {R_lanes_, 1},
-                    A_panels + q * R_ * kPanel, kPanel, R_, out + q * kPanel, strip_,
-                    accumulate && out == C);
+      multiply<F32>({.mv = kPanelVectors,
+                     .nr = rows,
+                     .units = R_,
+                     .rows = {memory_.dS + m * R_lanes_, R_lanes_},
+                     .panel = {A_panels + q * R_ * kPanel, kPanel},
+                     .C = {out + q * kPanel, strip_, accumulate && out == C}});
     }
     if (drops()) drop(bits + m * keep_words_, rows, out);
     if (out == C) return;
@@ -176,9 +183,12 @@ class LinearBwd {
       weight_panels(Compute{}, w_, n, n_rows, k, count, out);
       for (int64_t c = 0; c < count; c += kPanel) {
         const int mv = static_cast<int>(ceil_div(min(kPanel, count - c), kLanes));
-        multiply_base<Compute>(pair_product_, mv, rows, dy_ + m * dy_ld_ + n / kPer, dy_ld_,
-                               panels + c / kPanel * out.stride, kPanel, units, C + c, strip_,
-                               n > 0 || accumulate);
+        multiply_base<Compute>(pair_product_, {.mv = mv,
+                                               .nr = rows,
+                                               .units = units,
+                                               .rows = {dy_ + m * dy_ld_ + n / kPer, dy_ld_},
+                                               .panel = {panels + c / kPanel * out.stride, kPanel},
+                                               .C = {C + c, strip_, n > 0 || accumulate}});
       }
     }
   }
@@ -212,8 +222,12 @@ class LinearBwd {
         pack_columns(Block<X>{dy + m * p_.lddy + c, p_.lddy, rows, columns}, KeepRows{nullptr, 0},
                      0, panel);
         if (p_.dB) {
-          multiply<F32>(kPanelVectors, R_, p_.S + m * R_, {1, R_}, panel, kPanel, rows, C, kPanel,
-                        m > 0);
+          multiply<F32>({.mv = kPanelVectors,
+                         .nr = R_,
+                         .units = rows,
+                         .rows = {p_.S + m * R_, 1, R_},
+                         .panel = {panel, kPanel},
+                         .C = {C, kPanel, m > 0}});
         }
         if (p_.dbias) add_rows(panel, rows, total);
       }
@@ -395,9 +409,12 @@ class SharedBwd {
             pack_columns(block, KeepRows{nullptr, 0}, c, whole);
             packed = true;
           }
-          multiply<F32>(kPanelVectors, layer.R_, layer.memory_.dS + m * layer.R_lanes_,
-                        {1, layer.R_lanes_}, layer.drops() ? dropped : whole, kPanel, rows, sum,
-                        kPanel, m > 0);
+          multiply<F32>({.mv = kPanelVectors,
+                         .nr = layer.R_,
+                         .units = rows,
+                         .rows = {layer.memory_.dS + m * layer.R_lanes_, 1, layer.R_lanes_},
+                         .panel = {layer.drops() ? dropped : whole, kPanel},
+                         .C = {sum, kPanel, m > 0}});
         }
       }
       float* sum = C;

@@ -248,8 +248,12 @@ struct Dot<Compute, Transposed<T>> {
     for (int64_t k = 0; k < w.K; k += kStep) {
       const int64_t rows = min(kStep, w.K - k);
       weight_panels(Compute{}, Dense<T>{w.data, w.N}, k, rows, n, count, Panels<Unit>{panel, 0});
-      multiply<Compute>(mv, M, x + k / Compute::kPerUnit, {size(w.K), 1}, panel, kPanel,
-                        ceil_div(rows, Compute::kPerUnit), C, kPanel, k > 0);
+      multiply<Compute>({.mv = mv,
+                         .nr = M,
+                         .units = ceil_div(rows, Compute::kPerUnit),
+                         .rows = {x + k / Compute::kPerUnit, size(w.K)},
+                         .panel = {panel, kPanel},
+                         .C = {C, kPanel, k > 0}});
     }
   }
 };
@@ -458,8 +462,12 @@ class LinearDecode {
       with_type(p_.adapter_dtype, [&](auto* type) {
         copy_transposed(static_cast<decltype(type)>(p_.lora_B) + n * R_, R_, count, R_, B, kPanel);
       });
-      multiply<F32>(static_cast<int>(ceil_div(count, kLanes)), M_, memory_.S, {R_lanes_, 1}, B,
-                    kPanel, R_, C, kPanel, true);
+      multiply<F32>({.mv = static_cast<int>(ceil_div(count, kLanes)),
+                     .nr = M_,
+                     .units = R_,
+                     .rows = {memory_.S, R_lanes_},
+                     .panel = {B, kPanel},
+                     .C = {C, kPanel, true}});
     }
     for (int64_t i = 0; i < kPanel; i++) bias[i] = i < count ? bias_of(n + i) : 0;
     for (int m = 0; m < M_; m++) {

@@ -120,8 +120,12 @@ class LinearFwd {
   void shrink(int64_t panel, int64_t split, int64_t k, int64_t count, const float* panel_data) {
     const int mv = vectors(panel);
     float* S = memory_.partial + split * R_ * token_lanes_ + panel * kPanel;
-    multiply<F32>(mv, R_, A_ + k, {K_, 1}, panel_data, mv * kLanes, count, S, token_lanes_,
-                  k > split * split_);
+    multiply<F32>({.mv = mv,
+                   .nr = R_,
+                   .units = count,
+                   .rows = {A_ + k, K_},
+                   .panel = {panel_data, mv * kLanes},
+                   .C = {S, token_lanes_, k > split * split_}});
   }
 
   // S = sum of the partial sums; kept once as it is, for the backward, and once scaled, in lanes.
@@ -181,9 +185,13 @@ class LinearFwd {
         }
         for (int64_t panel = 0; panel < panels_; panel++) {
           const int mv = vectors(panel);
-          multiply_base<Compute>(pair_product_, mv, strip_rows, rows_data, row_stride,
-                                 x_panel(panel) + k / kPer * mv * kLanes, mv * kLanes, units,
-                                 C + i * token_lanes_ + panel * kPanel, token_lanes_, k > 0);
+          multiply_base<Compute>(
+              pair_product_, {.mv = mv,
+                              .nr = strip_rows,
+                              .units = units,
+                              .rows = {rows_data, row_stride},
+                              .panel = {x_panel(panel) + k / kPer * mv * kLanes, mv * kLanes},
+                              .C = {C + i * token_lanes_ + panel * kPanel, token_lanes_, k > 0}});
         }
       }
     }
@@ -213,8 +221,12 @@ class LinearFwd {
     }
     for (int64_t panel = 0; panel < panels_; panel++) {
       const int mv = vectors(panel);
-      multiply<F32>(mv, rows, B_rows, {R_, 1}, memory_.S_lanes + panel * kPanel * R_, mv * kLanes,
-                    R_, C + panel * kPanel, token_lanes_, true);
+      multiply<F32>({.mv = mv,
+                     .nr = rows,
+                     .units = R_,
+                     .rows = {B_rows, R_},
+                     .panel = {memory_.S_lanes + panel * kPanel * R_, mv * kLanes},
+                     .C = {C + panel * kPanel, token_lanes_, true}});
     }
   }
 
