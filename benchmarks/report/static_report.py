@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .document import fill
+from .document import fill, markdown
 
 GATES = Path(__file__).parents[1] / "gates" / "triton.csv"
 DOCS = Path(__file__).parents[2] / "docs" / "gpu.md"
@@ -280,25 +280,22 @@ def write_gates(rows: list[Row], archs: list[str], kernels: str) -> None:
             writer.writerow(asdict(row))
 
 
-def markdown(rows: list[Row]) -> str:
-    """A table: a line for each kernel, a column for each class of GPU."""
+def table(rows: list[Row]) -> str:
+    """Markdown: a line for each kernel, a column for each class of GPU."""
     archs = list(dict.fromkeys(row.arch for row in rows))
-    lines = [f"| kernel, dtypes | {' | '.join(archs)} |", "|---" * (len(archs) + 1) + "|"]
-    cells = {(row.kernel, row.dtypes, row.arch): row for row in rows}
-    for kernel, dtypes in dict.fromkeys((row.kernel, row.dtypes) for row in rows):
-        texts = []
-        for arch in archs:
-            row = cells.get((kernel, dtypes, arch))
-            texts.append("" if row is None else row.cell)
-        lines.append(f"| {kernel}, {dtypes} | {' | '.join(texts)} |")
-    return "\n".join(lines)
+    cells = {(row.kernel, row.dtypes, row.arch): row.cell for row in rows}
+    names = dict.fromkeys((row.kernel, row.dtypes) for row in rows)
+    return markdown(
+        ("kernel, dtypes", *archs),
+        ((", ".join(name), *(cells.get((*name, arch), "") for arch in archs)) for name in names),
+    )
 
 
 def docs_text(text: str) -> str:
     """docs/gpu.md with the table of the gate file's newest Triton in it."""
     gates = read_gates()
     newest = max((row.triton for row in gates), key=lambda v: tuple(map(int, v.split("."))))
-    static = f"Triton {newest}.\n\n{markdown([row for row in gates if row.triton == newest])}"
+    static = f"Triton {newest}.\n\n{table([row for row in gates if row.triton == newest])}"
     return fill(text, {"static": static})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -80,7 +81,7 @@ def ratios(rows: Iterable[Row], provider: str = "fastlora", baseline: str = "pef
         provider: above 1 it is the faster one.
         baseline: what it is compared with.
     """
-    tables = _Tables()
+    tables = Tables()
     for group in sorted(together(rows), key=lambda group: next(iter(group.values()))["date"]):
         if provider in group and baseline in group and not is_model(group[provider]):
             row = group[provider]
@@ -93,7 +94,7 @@ def ratios(rows: Iterable[Row], provider: str = "fastlora", baseline: str = "pef
 
 def times(rows: Iterable[Row]) -> list[Grid]:
     """One table a layer, allocator and pass: milliseconds of every provider, and its ratio."""
-    tables = _Tables()
+    tables = Tables()
     for row in sorted(rows, key=lambda row: row["date"]):
         if row["ms_p50"] and not is_model(row):
             note = f"{short(float(row['ratio_p50']))}x" if row["ratio_p50"] else ""
@@ -105,7 +106,7 @@ def times(rows: Iterable[Row]) -> list[Grid]:
 
 def memory(rows: Iterable[Row]) -> list[Grid]:
     """One table a layer: MiB that a step of four layers takes, and bytes saved for the backward."""
-    tables = _Tables()
+    tables = Tables()
     for row in sorted(rows, key=lambda row: row["date"]):
         if row["peak_mb"] and not is_model(row):
             saved = f"{float(row['saved_bytes']):.2f} B saved" if row["mode"] == "step" else ""
@@ -160,7 +161,7 @@ def short(value: float) -> str:
     return f"{value:.0f}" if value >= 20 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-class _Tables:
+class Tables:
     """Cells by table, line and number of tokens, in the order in which they came."""
 
     def __init__(self) -> None:
@@ -171,7 +172,7 @@ class _Tables:
         self._cells.setdefault(title, {}).setdefault(label, {})[int(row["M"])] = cell
         self._rows[label] = row
 
-    def grids(self, order: Callable[[Row], tuple[int, ...]] | None = None) -> list[Grid]:
+    def grids(self, order: Callable[[Row], tuple[Any, ...]] | None = None) -> list[Grid]:
         grids = []
         for title, lines in self._cells.items():
             tokens = sorted({M for line in lines.values() for M in line})
