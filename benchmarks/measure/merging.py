@@ -70,7 +70,7 @@ def ways(folder: Path, calibration: list[Any]) -> dict[str, Callable[[Any], Any]
 def measure(adapter: str) -> list[dict[str, str]]:
     """A row for each way."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
     folder = hf.model_folder(smollm2())
     tokenizer = hf.load_tokenizer(folder)
@@ -84,12 +84,7 @@ def measure(adapter: str) -> list[dict[str, str]]:
     reference: list[torch.Tensor] = []
     rows = []
     for way, merge in ways(folder, calibration).items():
-        config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
+        config = hf.four_bit("nf4", True, torch.bfloat16)
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.bfloat16, quantization_config=config, device_map={"": "cpu"}
         )

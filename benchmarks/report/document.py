@@ -28,7 +28,5 @@ def markdown(header: Sequence[str], lines: Iterable[Sequence[str]], numbers: boo
         numbers: align all columns but the first to the right.
     """
     rules = ["---"] + ["---:" if numbers else "---"] * (len(header) - 1)
-    rows = [" | ".join(header), *(" | ".join(line) for line in lines)]
-    return "\n".join(
-        [f"| {rows[0]} |", f"|{'|'.join(rules)}|", *(f"| {row} |" for row in rows[1:])]
-    )
+    first, *rows = (f"| {' | '.join(cells)} |" for cells in (header, *lines))
+    return "\n".join([first, f"|{'|'.join(rules)}|", *rows])

@@ -266,18 +266,14 @@ def write_gates(rows: list[Row], archs: list[str], kernels: str) -> None:
         archs, kernels: what was asked for.
     """
     gates = read_gates()
-    gone = {row.key for row in (*rows, *vanished(rows, gates, archs, kernels))}
-    kept = [row for row in gates if row.key not in gone]
-    GATES.parent.mkdir(exist_ok=True)
+    gone = {row.key for row in vanished(rows, gates, archs, kernels)}
+    new = {row.key: row for row in rows}
+    # Rows keep their places; new ones come after the others of their Triton.
+    written = [new.pop(row.key, row) for row in gates if row.key not in gone] + [*new.values()]
     with GATES.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
         writer.writeheader()
-        places = {row.key: place for place, row in enumerate(gates)}
-        # Rows keep their places; new ones stand behind the others of their Triton.
-        for row in sorted(
-            kept + rows, key=lambda row: (row.triton, places.get(row.key, len(places)))
-        ):
-            writer.writerow(asdict(row))
+        writer.writerows(asdict(row) for row in sorted(written, key=lambda row: row.triton))
 
 
 def table(rows: list[Row]) -> str:
