@@ -53,11 +53,6 @@ def limit_ms(row: Row) -> float:
     return max(flop_ms, memory_ms)
 
 
-def newest(rows: Iterable[Row]) -> list[Group]:
-    """Groups of rows of the same rounds, the oldest first: what comes later counts."""
-    return sorted(together(rows), key=lambda group: next(iter(group.values()))["date"])
-
-
 def _grid(
     title: str,
     groups: Iterable[Group],
@@ -109,7 +104,7 @@ def _share(group: Group) -> Cell:
 
 def tables(rows: list[Row]) -> dict[str, str]:
     """Every table of docs/performance.md, by its mark."""
-    groups = newest(rows)
+    groups = together(rows)
 
     def versus(baseline: str, quant: str, title: str) -> str:
         needs = ("fastlora", baseline)
@@ -194,7 +189,7 @@ def dirty(rows: Iterable[Row]) -> str | None:
 def readme_tables(rows: list[Row]) -> dict[str, str]:
     """The table of README.md: time of PEFT / time of fastlora, under tcmalloc and under glibc."""
     cells: dict[tuple[str, int, int, str, int], dict[str, str]] = {}
-    for group in newest(rows):
+    for group in together(rows):
         row = group.get("fastlora")
         if row is None or "peft" not in group or table.is_model(row):
             continue

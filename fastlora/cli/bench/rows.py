@@ -141,13 +141,13 @@ def ratio(row: Row, other: Row) -> tuple[float, float, float]:
 
 
 def together(rows: Iterable[Row]) -> list[dict[str, Row]]:
-    """Rows of the same rounds, by provider, in the order in which they came."""
+    """Rows of the same rounds, by provider; the oldest rounds come first."""
     groups: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
         if row["samples_ms"]:
             key = tuple(row[name] for name in _ROUND_COLUMNS)
             groups.setdefault(key, {})[row["provider"]] = row
-    return list(groups.values())
+    return sorted(groups.values(), key=lambda group: next(iter(group.values()))["date"])
 
 
 def read(path: Path) -> list[Row]:

@@ -82,7 +82,7 @@ def ratios(rows: Iterable[Row], provider: str = "fastlora", baseline: str = "pef
         baseline: what it is compared with.
     """
     tables = Tables()
-    for group in sorted(together(rows), key=lambda group: next(iter(group.values()))["date"]):
+    for group in together(rows):
         if provider in group and baseline in group and not is_model(group[provider]):
             row = group[provider]
             low, middle, high = ratio(row, group[baseline])
@@ -124,8 +124,7 @@ def models(rows: Iterable[Row]) -> list[Grid]:
     lines: dict[str, dict[str, list[Cell]]] = {}
     for row in sorted(rows, key=lambda row: row["date"]):
         if is_model(row):
-            base = row["dtype"] if row["quant"] == "none" else f"{row['quant']} in {row['dtype']}"
-            title = f"{row['op']}, {base}, r = {row['R']}, dropout {row['dropout']}"
+            title = f"{row['op']}, {_base(row)}, r = {row['R']}, dropout {row['dropout']}"
             label = (
                 f"{PASSES[row['mode']]}, {row['M']} tokens, {row['provider']}, {row['allocator']}"
             )
@@ -150,10 +149,13 @@ def is_model(row: Row) -> bool:
 
 def layer_title(row: Row) -> str:
     """`4096 x 4096, nf4 nested in bf16, r = 16, dropout 0.05`."""
-    base = row["dtype"] if row["quant"] == "none" else f"{row['quant']} in {row['dtype']}"
     rank = f", r = {row['R']}" if row["R"] != "0" else ""
     dropout = f", dropout {row['dropout']}" if row["dropout"] != "0" else ""
-    return f"{row['N']} x {row['K']}, {base}{rank}{dropout}"
+    return f"{row['N']} x {row['K']}, {_base(row)}{rank}{dropout}"
+
+
+def _base(row: Row) -> str:
+    return row["dtype"] if row["quant"] == "none" else f"{row['quant']} in {row['dtype']}"
 
 
 def short(value: float) -> str:
