@@ -6,6 +6,7 @@ inputs) and each result is rounded once, at the end.
 
 from __future__ import annotations
 
+from . import plain
 from .dora import (
     dora_dropout_bwd,
     dora_dropout_fwd,
@@ -65,6 +66,7 @@ __all__ = [
     "lora_linear_fwd",
     "merge_weight",
     "nested",
+    "plain",
     "qdora_norm",
     "qlora_linear_bwd",
     "qlora_linear_fwd",

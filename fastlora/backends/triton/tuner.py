@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn.functional import dropout
 
 from ... import reference, tuning
+from ...layer import Layer
+from ...reference import plain
 from ...tolerance import exceeds
 from .. import native, native_cuda
 from ..machine import tuned
@@ -138,7 +140,7 @@ class Trial:
     def fault(self, choice: tuning.Choice) -> str | None:
         """What is wrong with the op's result under this choice, or None; the error policy."""
         if self._right is None:
-            self._right = self._expected(torch.float64), self._expected(None)
+            self._right = self._expected(exact=True), self._expected(exact=False)
         out = self.call(choice)()[0][self.rows]
         report = exceeds(out, *self._right)
         name = "y" if self.problem.is_forward else "dx"
@@ -199,22 +201,21 @@ class Trial:
             return native.qlora_linear_bwd(self.dy, self.x, data, state, *lora)
         return native_cuda.qlora_linear_bwd(self.dy, self.x, data, state, *lora, kernel=kernel)
 
-    def _expected(self, dtype: torch.dtype | None) -> Tensor:
-        """y or dx of `rows` by the definition; in the working dtypes for None: then W's product is
-        rounded before the LoRA term is added, as PEFT does."""
-        p, M, K = self.problem.dropout_p, *self.x.shape
-        kept = reference.dropout_mask(M, K, p, self.seed, self.x.device)[self.rows]
-        mask = kept * reference.dropout_threshold(p)[1]
-        x, dy, S = self.x[self.rows], self.dy[self.rows], self.S[self.rows]
-        W, A, B = self.weight, self.A, self.B
-        if dtype is not None:
-            x, dy, S, W, A, B, mask = (t.to(dtype) for t in (x, dy, S, W, A, B, mask))
-        if self.problem.is_forward:
-            term = _SCALING * (reference.shrink(x * mask, A, 0.0, None) @ B.to(S.dtype).t())
-            return (x @ W.t()) + term.to(x.dtype)
-        dS = reference.skinny_bwd(dy, x, A, B, S, _SCALING, 0.0, None, (False,) * 3)[0]
-        term = reference.expand_dx(dS, A, 0.0, None) * mask
-        return (dy @ W) + term.to(x.dtype)
+    def _expected(self, exact: bool) -> Tensor:
+        """y or dx of `rows` by plain torch, in float64 or in the working dtypes."""
+        p, rows, weight = self.problem.dropout_p, self.rows, self.weight
+        packed, state = self.quantised or (weight, None)
+        layer = Layer(packed, self.A, self.B, _SCALING, quant_state=state)
+        x, dy = self.x[rows], self.dy[rows]
+        M, K = self.x.shape
+        mask = reference.dropout_mask(M, K, p, self.seed, x.device)[rows]
+        if exact:
+            x, dy, weight = x.double(), dy.double(), weight.double()
+            layer = layer._replace(lora_A=self.A.double(), lora_B=self.B.double())
+        factors = plain.dropout_factors(mask, p, layer.lora_A.dtype)
+        x = x.requires_grad_()
+        y = plain.lora_linear(x, layer, factors=factors, weight=weight)
+        return y.detach() if self.problem.is_forward else torch.autograd.grad(y, x, dy)[0]
 
 
 def keep(trial: Trial, faster: Sequence[tuning.Choice]) -> None:
