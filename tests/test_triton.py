@@ -192,9 +192,10 @@ def test_every_way_through_a_4bit_base(name: str, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("K", [35, 64])
 def test_panels_of_rows_that_are_no_whole_blocks(K: int) -> None:
     """Each panel of the forward begins where a word and a block begin, whatever K is."""
+    from fastlora.backends.triton.qlora_linear import decoded_panel, panels
+
     from fastlora.backends.triton.kernels.dequantize_4bit import Packed
     from fastlora.backends.triton.launch import launcher
-    from fastlora.backends.triton.qlora_linear import decoded_panel, panels
 
     N = 151
     data, state = reference.quantize_4bit(torch.randn(N, K), 64, "nf4", True)

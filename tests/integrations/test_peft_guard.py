@@ -1003,13 +1003,13 @@ def test_autocast_that_is_off_is_none() -> None:
 
 def test_no_fallback_on_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
     """An error inside the fast path reaches the caller; nothing hides it."""
-    from fastlora.integrations.peft.run import launch
+    from fastlora.integrations.peft.run import linear
 
     def broken(*args: object, **kwargs: object) -> Tensor:
         raise RuntimeError("broken kernel")
 
     call = dense()
-    monkeypatch.setattr(launch, "lora_linear", broken)
+    monkeypatch.setattr(linear, "linear", broken)
     with pytest.raises(RuntimeError, match="broken kernel"):
         call.layer(call.x)
 

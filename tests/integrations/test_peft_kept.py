@@ -439,11 +439,11 @@ def test_restore_drops_it() -> None:
 
 
 def test_use_backend_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastlora.autograd import linear
+    from fastlora.autograd import common
 
     call, asked = dense(), []
-    forced = linear.forced_backend
-    monkeypatch.setattr(linear, "forced_backend", lambda b: asked.append(forced(b)) or asked[-1])
+    forced = common.forced_backend
+    monkeypatch.setattr(common, "forced_backend", lambda b: asked.append(forced(b)) or asked[-1])
     for name in ("native", "reference"):
         with fastlora.use_backend(name):
             call.layer(call.x)

@@ -67,10 +67,11 @@ def kept_plan(layer: nn.Module, x: Tensor) -> Plan | None:
     _, base, weight, bias, adapter, raw, autocast = look
     state = kept.state
     if state is not None:
-        nested: tuple[Tensor, ...] = ()
-        if state.state2 is not None:
-            nested = (raw.state2.absmax, raw.state2.code, raw.offset)
-        state = state.with_tensors(raw.absmax, raw.code, *nested)
+        inner, offset = raw.state2 if state.state2 is not None else None, raw.offset
+        if inner is None:
+            state = state.with_tensors(raw.absmax, raw.code, offset=offset)
+        else:
+            state = state.with_tensors(raw.absmax, raw.code, inner.absmax, inner.code, offset)
     elif type(base) is Conv1D:
         weight = weight.t()  # Conv1D stores [K, N]
     parts = Parts(base, weight, state, bias, (adapter,), raw)
@@ -196,5 +197,5 @@ def _four_bit_facts(base: Any, weight: Tensor, raw: Any) -> tuple[Any, ...]:
         absmax.dtype,
         absmax.device,
         absmax.shape,
-        None if inner is None else (inner.dtype, inner.blocksize),
+        None if inner is None else (inner.dtype, inner.blocksize, inner.quant_type),
     )
