@@ -1,4 +1,4 @@
-// fastlora._C: importing it registers the ops of ops.cpp; what else is here says how they run.
+// fastlora._C: importing it registers the ops of *_ops.cpp. The functions here say how they run.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>

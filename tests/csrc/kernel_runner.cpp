@@ -20,6 +20,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/linear/experts.h"
 #include "cpu/runtime/kernels.h"
 #include "cpu/runtime/tile_sizes.h"
 
@@ -104,8 +105,8 @@ class Call {
   }
   // Null if the call does not ask for it.
   template <class T>
-  T* output(int64_t elements, size_t size) {
-    outputs_.emplace_back(integer() ? static_cast<size_t>(elements) * size : 0);
+  T* output(int64_t elements, int64_t size) {
+    outputs_.emplace_back(integer() ? static_cast<size_t>(elements * size) : 0);
     return static_cast<T*>(outputs_.back().data());
   }
   void write() {
@@ -116,8 +117,6 @@ class Call {
     }
   }
 };
-
-size_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 const ParallelFor kBackwards = {
     [](int64_t tiles, int64_t, void (*body)(const void*, int64_t, int64_t), const void* context) {
@@ -156,7 +155,8 @@ Dropout read_dropout(Call& call) {
   return dropout;
 }
 
-void lora_linear_fwd(Call& call) {
+// A layer, or a stack of experts, whose arrays hold one expert after the other.
+LoraLinearFwd read_forward(Call& call) {
   LoraLinearFwd p{};
   p.tiles = tiles;
   p.M = call.integer();
@@ -174,10 +174,10 @@ void lora_linear_fwd(Call& call) {
   p.dropout = read_dropout(call);
   p.y = call.output<void>(p.M * p.weight.N, size_of(p.x_dtype));
   p.S = call.output<float>(p.M * p.R, sizeof(float));
-  level.lora_linear_fwd({&p, 1}, kBackwards);
+  return p;
 }
 
-void lora_linear_bwd(Call& call) {
+LoraLinearBwd read_backward(Call& call, int64_t experts) {
   LoraLinearBwd p{};
   p.tiles = tiles;
   p.M = call.integer();
@@ -195,10 +195,39 @@ void lora_linear_bwd(Call& call) {
   p.scaling = call.real();
   p.dropout = read_dropout(call);
   p.dx = call.output<void>(p.M * p.weight.K, size_of(p.x_dtype));
-  p.dA = call.output<float>(p.R * p.weight.K, sizeof(float));
-  p.dB = call.output<float>(p.weight.N * p.R, sizeof(float));
+  p.dA = call.output<float>(experts * p.R * p.weight.K, sizeof(float));
+  p.dB = call.output<float>(experts * p.weight.N * p.R, sizeof(float));
   p.dbias = call.output<float>(p.weight.N, sizeof(float));
+  return p;
+}
+
+void lora_linear_fwd(Call& call) {
+  const LoraLinearFwd p = read_forward(call);
+  level.lora_linear_fwd({&p, 1}, kBackwards);
+}
+
+void lora_linear_bwd(Call& call) {
+  const LoraLinearBwd p = read_backward(call, 1);
   level.lora_linear_bwd({&p, 1}, kBackwards);
+}
+
+// Two threads, for the schedule: the longest experts get both, the others one each.
+const Threads kThreads = {2, kBackwards, kBackwards};
+
+Segments read_segments(Call& call) {
+  const int64_t experts = call.integer();
+  return segments_of(call.array<int64_t>(), experts);
+}
+
+void grouped_lora_linear_fwd(Call& call) {
+  const Segments segments = read_segments(call);
+  each_expert_fwd(level, read_forward(call), segments, kThreads);
+}
+
+void grouped_lora_linear_bwd(Call& call) {
+  const Segments segments = read_segments(call);
+  const int64_t experts = static_cast<int64_t>(segments.list.size());
+  each_expert_bwd(level, read_backward(call, experts), segments, kThreads);
 }
 
 void lora_embedding_fwd(Call& call) {
@@ -334,7 +363,7 @@ void dora_dropout_bwd(Call& call) {
 void (*const kRun[])(Call&) = {
 #define FASTLORA_KERNEL(name, Params) name,
 #include "cpu/runtime/kernels.def"
-};
+    grouped_lora_linear_fwd, grouped_lora_linear_bwd};
 
 void choose([[maybe_unused]] bool emulated_amx) {
   level = kernels();

@@ -22,7 +22,7 @@ from ..names import kind_of
 from .fuse.join import Fusion, fusions
 from .names import base_name, short
 from .plan.call import Parts
-from .plan.casts import casts
+from .plan.casts import casts, linear_request
 from .plan.embedding import (
     EmbeddingParts,
     embedding_casts,
@@ -256,8 +256,7 @@ def _kernel(parts: Parts) -> tuple[str, str] | str:
     dtypes = casts(parts, _input_dtype(parts), device, None)
     if isinstance(dtypes, str):
         return dtypes
-    four_bit = parts.quant_state is not None
-    return _named(Request(parts.op, device.type, device.index, *dtypes, four_bit))
+    return _named(linear_request(parts, dtypes, device))
 
 
 def _named(request: Request) -> tuple[str, str]:

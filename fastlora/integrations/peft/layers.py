@@ -17,7 +17,7 @@ from .plan.call import Plan
 from .plan.embedding import EmbeddingParts, embedding_plan
 from .plan.parameter import ParamParts, param_plan
 from .plan.plan import plan
-from .plan.reasons import SHARED, record
+from .plan.reasons import LAST_REASON, SHARED, record
 from .run.embedding import embed
 from .run.linear import run
 from .run.parameter import built_reason, in_place
@@ -95,9 +95,11 @@ def serve(
     if isinstance(found, str):
         record(layer, found)
         return None
-    record(layer, "")
-    shared = None if torch.compiler.is_compiling() else layer.__dict__.get(SHARED)
-    if shared is None:
+    if torch.compiler.is_compiling():
+        return run(found, x)
+    state = layer.__dict__
+    state[LAST_REASON] = ""
+    if (shared := state.get(SHARED)) is None:
         return run(found, x)
     y: Tensor = shared.run(layer, found, x)
     return y

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..bitsandbytes import disable_cpu_repacking
 from .layers import FastLoraEmbedding, FastLoraLinear, FastParamWrapper, FastSVDLinear
+from .plan.kept import KEPT
 from .plan.reasons import LAST_REASON, SHARED
 
 # Set on a class made by `_rebased`: the class that it was made from.
@@ -32,8 +33,8 @@ def swap_out(layer: nn.Module) -> None:
     pairs = [(fast, stock) for stock, fast in _pairs()]
     if (stock := _counterpart(type(layer), pairs)) is not None:
         _change_class(layer, stock)
-        layer.__dict__.pop(LAST_REASON, None)
-        layer.__dict__.pop(SHARED, None)
+        for name in (LAST_REASON, SHARED, KEPT):
+            layer.__dict__.pop(name, None)
 
 
 def fast_class(layer: nn.Module) -> type | None:

@@ -184,4 +184,4 @@ def _signature(found: Plan) -> tuple[Any, ...]:
         for t in tensors
     ]
     call = (found.casts, found.rows, found.invoked)
-    return *call, id(parts.quant_state), *identity, *numbers
+    return *call, id(parts.raw_state), *identity, *numbers

@@ -59,7 +59,7 @@ def plain_adapter(layer: Any, name: str, roles: list[tuple[str, nn.Module]]) -> 
     if magnitude is not None:
         if bias is not None:
             return "DoRA with lora_bias: PEFT counts lora_B's bias into the norm"
-        if getattr(dropout, "p", 0.0) >= 1.0:
+        if dropout.__dict__.get("p", 0.0) >= 1.0:
             return "DoRA with lora_dropout=1 has no scale for what is kept"
     roles += [("lora_A", lora_A), ("lora_B", lora_B), ("the dropout module", dropout)]
     A, B = lora_A._parameters.get("weight"), lora_B._parameters.get("weight")
@@ -115,6 +115,6 @@ def svd_adapter(layer: Any, name: str, roles: list[tuple[str, nn.Module]]) -> Ad
 
 
 def _dropout_reason(dropout: nn.Module) -> str | None:
-    if type(dropout) in (nn.Identity, nn.Dropout) and not getattr(dropout, "inplace", False):
+    if type(dropout) in (nn.Identity, nn.Dropout) and not dropout.__dict__.get("inplace"):
         return None
     return f"the dropout module is a {type(dropout).__name__}, not a plain nn.Dropout"

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ....quant import QuantState
+
 
 class Adapter(NamedTuple):
     """One adapter of a layer.
@@ -34,22 +36,37 @@ class Adapter(NamedTuple):
     made: bool = False
 
     @property
+    def dropout_p(self) -> float:
+        """The probability with which a call made now drops an element."""
+        # Not getattr: it takes nn.Identity, which has no p, a microsecond to say so.
+        state = self.dropout.__dict__
+        p: float = state.get("p", 0.0) if state["training"] else 0.0
+        return p
+
+    @property
     def drops(self) -> bool:
         """True when the dropout would drop something in a call made now."""
-        return self.dropout.training and getattr(self.dropout, "p", 0.0) > 0.0
+        return self.dropout_p > 0.0
 
 
 class Parts(NamedTuple):
-    """What the fast path reads from a layer; `quant_state` is bitsandbytes', None when dense.
+    """What the fast path reads from a layer.
 
-    A dense weight is [N, K], for Conv1D a view of what is stored.
+    Args:
+        base: the layer that PEFT's wraps.
+        weight: [N, K], for Conv1D a view of what is stored; packed bytes of a 4-bit layer.
+        quant_state: of a 4-bit weight, None when dense.
+        bias: [N] or None.
+        adapters: those that serve the call.
+        raw_state: bitsandbytes' object that `quant_state` was read from, or None.
     """
 
     base: nn.Module
     weight: Tensor
-    quant_state: Any
+    quant_state: QuantState | None
     bias: Tensor | None
     adapters: tuple[Adapter, ...]
+    raw_state: Any = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -72,15 +89,20 @@ class Casts(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """One call on the fast path; `rows` names the adapter of each row of a mixed batch.
+    """One call on the fast path.
 
-    `invoked` has, where an adapter is `invoked`, how many tokens at each row's end that means.
+    Args:
+        parts, casts: the layer's tensors, and the dtypes in which they are read.
+        rows: the adapter of each row of a mixed batch, or None.
+        invoked: where an adapter is `invoked`, how many tokens at each row's end that means.
+        autocast: the call is in an autocast region, which `casts` has taken into account.
     """
 
     parts: Parts
     casts: Casts
     rows: Sequence[str] | None = None
     invoked: tuple[int, ...] = ()
+    autocast: bool = False
 
     @property
     def together(self) -> list[Adapter]:

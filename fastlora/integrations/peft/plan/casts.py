@@ -73,16 +73,23 @@ def casts(
     for tensor in tensors:
         if tensor is not None and tensor.device != device:
             return f"x is on {device} and the layer, or a part of it, on {tensor.device}"
+    found = Casts(x_cast, adapter, compute)
+    return backend_reason(linear_request(parts, found, device)) or found
+
+
+def linear_request(parts: Parts, dtypes: Casts, device: torch.device) -> Request:
+    """What a layer asks a backend for."""
     four_bit = parts.quant_state is not None
-    request = Request(parts.op, device.type, device.index, x_cast, adapter, compute, four_bit)
-    reason = backend_reason(request)
-    return Casts(x_cast, adapter, compute) if reason is None else reason
+    return Request(parts.op, device.type, device.index, *dtypes, four_bit)
 
 
 def backend_reason(request: Request) -> str | None:
     """Why no backend is worth taking. One that the user asked for runs, or says why it can't."""
-    if forced_backend() is not None:
-        return None
+    return None if forced_backend() is not None else no_backend_reason(request)
+
+
+def no_backend_reason(request: Request) -> str | None:
+    """Why no backend is worth taking when the user has not asked for one, or None."""
     reasons = []
     for name in DEVICE_ORDER.get(request.device, ()):
         # The reference defines the ops; PEFT's own code is faster.

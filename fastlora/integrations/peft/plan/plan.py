@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .call import Parts, Plan
 from .casts import casts
+from .kept import keep, kept_plan
 from .parts import layer_parts
 from .plain import PLAIN
 from .reasons import Unserved, call_reason
@@ -36,6 +37,17 @@ def plan(layer: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, A
             return f"the call passes {key}"
     if (reason := call_reason()) is not None:
         return reason
+    keeps = not kwargs and not torch.compiler.is_compiling()
+    if keeps and (kept := kept_plan(layer, x)) is not None:
+        return kept
+    found = _plan(layer, x, kwargs)
+    if keeps and not isinstance(found, str):
+        keep(layer, x, found)
+    return found
+
+
+def _plan(layer: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> Plan | str:
+    """`plan`, as far as it depends on the layer and on x."""
     rows = kwargs.get(_MIXED)
     parts = layer_parts(layer, rows)
     if isinstance(parts, str):
@@ -67,7 +79,7 @@ def plan(layer: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, A
     dtypes = casts(parts, x.dtype, device, autocast)
     if isinstance(dtypes, str):
         return Unserved(dtypes)
-    return Plan(parts, dtypes, rows, invoked)
+    return Plan(parts, dtypes, rows, invoked, enabled)
 
 
 def _invoked_tokens(parts: Parts, x: Tensor, offsets: Any) -> tuple[int, ...] | str | None:

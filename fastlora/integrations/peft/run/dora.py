@@ -14,7 +14,7 @@ from .... import ops
 from ....autograd.dora import dora_linear
 from ....autograd.linear import linear
 from ....layer import Layer
-from ....quant import QuantState, as_quant_state
+from ....quant import QuantState
 from ..plan.call import Adapter, Plan
 from .launch import base_alone, base_bias, one_layer
 
@@ -35,9 +35,8 @@ def dora(plan: Plan, x: Tensor, adapter: Adapter) -> Tensor:
     as in `dora_linear`; with torch's own masks its two inputs are kept for the backward.
     """
     parts = plan.parts
-    state = None if parts.quant_state is None else as_quant_state(parts.quant_state)
-    layer = one_layer(plan, None, adapter)._replace(quant_state=state)
-    norms = weight_norms(layer, parts.quant_state)
+    layer = one_layer(plan, None, adapter)
+    norms = weight_norms(layer, parts.raw_state)
     assert adapter.magnitude is not None
     factor = adapter.magnitude.float() / norms
     bias, dropout_p = base_bias(plan), layer.dropout_p

@@ -16,7 +16,6 @@ NO_ADAPTER = "__base__"
 def one_layer(plan: Plan, bias: Tensor | None, adapter: Adapter) -> Layer:
     """The base weight of a plan, `bias` and `adapter` as one layer."""
     parts, (_, adapter_dtype, compute_dtype) = plan.parts, plan.casts
-    dropout = adapter.dropout
     return Layer(
         parts.weight,
         cast(adapter.lora_A, adapter_dtype),
@@ -25,7 +24,7 @@ def one_layer(plan: Plan, bias: Tensor | None, adapter: Adapter) -> Layer:
         bias,
         parts.quant_state,
         compute_dtype,
-        dropout_p=getattr(dropout, "p", 0.0) if dropout.training else 0.0,
+        adapter.dropout_p,
     )
 
 

@@ -25,6 +25,8 @@ from .tensors import cast
 
 def run(plan: Plan, x: Tensor) -> Tensor:
     """`y = x W^T + bias + sum of scaling * drop(x) A^T B^T`, in the dtypes of PEFT's code."""
+    if not plan.autocast:
+        return _run(plan, x)
     with autocast_off(x.device):
         return _run(plan, x)
 
@@ -38,6 +40,8 @@ def _run(plan: Plan, x: Tensor) -> Tensor:
     adapters = plan.parts.adapters
     if adapters[0].magnitude is not None:
         return dora(plan, x, adapters[0])
+    if len(adapters) == 1 and not adapters[0].invoked:
+        return linear(x, joined(plan, adapters))
     together = plan.together
     y = linear(x, joined(plan, together) if together else base_alone(plan, x))
     for adapter in adapters:

@@ -24,7 +24,8 @@ def joined(plan: Plan, adapters: Sequence[Adapter]) -> Layer:
         if adapter.bias is not None:
             own = adapter.scaling * adapter.bias.float()
             bias = own if bias is None else bias.float() + own
-    return one_layer(plan, bias, _stacked(plan, adapters))
+    one = adapters[0] if len(adapters) == 1 else _stacked(plan, adapters)
+    return one_layer(plan, bias, one)
 
 
 def _stacked(plan: Plan, adapters: Sequence[Adapter]) -> Adapter:
@@ -33,8 +34,6 @@ def _stacked(plan: Plan, adapters: Sequence[Adapter]) -> Adapter:
     Where the scalings differ they go into B, in fp32, because PEFT's code does not round there.
     """
     first = adapters[0]
-    if len(adapters) == 1:
-        return first
     As = [cast(a.lora_A, plan.casts.adapter) for a in adapters]
     Bs = [cast(a.lora_B, plan.casts.adapter) for a in adapters]
     scaling = first.scaling
