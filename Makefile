@@ -79,4 +79,4 @@ endif
 
 clean: ## remove what was built, but .venv
 	rm -rf build dist fastlora.egg-info fastlora/_C*.so $(VENV)/.installed-*
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

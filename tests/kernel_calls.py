@@ -6,6 +6,7 @@ only runs kernels. So it needs no torch, and can be compiled for a processor tha
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 
 from fastlora import reference
-from fastlora.quant import QuantState, quantize_bounds
+from fastlora.quant import QuantState, from_mxfp4, quantize_bounds
 from tests import embedding_cases
+from tests import test_grouped as grouped
 from tests.cases import (
     BASES,
     CASES,
@@ -32,20 +34,14 @@ from tests.cases import (
 )
 from tests.tolerance import assert_close_to_exact
 
+ROOT = Path(__file__).resolve().parents[1]
 # Positions in the runner's list of kernels, and of dtypes in csrc/common/params.h.
-KERNELS = (
-    "lora_linear_fwd",
-    "lora_linear_bwd",
-    "lora_embedding_fwd",
-    "lora_embedding_bwd",
-    "quantize_4bit",
-    "dequantize_4bit",
-    "dora_norm",
-    "dora_magnitude_fwd",
-    "dora_magnitude_bwd",
-    "dora_dropout_fwd",
-    "dora_dropout_bwd",
+KERNELS = re.findall(
+    r"^FASTLORA_KERNEL\((\w+)",
+    (ROOT / "csrc" / "cpu" / "runtime" / "kernels.def").read_text(),
+    re.MULTILINE,
 )
+KERNELS += ["grouped_lora_linear_fwd", "grouped_lora_linear_bwd"]  # in linear/experts.h
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -87,15 +83,22 @@ class Record:
         self.array(None if inner is None else inner.absmax)
         self.array(None if state is None else state.offset)
 
-    def weight(self, N: int, K: int, inputs: Inputs) -> None:
+    def weight(
+        self, N: int, K: int, weight: Tensor, state: QuantState | None, compute: torch.dtype
+    ) -> None:
         self.integers(N, K)
-        state = inputs.quant_state
-        dense = inputs.weight if state is None else None
-        turned = dense is not None and not dense.is_contiguous()
-        self.array(dense.T if dense is not None and turned else dense)
-        self.integers(turned)
-        self.quant(None if state is None else inputs.weight, state)
-        self.integers(FLOATS.index(inputs.compute_dtype or inputs.x.dtype))
+        dense = weight if state is None else None
+        transposed = dense is not None and not dense.is_contiguous()
+        self.array(dense.T if dense is not None and transposed else dense)
+        self.integers(transposed)
+        self.quant(None if state is None else weight, state)
+        self.integers(FLOATS.index(compute))
+
+    def layer(self, case: Case, inputs: Inputs) -> None:
+        """The weight of a layer with the dtypes of x and of the adapter."""
+        compute = inputs.compute_dtype or inputs.x.dtype
+        self.weight(case.N, case.K, inputs.weight, inputs.quant_state, compute)
+        self.integers(FLOATS.index(inputs.x.dtype), FLOATS.index(inputs.lora_A.dtype))
 
     def dropout(self, p: float, seed: Tensor) -> None:
         threshold, scale = reference.dropout_threshold(p)
@@ -117,8 +120,7 @@ class Call:
 def forward(case: Case, inputs: Inputs) -> Record:
     record = Record()
     record.integers(KERNELS.index("lora_linear_fwd"), case.M, inputs.lora_A.shape[0])
-    record.weight(case.N, case.K, inputs)
-    record.integers(FLOATS.index(inputs.x.dtype), FLOATS.index(inputs.lora_A.dtype))
+    record.layer(case, inputs)
     record.rows(inputs.x)
     for tensor in (inputs.bias, inputs.lora_A, inputs.lora_B):
         record.array(tensor)
@@ -131,8 +133,7 @@ def forward(case: Case, inputs: Inputs) -> Record:
 def backward(case: Case, inputs: Inputs, S: Tensor, needs: tuple[bool, bool, bool, bool]) -> Record:
     record = Record()
     record.integers(KERNELS.index("lora_linear_bwd"), case.M, inputs.lora_A.shape[0])
-    record.weight(case.N, case.K, inputs)
-    record.integers(FLOATS.index(inputs.x.dtype), FLOATS.index(inputs.lora_A.dtype))
+    record.layer(case, inputs)
     record.rows(inputs.dy)
     record.rows(inputs.x)
     for tensor in (inputs.lora_A, inputs.lora_B, S):
@@ -146,15 +147,14 @@ def backward(case: Case, inputs: Inputs, S: Tensor, needs: tuple[bool, bool, boo
 def layer_calls(case: Case, base: Base, dtypes: str) -> Iterator[Call]:
     """Forward and backward of a layer, held to the error policy."""
     torch.manual_seed(0)  # each has the values that it has alone
+    case = base.fit(case)
     inputs = make_inputs(case, base, DTYPES[dtypes])
     exact, plain = exact_results(case, inputs), plain_results(case, inputs)
     x_dtype, adapter_dtype = inputs.x.dtype, inputs.lora_A.dtype
-    x, A = inputs.x.double(), inputs.lora_A.double()
-    kept = reference.dropout_mask(case.M, case.K, case.dropout_p, inputs.seed)
-    S = (x * kept * reference.dropout_threshold(case.dropout_p)[1]) @ A.T
-    plain_S = (inputs.x.float() * kept * reference.dropout_threshold(case.dropout_p)[1]) @ (
-        inputs.lora_A.float().T
-    )
+    # The kernels keep S in fp32, so it is held to plain torch in fp32.
+    in_fp32 = inputs.layer._replace(lora_A=inputs.lora_A.float())
+    S = reference.plain.shrink(inputs.x.double(), reference.plain.widened(inputs.layer))
+    plain_S = reference.plain.shrink(inputs.x.float(), in_fp32)
 
     def check_forward(outputs: list[Tensor]) -> None:
         y, got_S = outputs
@@ -177,6 +177,56 @@ def layer_calls(case: Case, base: Base, dtypes: str) -> Iterator[Call]:
     yield Call(f"forward: {name}", forward(case, inputs), (x_dtype, f32), check_forward)
     record = backward(case, inputs, S.float(), (True, True, True, True))
     yield Call(f"backward: {name}", record, (x_dtype, f32, f32, f32), check_backward)
+
+
+def grouped_calls(case: grouped.Case, base: Base, dtypes: str) -> Iterator[Call]:
+    """Forward and backward of a stack of experts, held to the error policy."""
+    torch.manual_seed(0)
+    inputs = grouped.make_inputs(case, base, DTYPES[dtypes])
+    exact, plain = (grouped.segment_results(case, inputs, exactly) for exactly in (True, False))
+    x, A, B, E = inputs.x, inputs.lora_A, inputs.lora_B, len(case.ends)
+    kept = reference.dropout_mask(case.M, case.K, case.dropout_p, inputs.seed)
+    kept = x.float() * kept * reference.dropout_threshold(case.dropout_p)[1]
+    S = torch.zeros(case.M, case.R)
+    for begin, end, a in zip((0, *case.ends), case.ends, A.float(), strict=False):
+        S[begin:end] = kept[begin:end] @ a.T
+
+    def record(op: str) -> Record:
+        start = Record()
+        start.integers(KERNELS.index(op), E)
+        start.array(inputs.offsets.long())
+        start.integers(case.M, case.R)
+        start.weight(case.N, case.K, inputs.weight, inputs.state, inputs.compute or x.dtype)
+        start.integers(FLOATS.index(x.dtype), FLOATS.index(A.dtype))
+        return start
+
+    def check_forward(outputs: list[Tensor]) -> None:
+        y, got_S = outputs
+        assert_close_to_exact(y.view_as(exact["y"]), exact["y"], plain["y"], what="y")
+        torch.testing.assert_close(got_S.view_as(S), S, rtol=1e-4, atol=1e-4)
+
+    def check_backward(outputs: list[Tensor]) -> None:
+        for name, out in zip(("dx", "dA", "dB"), outputs[:3], strict=True):
+            got = out.view(exact[name].shape).to(plain[name].dtype)
+            assert_close_to_exact(got, exact[name], plain[name], what=name)
+
+    forward, backward = record("grouped_lora_linear_fwd"), record("grouped_lora_linear_bwd")
+    forward.rows(x)
+    forward.array(None)  # no bias
+    backward.rows(inputs.dy)
+    backward.rows(x)
+    for tensor in (A, B):
+        forward.array(tensor)
+        backward.array(tensor)
+    backward.array(S)
+    for each in (forward, backward):
+        each.real(inputs.scaling)
+        each.dropout(case.dropout_p, inputs.seed)
+    forward.integers(1, 1)
+    backward.integers(1, 1, 1, 0)
+    name, f32 = f"{case}, {base}, {dtypes}", torch.float32
+    yield Call(f"grouped forward: {name}", forward, (x.dtype, f32), check_forward)
+    yield Call(f"grouped backward: {name}", backward, (x.dtype, f32, f32, f32), check_backward)
 
 
 def embedding_calls(case: embedding_cases.Case, dtypes: str) -> Iterator[Call]:
@@ -238,16 +288,13 @@ def quant_calls(
     weight = torch.randn(shape).to(dtype)
     weight.view(-1)[:: max(1, weight.numel() // 5)] *= 1e-30  # some tiny, some denormal
     assert base.quant_type is not None
-    plain_packed, plain_state = reference.quantize_4bit(weight, base.blocksize, base.quant_type)
     packed, state = reference.quantize_4bit(weight, base.blocksize, base.quant_type, base.nested)
-    decoded = reference.dequantize_4bit(packed, state, out_dtype)
+    plain_packed, plain_state = reference.quantize_4bit(weight, base.blocksize, base.quant_type)
+    name = f"{shape}, {base}, {dtype} to {out_dtype}"
 
     def check_quantize(outputs: list[Tensor]) -> None:
         assert torch.equal(outputs[0], plain_packed.view(-1))
         assert torch.equal(outputs[1], plain_state.absmax)
-
-    def check_dequantize(outputs: list[Tensor]) -> None:
-        assert torch.equal(outputs[0], decoded.view(-1))
 
     record = Record()
     record.integers(KERNELS.index("quantize_4bit"))
@@ -257,30 +304,48 @@ def quant_calls(
     record.array(bounds)
     record.array(order.to(torch.uint8))
     record.integers(1, 1)
-    name = f"{shape}, {base}, {dtype} to {out_dtype}"
     yield Call(f"quantize: {name}", record, (torch.uint8, torch.float32), check_quantize)
+    yield dequantize_call(name, packed, state, out_dtype)
+
+
+def dequantize_call(name: str, packed: Tensor, state: QuantState, out_dtype: torch.dtype) -> Call:
+    """Dequantise, bit by bit, except that any NaN will do."""
+    decoded = reference.dequantize_4bit(packed, state, out_dtype)
+
+    def check(outputs: list[Tensor]) -> None:
+        torch.testing.assert_close(outputs[0], decoded.view(-1), rtol=0, atol=0, equal_nan=True)
 
     record = Record()
-    record.integers(KERNELS.index("dequantize_4bit"), weight.numel())
+    record.integers(KERNELS.index("dequantize_4bit"), state.shape.numel())
     record.quant(packed, state)
     record.integers(FLOATS.index(out_dtype), 1)
-    yield Call(f"dequantize: {name}", record, (out_dtype,), check_dequantize)
+    return Call(f"dequantize: {name}", record, (out_dtype,), check)
+
+
+def scale_calls() -> Iterator[Call]:
+    """Every scale and every code of MXFP4, in each dtype."""
+    codes = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(256, 16, 16)
+    scales = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, 16)
+    packed, state = from_mxfp4(codes, scales)
+    for dtype in FLOATS:
+        yield dequantize_call(f"every scale of mxfp4 to {dtype}", packed, state, dtype)
 
 
 def norm_call(case: Case, base: Base, dtypes: str) -> Call:
     """DoRA's norms, held to the error policy."""
     torch.manual_seed(0)
+    case = base.fit(case)
     inputs = make_inputs(case, base, DTYPES[dtypes])
     W, state, A, B = inputs.weight, inputs.quant_state, inputs.lora_A, inputs.lora_B
     if state is not None:
         W = reference.dequantize_4bit(W, state, inputs.compute_dtype or inputs.x.dtype)
     exact, plain = (
-        torch.linalg.norm(W.to(t) + inputs.scaling * (B.to(t) @ A.to(t)), dim=1)
+        reference.plain.dora_norm(W.to(t), A.to(t), B.to(t), inputs.scaling)
         for t in (torch.float64, torch.float32)
     )
     record = Record()
     record.integers(KERNELS.index("dora_norm"), A.shape[0])
-    record.weight(case.N, case.K, inputs)
+    record.weight(case.N, case.K, inputs.weight, state, inputs.compute_dtype or inputs.x.dtype)
     record.integers(FLOATS.index(A.dtype))
     record.array(A)
     record.array(B)
@@ -321,7 +386,7 @@ def dora_calls(M: int, N: int, dtype: torch.dtype, rest_rows: int) -> Iterator[C
     forward.array(rest)
     forward.integers(N if rest_rows > 1 else 0, 1)
     added = rest if rest_rows else z.new_zeros(1, N)
-    y = pair(lambda z, f, rest: f.to(z.dtype) * z + rest, z, factor, added)
+    y = pair(reference.plain.dora_magnitude, z, factor, added)
     yield call("dora_magnitude_fwd", (dtype,), y)
     backward.rows(dy)
     backward.rows(z)
@@ -330,28 +395,26 @@ def dora_calls(M: int, N: int, dtype: torch.dtype, rest_rows: int) -> Iterator[C
     yield call(
         "dora_magnitude_bwd",
         (dtype, torch.float32, torch.float32),
-        pair(lambda dy, f: f.to(dy.dtype) * dy, dy, factor),
+        pair(reference.plain.dora_magnitude, dy, factor),
         pair(lambda dy, z: (dy * z).sum(0), dy, z),
         pair(lambda dy: dy.sum(0), dy),
     )
-    mask = reference.dropout_mask(M, N, p, seed)
-    scale = reference.dropout_threshold(p)[1]
     records["dora_dropout_fwd"].rows(z)
     records["dora_dropout_fwd"].dropout(p, seed)
     records["dora_dropout_fwd"].integers(1, 1)
-    kept = pair(lambda x: torch.where(mask, x, 0), z)
-    yield call(
-        "dora_dropout_fwd",
-        (dtype,) * 2,
-        kept,
-        pair(lambda x: x - torch.where(mask, x * scale, 0), z),
-    )
+    exact, plain = (reference.plain.dora_dropout(x, p, seed) for x in (z.double(), z))
+    yield call("dora_dropout_fwd", (dtype,) * 2, *zip(exact, plain, strict=True))
     records["dora_dropout_bwd"].rows(z)
     records["dora_dropout_bwd"].rows(dy)
     records["dora_dropout_bwd"].dropout(p, seed)
     records["dora_dropout_bwd"].integers(1)
-    dx = pair(lambda a, b: torch.where(mask, a, 0) + (b - torch.where(mask, b * scale, 0)), z, dy)
-    yield call("dora_dropout_bwd", (dtype,), dx)
+
+    def dx(dkept: Tensor, drest: Tensor) -> Tensor:
+        x = torch.zeros_like(dkept).requires_grad_()
+        both = reference.plain.dora_dropout(x, p, seed)
+        return torch.autograd.grad(both, x, (dkept, drest))[0]
+
+    yield call("dora_dropout_bwd", (dtype,), pair(dx, z, dy))
 
 
 def make_calls() -> list[Call]:
@@ -364,6 +427,13 @@ def make_calls() -> list[Call]:
             if base.quant_type is None and DTYPES[dtypes][2] is not None:
                 dtypes = names[i % 5]  # a dense weight has no compute dtype of its own
             calls += layer_calls(case, base, dtypes)
+    nested = grouped.Case("whole nested blocks", (2, 2, 41, 44), 46, 128, 256, 6, 0.2)
+    for i, stack in enumerate((*grouped.CASES, nested)):
+        for j, base in enumerate(
+            (Base(), Base("nf4", 64, nested=stack is nested), Base("fp4", 256))
+        ):
+            if stack.N * stack.K % base.blocksize == 0:
+                calls += grouped_calls(stack, base, names[(i + j) % 5])
     for i, embedding in enumerate(embedding_cases.CASES):
         kinds = list(embedding_cases.DTYPES)
         for dtypes in (kinds[i % len(kinds)], kinds[(i + 2) % len(kinds)]):
@@ -377,9 +447,10 @@ def make_calls() -> list[Call]:
     calls += [mask_call(M, p) for M, p in ((5, 0.05), (37, 0.5), (37, 0.999))]
     shapes = ((7, 33), (64, 128), (1, 1), (130, 577), (3, 1, 5))
     for i, shape in enumerate(shapes):
-        for j, base in enumerate(FOUR_BIT):
+        for j, base in enumerate(base for base in FOUR_BIT if base.quant_type != "mxfp4"):
             calls += quant_calls(shape, base, FLOATS[(i + j) % 3], FLOATS[j % 3])
             calls += quant_calls(shape, base, FLOATS[i % 3], FLOATS[(i + j) % 3])
+    calls += scale_calls()
     return calls
 
 

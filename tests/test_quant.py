@@ -13,10 +13,12 @@ from torch import Tensor
 
 from fastlora import ops, quant, reference
 from fastlora.quant import BLOCKSIZES, QuantState, as_quant_state, packed_bytes
+from fastlora.quant.absmax import quantize_absmax
 
 F = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TYPES = ("nf4", "fp4")  # those of bitsandbytes
 SHAPES = [(1,), (2,), (3,), (63,), (65,), (1, 1), (7, 13), (96, 96), (131, 130)]
 WEIGHTS = ["normal", "zero", "half zero", "denormal", "tiny", "large", "signs", "all magnitudes"]
 
@@ -80,12 +82,12 @@ def dequantize_bnb(packed: Tensor, state: Any) -> Tensor:
 
 def test_tables_are_bitsandbytes_own() -> None:
     assert_same_bits(quant.dynamic_code(), F.create_dynamic_map(), "dynamic code")
-    for quant_type in quant.QUANT_TYPES:
+    for quant_type in TYPES:
         theirs = F.get_4bit_type(quant_type, device="cpu")
         assert_same_bits(quant.code_table(quant_type), theirs, quant_type)
 
 
-@pytest.mark.parametrize("quant_type", quant.QUANT_TYPES)
+@pytest.mark.parametrize("quant_type", TYPES)
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", WEIGHTS)
@@ -121,12 +123,12 @@ def test_nested_codes_match_at_every_edge_between_two_codes() -> None:
     values = values[: values.numel() // 255 * 255].view(-1, 255)
     values = torch.nn.functional.pad(values, (1, 0), value=1.0).view(-1)  # absmax 1 in each block
     theirs, state = F.quantize_blockwise(values, blocksize=256)
-    ours, our_state = reference._quantize_absmax(values)
+    ours, our_state = quantize_absmax(values)
     assert_same_bits(our_state.absmax, state.absmax, "absmax")
     assert_same_bits(ours, theirs, "codes")
 
 
-@pytest.mark.parametrize("quant_type", quant.QUANT_TYPES)
+@pytest.mark.parametrize("quant_type", TYPES)
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
@@ -162,7 +164,7 @@ def test_ops_give_the_same_bits(backend: str | None, nested: bool) -> None:
 
 def test_the_code_is_the_nearest() -> None:
     weight = torch.randn(40, 64)
-    for quant_type in quant.QUANT_TYPES:
+    for quant_type in TYPES:
         packed, state = reference.quantize_4bit(weight, 64, quant_type)
         exact = state.code.double() * state.absmax.double()[:, None]
         error = (reference.dequantize_4bit(packed, state).double() - weight).abs()
@@ -276,7 +278,7 @@ def test_a_weight_repacked_by_bitsandbytes_is_refused() -> None:
         as_quant_state(state)
 
 
-@pytest.mark.parametrize("quant_type", quant.QUANT_TYPES)
+@pytest.mark.parametrize("quant_type", TYPES)
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 def test_state_dict_entries_go_both_ways(nested: bool, quant_type: str) -> None:
     weight = torch.randn(40, 72, dtype=torch.float16)

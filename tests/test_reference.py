@@ -17,7 +17,8 @@ FP64 = (torch.float64, torch.float64, None)
 @pytest.mark.parametrize("base", BASES, ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_gradcheck(base: Base, dropout_p: float) -> None:
-    inputs = make_inputs(Case("", M=3, N=5, K=7, R=2, dropout_p=dropout_p), base, FP64)
+    case = base.fit(Case("", M=3, N=5, K=7, R=2, dropout_p=dropout_p))
+    inputs = make_inputs(case, base, FP64)
     leaves = [
         t.clone().requires_grad_() for t in (inputs.x, inputs.bias, inputs.lora_A, inputs.lora_B)
     ]

@@ -14,6 +14,7 @@ import torch
 
 from fastlora import backends, lora_linear, ops, reference
 from fastlora.backends import native, native_cuda, triton
+from fastlora.layer import Layer
 from tests import every_op, test_backends
 from tests.cases import BASES, CASES, DTYPES, Base, Case, make_inputs
 
@@ -42,7 +43,7 @@ COMBINATIONS = [
 OPS = [op for op in test_backends._op_arguments() if not op.startswith("shared_linear")]
 
 
-def chosen(index: int, count: int = 3) -> list[tuple[Base, str]]:
+def chosen(index: int, count: int = 4) -> list[tuple[Base, str]]:
     """Some combinations of base and dtypes for a case; the cases together take each of them."""
     return [
         COMBINATIONS[(index * count + j) * 7 % len(COMBINATIONS)] for j in range(count)
@@ -96,10 +97,9 @@ def test_one_launch_shrinks_for_several_adapters(p: float) -> None:
     seeds = torch.tensor([11, -7, 2**40])
     S = shrink(launcher(x), x, A, p, seeds if p else None)
     for one, lora_A, seed in zip(S, A, seeds, strict=True):
-        lora = (None, lora_A, torch.ones(5, 5), 1.0, p, seed)
-        plain = reference.lora_linear_fwd(x, A[0], *lora)[1]
-        wide = (x.double(), A[0].double(), None, lora_A.double(), torch.ones(5, 5).double())
-        exact = reference.lora_linear_fwd(*wide, 1.0, p, seed)[1]
+        layer = Layer(x, lora_A, torch.ones(5, 5), 1.0, dropout_p=p, seed=seed)
+        plain = reference.plain.shrink(x, layer)
+        exact = reference.plain.shrink(x.double(), reference.plain.widened(layer))
         test_backends.assert_close_to_exact(one, exact, plain, what="S")
     recorder = Recorder("sm_90", 132)
     many = torch.empty(8192, 200, device="meta")
@@ -192,9 +192,10 @@ def test_every_way_through_a_4bit_base(name: str, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("K", [35, 64])
 def test_panels_of_rows_that_are_no_whole_blocks(K: int) -> None:
     """Each panel of the forward begins where a word and a block begin, whatever K is."""
+    from fastlora.backends.triton.qlora_linear import decoded_panel, panels
+
     from fastlora.backends.triton.kernels.dequantize_4bit import Packed
     from fastlora.backends.triton.launch import launcher
-    from fastlora.backends.triton.qlora_linear import decoded_panel, panels
 
     N = 151
     data, state = reference.quantize_4bit(torch.randn(N, K), 64, "nf4", True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.report import static_report
+from benchmarks.report import roofline, static_report
 from benchmarks.report.static_report import Row
 from fastlora.backends import native
 
@@ -165,11 +165,28 @@ def test_the_model_that_prunes_fits_the_compiled_kernels() -> None:
                 assert shared_bytes(tile, 2, arch, "4bit" in kernel) <= limits.shared
 
 
-def test_docs_have_the_table_of_the_gate_file() -> None:
+def test_docs_have_the_tables_of_the_gate_file() -> None:
     text = static_report.DOCS.read_text()
     assert static_report.docs_text(text) == text, (
         "run python -m benchmarks.report.static_report --docs"
     )
+
+
+def test_roofline_counts_the_launches_of_the_ops() -> None:
+    size = roofline.Size(4096, 4096, 4096, 16)
+    kernels = roofline.ours(size, "sm_90", 132)
+    names = [kernel.what for kernel in kernels]
+    assert names.count("base_product") == 2 and names.count("grad_b") == 1
+    assert {"shrink", "grad_a", "sum_partials"} <= set(names)
+    # Each pass reads its tokens once: x for S, for y and for dA, dy for dS and dB, and for dx.
+    read = sum(kernel.bytes for kernel in kernels)
+    assert read > 2 * (3 * size.x + 2 * size.y + 2 * size.weight)
+    gpu = roofline.GPUS["H100"]
+    frozen, ours, peft = (
+        roofline.seconds(make(size, gpu), gpu)
+        for make in (roofline.PROVIDERS[name] for name in ("frozen", "fastlora", "PEFT"))
+    )
+    assert frozen < ours < peft
 
 
 def test_gpu_suite_runs_end_to_end(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
     python -m benchmarks.report.static_report            compile and print the table
     python -m benchmarks.report.static_report --check    compare with the gates; 1 on a breach
     python -m benchmarks.report.static_report --write    write this Triton's rows of the gate file
-    python -m benchmarks.report.static_report --docs     write the table in docs/gpu.md
+    python -m benchmarks.report.static_report --docs     write the tables of docs/gpu.md
 
 The gate file has rows for each version of Triton that is tested. To check another version than the
 installed one: `pip install --no-deps --target DIR triton==3.6.0`, then
@@ -288,11 +288,13 @@ def table(rows: list[Row]) -> str:
 
 
 def docs_text(text: str) -> str:
-    """docs/gpu.md with the table of the gate file's newest Triton in it."""
+    """docs/gpu.md with the tables of the gate file's newest Triton and of the roofline in it."""
+    from . import roofline
+
     gates = read_gates()
     newest = max((row.triton for row in gates), key=lambda v: tuple(map(int, v.split("."))))
     static = f"Triton {newest}.\n\n{table([row for row in gates if row.triton == newest])}"
-    return fill(text, {"static": static})
+    return fill(text, {"static": static, "roofline": roofline.markdown()})
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -125,11 +125,11 @@ inline Quant4bit quant_of(const QuantTensors& t, int64_t elements) {
 }
 
 // A dense weight as the kernels can read it: t itself where it is contiguous, or else its transpose.
-inline bool is_turned(const Tensor& t) {
+inline bool is_transposed(const Tensor& t) {
   return !t.is_contiguous() && t.stride(0) == 1 && t.stride(1) == t.size(0);
 }
 inline Tensor with_order(const Tensor& t) {
-  return is_turned(t) ? t : torch::stable::contiguous(t);
+  return is_transposed(t) ? t : torch::stable::contiguous(t);
 }
 
 // `dense` comes from with_order.
@@ -138,7 +138,7 @@ inline Weight weight_of(const Tensor& dense) {
   weight.N = dense.size(0);
   weight.K = dense.size(1);
   weight.dense = dense.data_ptr();
-  weight.turned = is_turned(dense);
+  weight.transposed = is_transposed(dense);
   weight.compute_dtype = dtype_of(dense, "weight");
   return weight;
 }
@@ -150,6 +150,47 @@ inline Weight weight_of(const QuantTensors& quant, int64_t N, int64_t K, ScalarT
   weight.quant = quant_of(quant, N * K);
   weight.compute_dtype = dtype_of(compute_dtype, "compute_dtype");
   return weight;
+}
+
+// A layer's fields in the order of {LAYER} in fastlora/backends/schemas.py: parameters of an op, and
+// the same as one object.
+#define FASTLORA_LAYER                                                                            \
+  Tensor weight, OptionalTensor absmax, OptionalTensor code, OptionalTensor nested_absmax,        \
+      OptionalTensor nested_code, OptionalTensor nested_offset, int64_t blocksize,                \
+      std::optional<ScalarType> compute_dtype, OptionalTensor bias, Tensor lora_A, Tensor lora_B, \
+      double scaling, double dropout_p, OptionalTensor seed
+#define FASTLORA_LAYER_OF                                                                      \
+  LayerTensors {                                                                               \
+    weight, absmax, code, nested_absmax, nested_code, nested_offset, blocksize, compute_dtype, \
+        bias, lora_A, lora_B, scaling, dropout_p, seed                                         \
+  }
+
+struct LayerTensors {
+  Tensor weight;
+  OptionalTensor absmax, code, nested_absmax, nested_code, nested_offset;
+  int64_t blocksize;
+  std::optional<ScalarType> compute_dtype;
+  OptionalTensor bias;
+  Tensor lora_A, lora_B;
+  double scaling, dropout_p;
+  OptionalTensor seed;
+
+  bool is_dense() const { return !absmax.has_value(); }
+  QuantTensors quant() const {
+    STD_TORCH_CHECK(absmax.has_value() && code.has_value(), "a 4-bit weight needs absmax and code");
+    return {weight, *absmax, *code, nested_absmax, nested_code, nested_offset, blocksize};
+  }
+};
+
+// Sets `dense`, the tensor that the result points into, to a dense weight [N, K].
+inline Weight weight_of(const LayerTensors& layer, int64_t N, int64_t K, ScalarType x_dtype,
+                        Tensor& dense) {
+  if (!layer.is_dense())
+    return weight_of(layer.quant(), N, K, layer.compute_dtype.value_or(x_dtype));
+  check_matrix(layer.weight, "weight", N, K);
+  STD_TORCH_CHECK(layer.weight.scalar_type() == x_dtype, "weight must have x's dtype");
+  dense = with_order(layer.weight);
+  return weight_of(dense);
 }
 
 // The arguments and results of quantize_4bit.

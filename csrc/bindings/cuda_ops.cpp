@@ -1,5 +1,5 @@
 // torch.ops.fastlora.*: CUDA implementations, on torch's stable ABI. A library of its own, apart from
-// the CPU's: fastlora/backends/native_cuda.py loads it and puts the layers' ops together from these.
+// the CPU's: fastlora/backends/native/library.py loads it and puts the layers' ops together from these.
 //
 // All work is enqueued on torch's current stream; scratch memory comes from torch's allocator.
 #include <tuple>
@@ -7,7 +7,6 @@
 #include "bindings/cuda_stream.h"
 #include "checks.h"
 #include "cuda/kernels.h"
-#include "schemas.h"
 
 // Under another name and for another device where the kernels are emulated.
 #ifndef FASTLORA_CUDA_LIBRARY
@@ -210,16 +209,11 @@ Tensor qlora_gemm_dx(Tensor dy_any, Tensor weight, Tensor absmax, Tensor code,
   return dx;
 }
 
-std::tuple<Tensor, Tensor> qlora_decode(Tensor x_any, Tensor weight, Tensor absmax, Tensor code,
-                                        OptionalTensor nested_absmax, OptionalTensor nested_code,
-                                        OptionalTensor nested_offset, int64_t blocksize,
-                                        OptionalTensor bias_any, Tensor lora_A, Tensor lora_B,
-                                        double scaling, double dropout_p, OptionalTensor seed) {
+std::tuple<Tensor, Tensor> qlora_decode(Tensor x_any, FASTLORA_LAYER) {
   const OnDeviceOf device(x_any);
   const Tensor x = with_aligned_rows(x_any);
-  const OptionalTensor bias = contiguous(bias_any);
-  const QuantTensors quant = with_aligned_codes(
-      {weight, absmax, code, nested_absmax, nested_code, nested_offset, blocksize});
+  const OptionalTensor flat_bias = contiguous(bias);
+  const QuantTensors quant = with_aligned_codes((FASTLORA_LAYER_OF).quant());
   check_on_device(x, seed, "seed");
   const int64_t M = x.size(0), K = x.size(1), N = lora_B.size(0), R = lora_A.size(0);
   STD_TORCH_CHECK(M <= cuda::kDecodeTokens, "x must have at most ", cuda::kDecodeTokens, " rows");
@@ -243,11 +237,11 @@ std::tuple<Tensor, Tensor> qlora_decode(Tensor x_any, Tensor weight, Tensor absm
   p.adapter_dtype = dtype_of(lora_A, "lora_A");
   p.x = x.data_ptr();
   p.ldx = x.stride(0);
-  if (bias.has_value()) {
-    check_vector(*bias, "bias", N);
-    check_on_device(x, *bias, "bias");
-    p.bias_dtype = dtype_of(*bias, "bias");
-    p.bias = bias->data_ptr();
+  if (flat_bias.has_value()) {
+    check_vector(*flat_bias, "bias", N);
+    check_on_device(x, *flat_bias, "bias");
+    p.bias_dtype = dtype_of(*flat_bias, "bias");
+    p.bias = flat_bias->data_ptr();
   }
   p.lora_A = lora_A.data_ptr();
   p.lora_B = lora_B.data_ptr();
@@ -262,19 +256,6 @@ std::tuple<Tensor, Tensor> qlora_decode(Tensor x_any, Tensor weight, Tensor absm
 
 }  // namespace
 }  // namespace fastlora
-
-STABLE_TORCH_LIBRARY_FRAGMENT(FASTLORA_CUDA_LIBRARY, m) {
-  m.def(
-      "quantize_absmax(Tensor absmax, Tensor offset, Tensor code)"
-      " -> (Tensor absmax_8bit, Tensor nested_absmax)");
-  m.def("qlora_gemm_fwd(Tensor x, " FASTLORA_QUANT
-        "Tensor? bias, Tensor S, Tensor lora_B, float scaling, ScalarType dtype) -> Tensor y");
-  m.def("qlora_gemm_dx(Tensor dy, " FASTLORA_QUANT
-        "Tensor dS, Tensor lora_A, float dropout_p, Tensor? seed, ScalarType dtype) -> Tensor dx");
-  m.def("qlora_decode(Tensor x, " FASTLORA_QUANT
-        "Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling, float dropout_p, Tensor? seed)"
-        " -> (Tensor y, Tensor S)");
-}
 
 STABLE_TORCH_LIBRARY_IMPL(FASTLORA_CUDA_LIBRARY, FASTLORA_CUDA_DEVICE, m) {
   m.impl("quantize_4bit", TORCH_BOX(&fastlora::quantize_4bit));

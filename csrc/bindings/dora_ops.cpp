@@ -2,24 +2,26 @@
 #include <tuple>
 
 #include "checks.h"
-#include "cpu/kernels.h"
+#include "cpu/runtime/kernels.h"
 #include "parallel.h"
-#include "schemas.h"
 
 namespace fastlora {
 namespace {
 
-Tensor norms_of(const Weight& weight, const Tensor& A_any, const Tensor& B_any, double scaling) {
-  const int64_t R = A_any.size(0);
-  check_not_empty(weight);
-  check_matrix(A_any, "lora_A", R, weight.K);
-  check_matrix(B_any, "lora_B", weight.N, R);
-  STD_TORCH_CHECK(A_any.scalar_type() == B_any.scalar_type(), "lora_B must have lora_A's dtype");
-  const Tensor A = torch::stable::contiguous(A_any), B = torch::stable::contiguous(B_any);
-  Tensor norms = empty(A, {weight.N}, ScalarType::Float);
+Tensor dora_norm(FASTLORA_LAYER) {
+  Tensor dense;
+  const Weight stored =
+      weight_of(FASTLORA_LAYER_OF, lora_B.size(0), lora_A.size(1), weight.scalar_type(), dense);
+  const int64_t R = lora_A.size(0);
+  check_not_empty(stored);
+  check_matrix(lora_A, "lora_A", R, stored.K);
+  check_matrix(lora_B, "lora_B", stored.N, R);
+  STD_TORCH_CHECK(lora_A.scalar_type() == lora_B.scalar_type(), "lora_B must have lora_A's dtype");
+  const Tensor A = torch::stable::contiguous(lora_A), B = torch::stable::contiguous(lora_B);
+  Tensor norms = empty(A, {stored.N}, ScalarType::Float);
   DoraNorm p{};
   p.R = R;
-  p.weight = weight;
+  p.weight = stored;
   p.adapter_dtype = dtype_of(A, "lora_A");
   p.lora_A = A.data_ptr();
   p.lora_B = B.data_ptr();
@@ -27,20 +29,6 @@ Tensor norms_of(const Weight& weight, const Tensor& A_any, const Tensor& B_any, 
   p.norms = static_cast<float*>(norms.data_ptr());
   kernels().dora_norm(p, parallel_for());
   return norms;
-}
-
-Tensor dora_norm(Tensor weight, Tensor lora_A, Tensor lora_B, double scaling) {
-  const Tensor dense = with_order(weight);
-  return norms_of(weight_of(dense), lora_A, lora_B, scaling);
-}
-
-Tensor qdora_norm(Tensor weight, Tensor absmax, Tensor code, OptionalTensor nested_absmax,
-                  OptionalTensor nested_code, OptionalTensor nested_offset, int64_t blocksize,
-                  ScalarType compute_dtype, Tensor lora_A, Tensor lora_B, double scaling) {
-  const QuantTensors quant{weight,      absmax,        code,     nested_absmax,
-                           nested_code, nested_offset, blocksize};
-  const Weight packed = weight_of(quant, lora_B.size(0), lora_A.size(1), compute_dtype);
-  return norms_of(packed, lora_A, lora_B, scaling);
 }
 
 const float* factor_of(const Tensor& factor, int64_t N) {
@@ -156,21 +144,8 @@ Tensor dora_dropout_bwd(Tensor dkept_any, Tensor drest_any, double dropout_p, Te
 }  // namespace
 }  // namespace fastlora
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastlora, m) {
-  m.def("dora_norm(Tensor weight, " FASTLORA_LORA "float scaling) -> Tensor");
-  m.def("qdora_norm(" FASTLORA_QUANT "ScalarType compute_dtype, " FASTLORA_LORA
-        "float scaling) -> Tensor");
-  m.def("dora_magnitude_fwd(Tensor z, Tensor factor, Tensor? rest) -> Tensor");
-  m.def(
-      "dora_magnitude_bwd(Tensor dy, Tensor z, Tensor factor, bool need_dz, bool need_dfactor, "
-      "bool need_drest) -> (Tensor dz, Tensor dfactor, Tensor drest)");
-  m.def("dora_dropout_fwd(Tensor x, float dropout_p, Tensor seed) -> (Tensor kept, Tensor rest)");
-  m.def("dora_dropout_bwd(Tensor dkept, Tensor drest, float dropout_p, Tensor seed) -> Tensor");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(fastlora, CPU, m) {
   m.impl("dora_norm", TORCH_BOX(&fastlora::dora_norm));
-  m.impl("qdora_norm", TORCH_BOX(&fastlora::qdora_norm));
   m.impl("dora_magnitude_fwd", TORCH_BOX(&fastlora::dora_magnitude_fwd));
   m.impl("dora_magnitude_bwd", TORCH_BOX(&fastlora::dora_magnitude_bwd));
   m.impl("dora_dropout_fwd", TORCH_BOX(&fastlora::dora_dropout_fwd));

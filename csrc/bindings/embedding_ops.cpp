@@ -2,9 +2,8 @@
 #include <tuple>
 
 #include "checks.h"
-#include "cpu/kernels.h"
+#include "cpu/runtime/kernels.h"
 #include "parallel.h"
-#include "schemas.h"
 
 namespace fastlora {
 namespace {
@@ -87,13 +86,6 @@ std::tuple<Tensor, Tensor> lora_embedding_bwd(Tensor dy_any, Tensor ids_any, Ten
 
 }  // namespace
 }  // namespace fastlora
-
-STABLE_TORCH_LIBRARY_FRAGMENT(fastlora, m) {
-  m.def("lora_embedding_fwd(Tensor ids, Tensor weight, " FASTLORA_LORA
-        "float scaling, float weight_scale) -> Tensor");
-  m.def("lora_embedding_bwd(Tensor dy, Tensor ids, " FASTLORA_LORA
-        "float scaling, int padding_idx, bool need_dA, bool need_dB) -> (Tensor dA, Tensor dB)");
-}
 
 STABLE_TORCH_LIBRARY_IMPL(fastlora, CPU, m) {
   m.impl("lora_embedding_fwd", TORCH_BOX(&fastlora::lora_embedding_fwd));

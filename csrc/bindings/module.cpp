@@ -1,11 +1,11 @@
-// fastlora._C: importing it registers the ops of ops.cpp; what else is here says how they run.
+// fastlora._C: importing it registers the ops of *_ops.cpp. The functions here say how they run.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
 #include <string>
 
-#include "cpu/kernels.h"
-#include "cpu/tile_sizes.h"
+#include "cpu/runtime/kernels.h"
+#include "cpu/runtime/tile_sizes.h"
 
 namespace py = pybind11;
 

@@ -7,7 +7,8 @@
 #include <atomic>
 
 #include "common/params.h"
-#include "cpu/scratch.h"
+#include "cpu/linear/experts.h"
+#include "cpu/runtime/scratch.h"
 
 namespace fastlora {
 
@@ -50,6 +51,10 @@ inline const ParallelFor& serial_for() {
         trim_scratch(Scratch::local);
       }};
   return serial;
+}
+
+inline Threads threads() {
+  return {static_cast<int64_t>(torch::stable::get_num_threads()), parallel_for(), serial_for()};
 }
 
 }  // namespace fastlora

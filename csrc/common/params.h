@@ -34,12 +34,12 @@ struct Quant4bit {
 struct Weight {
   int64_t N, K;
   const void* dense;  // [N, K] in compute_dtype, or null: then `quant` holds it
-  bool turned;        // dense is stored [K, N]
+  bool transposed;    // dense is stored [K, N]
   Quant4bit quant;
   DType compute_dtype;  // dtype of the base product's operands
 };
 
-// How much the kernels work on at a time; limits and choice in cpu/tile_sizes.h.
+// How much the kernels work on at a time; limits and choice in cpu/runtime/tile_sizes.h.
 struct TileSizes {
   // Decoding, one pass over the rows of W.
   int64_t decode_tokens;  // up to this many tokens
@@ -60,17 +60,10 @@ struct TileSizes {
   int64_t bwd_grad_tokens;     // tokens of one fp32 panel of x or dy
 };
 
-// C[nr][16 mv] (+)= rows[nr][units] * panel[units][16 mv]: a matrix unit's product of pairs of bf16,
-// as `multiply` in cpu/microkernel.h. Strides in units and in floats.
-using PairProduct = void (*)(int mv, int64_t nr, const uint32_t* rows, int64_t row_stride,
-                             const uint32_t* panel, int64_t panel_stride, int64_t units, float* C,
-                             int64_t ldc, bool accumulate);
-
 // y = x W^T + bias + scaling * S B^T,  S = drop(x) A^T
 struct LoraLinearFwd {
   int64_t M, R;
   TileSizes tiles;
-  PairProduct pair_product;  // for the base product, or null
   Weight weight;
   DType x_dtype;        // of x and y
   DType adapter_dtype;  // of A and B
@@ -92,7 +85,6 @@ struct LoraLinearFwd {
 struct LoraLinearBwd {
   int64_t M, R;
   TileSizes tiles;
-  PairProduct pair_product;  // for the base product, or null
   Weight weight;
   DType x_dtype;  // of x, dy and dx
   DType adapter_dtype;
@@ -142,6 +134,70 @@ struct LoraEmbeddingBwd {
   int64_t padding_idx;  // the id that adds nothing to dA, or -1
   float* dA;            // [R, V]
   float* dB;            // [N, R]
+};
+
+// DoRA. Norms, factors and their gradients are fp32.
+//
+// norms[n] = |W[n] + scaling * (B A)[n]|
+struct DoraNorm {
+  int64_t R;
+  Weight weight;
+  DType adapter_dtype;
+  const void* lora_A;  // [R, K]
+  const void* lora_B;  // [N, R]
+  float scaling;
+  float* norms;  // [N]
+};
+
+// y = factor * z + rest
+struct DoraMagnitudeFwd {
+  int64_t M, N;
+  DType dtype;       // of z and y
+  DType rest_dtype;  // of rest
+  const void* z;     // [M, N], row stride ldz
+  int64_t ldz;
+  const float* factor;  // [N]
+  const void* rest;     // [M, N], row stride ldrest; null: none
+  int64_t ldrest;       // 0: one row for all
+  void* y;              // [M, N]
+};
+
+// dz = factor * dy, dfactor = sum over m of dy * z, drest = sum over m of dy. A null output is not
+// computed.
+struct DoraMagnitudeBwd {
+  int64_t M, N;
+  DType dtype;     // of dy, z and dz
+  const void* dy;  // [M, N], row stride lddy
+  int64_t lddy;
+  const void* z;  // [M, N], row stride ldz
+  int64_t ldz;
+  const float* factor;  // [N]
+  void* dz;             // [M, N]
+  float* dfactor;       // [N]
+  float* drest;         // [N]
+};
+
+// kept = mask * x, rest = x - scale * mask * x: what dropout keeps, unscaled, and what is missing to x.
+struct DoraDropoutFwd {
+  int64_t M, K;
+  DType dtype;
+  const void* x;  // [M, K], row stride ldx
+  int64_t ldx;
+  Dropout dropout;
+  void* kept;  // [M, K]
+  void* rest;  // [M, K]
+};
+
+// dx = mask * dkept + (1 - scale * mask) * drest
+struct DoraDropoutBwd {
+  int64_t M, K;
+  DType dtype;
+  const void* dkept;  // [M, K], row stride lddkept
+  int64_t lddkept;
+  const void* drest;  // [M, K], row stride lddrest
+  int64_t lddrest;
+  Dropout dropout;
+  void* dx;  // [M, K]
 };
 
 // q = argmin over the code of |w / absmax - code|, packed; absmax = max of |w| over a block.

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../common/philox.h"
-#include "simd.h"
+#include "isa/simd.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {

@@ -1,4 +1,4 @@
-"""The differentiable layer of an embedding: `lora_embedding`. No math stands here."""
+"""The differentiable layer of an embedding: `lora_embedding`. Contains no math."""
 
 from __future__ import annotations
 
@@ -9,48 +9,50 @@ from torch import Tensor
 
 from .. import ops
 from ..backends import forced_backend
-from .linear import autocast_off, check_frozen
+from ..layer import Layer
+from .common import Saved, autocast_off, check_frozen, run_backward, wants_gradient
 
 
 class LoraEmbeddingFunction(torch.autograd.Function):
     """`y[m] = weight_scale * weight[id] + scaling * A[:, id] B^T`, with gradients for lora_A and
     lora_B, each only where asked for.
 
-    Saves ids and the adapters. The formulas are those of `reference`. A backward that is
-    differentiated itself (`create_graph=True`) runs in plain torch.
+    Saves ids and the adapters. The formulas are those of `reference`. A double backward
+    runs in plain torch.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         ids: Tensor,
-        weight: Tensor,
+        layer: Layer,
+        backend: str | None,
+        bias: None,
         lora_A: Tensor,
         lora_B: Tensor,
-        scaling: float,
         weight_scale: float,
         padding_idx: int | None,
-        backend: str | None,
     ) -> Tensor:
-        ctx.save_for_backward(ids, lora_A, lora_B)
-        ctx.options = (scaling, padding_idx)
-        ctx.backend = backend
-        return ops.lora_embedding_fwd(
-            ids, weight, lora_A, lora_B, scaling, weight_scale, backend=backend
-        )
+        # The backward doesn't read the table: it isn't kept.
+        ctx.saved = Saved(ctx, (ids,), (layer._replace(weight=ids),), backend)
+        ctx.padding_idx = padding_idx
+        return ops.lora_embedding_fwd(ids, layer, weight_scale, backend=backend)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        # The reference is made of torch's differentiable operations.
-        backend = "reference" if torch.is_grad_enabled() else ctx.backend
-        ids, lora_A, lora_B = ctx.saved_tensors
-        scaling, padding_idx = ctx.options
-        needs = ctx.needs_input_grad[2:4]
-        with autocast_off(dy.device):
-            dA, dB = ops.lora_embedding_bwd(
-                dy, ids, lora_A, lora_B, scaling, padding_idx, needs, backend=backend
-            )
-        return None, None, dA, dB, None, None, None, None
+        (ids,), (layer,) = ctx.saved.restore(ctx)
+        (need,) = ctx.saved.needs(ctx, 3)
+        grads = run_backward(
+            dy.device,
+            lambda: ops.lora_embedding_bwd(
+                dy, ids, layer, ctx.padding_idx, need, backend=ctx.saved.backend
+            ),
+            # The reference consists of torch's differentiable operations.
+            lambda: ops.lora_embedding_bwd(
+                dy, ids, layer, ctx.padding_idx, need, backend="reference"
+            ),
+        )
+        return None, None, None, *ctx.saved.gradients((grads,)), None, None
 
 
 def lora_embedding(
@@ -77,14 +79,14 @@ def lora_embedding(
         padding_idx: the id whose column of lora_A gets no gradient; from the end if negative.
         backend: "native" or "reference"; the device's best when None.
 
-    Autocast changes nothing: a table is no operand of a product, and A and B are read as they are.
+    Autocast changes nothing, as for torch.nn.functional.embedding: the result has weight's dtype.
 
     Returns:
         y [..., N] in weight's dtype.
 
     Raises:
         ValueError, TypeError: a shape or dtype does not fit; weight requires a gradient.
-        RuntimeError, IndexError: an id lies outside of the table; the backend asked for can't run.
+        RuntimeError, IndexError: an id is outside of the table; the backend asked for can't run.
     """
     check_frozen(weight)
     if ids.dtype not in (torch.int64, torch.int32):
@@ -96,10 +98,13 @@ def lora_embedding(
         padding_idx %= V
     # The backend is settled now: the backward may run outside of a `use_backend` block.
     backend = forced_backend(backend)
-    args = (ids.reshape(-1).long(), weight, lora_A, lora_B, scaling, weight_scale)
+    flat, layer = ids.reshape(-1).long(), Layer(weight, lora_A, lora_B, scaling)
     with autocast_off(ids.device):
-        if torch.is_grad_enabled() and (lora_A.requires_grad or lora_B.requires_grad):
-            y = LoraEmbeddingFunction.apply(*args, padding_idx, backend)
+        if wants_gradient(lora_A, lora_B):
+            tensors = (None, lora_A, lora_B)
+            y = LoraEmbeddingFunction.apply(
+                flat, layer, backend, *tensors, weight_scale, padding_idx
+            )
         else:
-            y = ops.lora_embedding_fwd(*args, backend=backend)
+            y = ops.lora_embedding_fwd(flat, layer, weight_scale, backend=backend)
     return y.view(*ids.shape, y.shape[-1])

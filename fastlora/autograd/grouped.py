@@ -1,16 +1,23 @@
-"""The differentiable layers of a stack of experts: `grouped_lora_linear`. No math stands here."""
+"""The differentiable layers of a stack of experts: `grouped_lora_linear`. Contains no math."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..backends import forced_backend
-from ..quant import QuantState, as_quant_state
-from .linear import autocast_off, check_frozen, differentiable_gradients, draw_seed
+from ..layer import Grads, Layer, Needs
+from .common import (
+    Saved,
+    autocast_off,
+    differentiable_gradients,
+    prepared,
+    run_backward,
+    working,
+)
 
 
 class GroupedLoraLinearFunction(torch.autograd.Function):
@@ -25,45 +32,34 @@ class GroupedLoraLinearFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
-        offsets: Tensor,
+        layer: Layer,
+        backend: str | None,
+        bias: None,
         lora_A: Tensor,
         lora_B: Tensor,
-        seed: Tensor | None,
-        state: QuantState | None,
-        scaling: float,
-        dropout_p: float,
-        compute_dtype: torch.dtype | None,
-        backend: str | None,
     ) -> Tensor:
-        options = (scaling, dropout_p, seed, compute_dtype, backend)
-        y, S = _fwd(x, weight, state, offsets, lora_A, lora_B, *options)
-        ctx.save_for_backward(x, weight, offsets, lora_A, lora_B, S, seed, *_tensors(state))
-        ctx.state = None if state is None else state.without_tensors()
-        ctx.options = (scaling, dropout_p, compute_dtype, backend)
+        y, S = ops.grouped_lora_linear_fwd(x, working(layer), backend=backend)
+        ctx.saved = Saved(ctx, (x, S), (layer,), backend)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, offsets, lora_A, lora_B, S, seed, *stats = ctx.saved_tensors
-        scaling, dropout_p, compute_dtype, backend = ctx.options
-        state = None if ctx.state is None else ctx.state.with_tensors(*stats)
-        need_x, _, _, need_A, need_B = ctx.needs_input_grad[:5]
-        needs = (need_x, need_A, need_B)
-        layer = (weight, state, offsets)
-        options = (scaling, dropout_p, seed, compute_dtype)
-        with autocast_off(dy.device):
-            if torch.is_grad_enabled():
-                inputs = (x, lora_A, lora_B)
-                dx, dA, dB = differentiable_gradients(
-                    lambda x, A, B: _fwd(x, *layer, A, B, *options, "reference")[:1],
-                    inputs,
-                    needs,
-                    (dy,),
-                )
-            else:
-                dx, dA, dB = _bwd(dy, x, *layer, lora_A, lora_B, S, *options, needs, backend)
-        return dx, None, None, dA, dB, *(None,) * 6
+        (x, S), (layer,) = ctx.saved.restore(ctx)
+        (need,) = ctx.saved.needs(ctx, 3)
+        grads = run_backward(
+            dy.device,
+            lambda: ops.grouped_lora_linear_bwd(
+                dy, x, working(layer), S, need, backend=ctx.saved.backend
+            ),
+            lambda: _differentiable_bwd(
+                lambda x, own: ops.grouped_lora_linear_fwd(x, own, backend="reference")[0],
+                dy,
+                x,
+                layer,
+                need,
+            ),
+        )
+        return grads.x, None, None, *ctx.saved.gradients((grads,))
 
 
 class TransposedLoraLinearFunction(torch.autograd.Function):
@@ -78,48 +74,64 @@ class TransposedLoraLinearFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
-        offsets: Tensor,
+        layer: Layer,
+        backend: str | None,
+        bias: None,
         lora_A: Tensor,
         lora_B: Tensor,
-        state: QuantState | None,
-        scaling: float,
-        compute_dtype: torch.dtype | None,
-        backend: str | None,
     ) -> Tensor:
-        y = _transposed_fwd(
-            x, weight, state, offsets, lora_A, lora_B, scaling, compute_dtype, backend
-        )
-        ctx.save_for_backward(x, weight, offsets, lora_A, lora_B, *_tensors(state))
-        ctx.state = None if state is None else state.without_tensors()
-        ctx.options = (scaling, compute_dtype, backend)
-        return y
+        ctx.saved = Saved(ctx, (x,), (layer,), backend)
+        return _transposed_fwd(x, layer, backend)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, offsets, lora_A, lora_B, *stats = ctx.saved_tensors
-        scaling, compute_dtype, backend = ctx.options
-        state = None if ctx.state is None else ctx.state.with_tensors(*stats)
-        need_x, _, _, need_A, need_B = ctx.needs_input_grad[:5]
-        with autocast_off(dy.device):
-            if torch.is_grad_enabled():
-                layer, last = (weight, state, offsets), (scaling, compute_dtype, "reference")
-                dx, *grads = differentiable_gradients(
-                    lambda x, A, B: (_transposed_fwd(x, *layer, A, B, *last),),
-                    (x, lora_A, lora_B),
-                    (need_x, need_A, need_B),
-                    (dy,),
-                )
-                return dx, None, None, *grads, *(None,) * 4
-            A, B = lora_B.mT.contiguous(), lora_A.mT.contiguous()
-            options = (scaling, 0.0, None, compute_dtype)
-            dx, S = _fwd(dy, weight, state, offsets, A, B, *options, backend)
-            needs = (False, need_B, need_A)
-            dA = dB = None
-            if any(needs):
-                _, dA, dB = _bwd(x, dy, weight, state, offsets, A, B, S, *options, needs, backend)
-        turned = (None if dB is None else dB.mT, None if dA is None else dA.mT)
-        return dx if need_x else None, None, None, *turned, *(None,) * 4
+        (x,), (layer,) = ctx.saved.restore(ctx)
+        (need,) = ctx.saved.needs(ctx, 3)
+
+        def kernels() -> Grads:
+            backend, mirrored = ctx.saved.backend, _mirrored(layer)
+            dx, S = ops.grouped_lora_linear_fwd(dy, mirrored, backend=backend)
+            grads, asked = Grads(), Needs(False, need.B, need.A)
+            if any(asked):
+                grads = ops.grouped_lora_linear_bwd(x, dy, mirrored, S, asked, backend=backend)
+            dA, dB = (None if t is None else t.mT for t in (grads.B, grads.A))
+            return Grads(dx if need.x else None, dA, dB)
+
+        grads = run_backward(
+            dy.device,
+            kernels,
+            lambda: _differentiable_bwd(
+                lambda x, own: _transposed_fwd(x, own, "reference"), dy, x, layer, need
+            ),
+        )
+        return grads.x, None, None, *ctx.saved.gradients((grads,))
+
+
+def _mirrored(layer: Layer) -> Layer:
+    """The layer whose dx is the y of one that is stored transposed."""
+    A, B = layer.lora_B.mT.contiguous(), layer.lora_A.mT.contiguous()
+    return working(layer)._replace(lora_A=A, lora_B=B)
+
+
+def _transposed_fwd(x: Tensor, layer: Layer, backend: str | None) -> Tensor:
+    """y of a stack that is stored transposed, by the backward op."""
+    needs = Needs(True, False, False)
+    grads = ops.grouped_lora_linear_bwd(x, None, _mirrored(layer), None, needs, backend=backend)
+    assert grads.x is not None
+    return grads.x
+
+
+def _differentiable_bwd(
+    forward: Callable[[Tensor, Layer], Tensor], dy: Tensor, x: Tensor, layer: Layer, need: Needs
+) -> Grads:
+    """Gradients of `forward` with a graph, in plain torch."""
+    dx, dA, dB = differentiable_gradients(
+        lambda x, A, B: (forward(x, working(layer)._replace(lora_A=A, lora_B=B)),),
+        (x, layer.lora_A, layer.lora_B),
+        need[:3],
+        (dy,),
+    )
+    return Grads(dx, dA, dB)
 
 
 def grouped_lora_linear(
@@ -169,95 +181,11 @@ def grouped_lora_linear(
             dropout on transposed experts, for which no kernel has a mask.
         RuntimeError: the backend asked for can't run here; the message says why.
     """
-    check_frozen(weight)
-    state = None if quant_state is None else as_quant_state(quant_state)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, lora_A, lora_B = x.to(dtype), lora_A.to(dtype), lora_B.to(dtype)
-        if state is None:
-            compute_dtype = dtype
-    if not training:
-        dropout_p = 0.0
-    if transposed and dropout_p > 0.0:
-        raise ValueError(f"dropout_p must be 0 for transposed experts, got {dropout_p}")
-    seed = draw_seed(x, dropout_p, seed)
-    # The backend is settled now: the backward may run outside of a `use_backend` block.
-    backend = forced_backend(backend)
-    tensors = (x, weight, offsets, lora_A, lora_B)
+    p = dropout_p if training else 0.0
+    if transposed and p > 0.0:
+        raise ValueError(f"dropout_p must be 0 for transposed experts, got {p}")
+    fields = (None, quant_state, compute_dtype, p, seed, offsets)
+    x, (layer,), backend = prepared(x, (Layer(weight, lora_A, lora_B, scaling, *fields),), backend)
+    function = TransposedLoraLinearFunction if transposed else GroupedLoraLinearFunction
     with autocast_off(x.device):
-        if transposed:
-            return TransposedLoraLinearFunction.apply(
-                *tensors, state, scaling, compute_dtype, backend
-            )
-        options = (seed, state, scaling, dropout_p, compute_dtype, backend)
-        return GroupedLoraLinearFunction.apply(*tensors, *options)
-
-
-def _tensors(state: QuantState | None) -> tuple[Tensor | None, ...]:
-    return () if state is None else state.tensors()
-
-
-def _fwd(
-    x: Tensor,
-    weight: Tensor,
-    state: QuantState | None,
-    offsets: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    compute_dtype: torch.dtype | None,
-    backend: str | None,
-) -> tuple[Tensor, Tensor]:
-    """The forward op of the stack's kind: y and S."""
-    lora = (offsets, lora_A, lora_B, scaling, dropout_p, seed)
-    if state is None:
-        weight = weight.to(compute_dtype or weight.dtype)
-        return ops.grouped_lora_linear_fwd(x, weight, *lora, backend=backend)
-    return ops.grouped_qlora_linear_fwd(x, weight, state, *lora, compute_dtype, backend=backend)
-
-
-def _transposed_fwd(
-    x: Tensor,
-    weight: Tensor,
-    state: QuantState | None,
-    offsets: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    compute_dtype: torch.dtype | None,
-    backend: str | None,
-) -> Tensor:
-    """y of a stack that is stored transposed, by the backward op."""
-    A, B = lora_B.mT.contiguous(), lora_A.mT.contiguous()
-    options = (scaling, 0.0, None, compute_dtype, (True, False, False), backend)
-    y, *_ = _bwd(x, None, weight, state, offsets, A, B, None, *options)
-    assert y is not None
-    return y
-
-
-def _bwd(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    state: QuantState | None,
-    offsets: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    S: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    compute_dtype: torch.dtype | None,
-    needs: tuple[bool, bool, bool],
-    backend: str | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The backward op of the stack's kind: dx, dA and dB."""
-    lora = (offsets, lora_A, lora_B, S, scaling, dropout_p, seed)
-    if state is None:
-        weight = weight.to(compute_dtype or weight.dtype)
-        return ops.grouped_lora_linear_bwd(dy, x, weight, *lora, needs, backend=backend)
-    return ops.grouped_qlora_linear_bwd(
-        dy, x, weight, state, *lora, compute_dtype, needs, backend=backend
-    )
+        return function.apply(x, layer, backend, None, layer.lora_A, layer.lora_B)

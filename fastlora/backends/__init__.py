@@ -2,8 +2,7 @@
 
 `backend=` decides, then `with use_backend(...)`, FASTLORA_BACKEND, and the device's own order.
 
-A backend is a module with the names and arguments of `reference`, and `unsupported(op, x, ...)`,
-which returns one sentence that says why it can't run the op, or None.
+A backend is a module that fits `contract.Backend`.
 """
 
 from __future__ import annotations
@@ -11,17 +10,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
-from typing import Any
 
-from . import native, triton
-from . import reference as torch_reference
+from . import native, reference, triton
+from .contract import Backend, Request
 
-BACKENDS: dict[str, ModuleType] = {
-    "native": native,
-    "triton": triton,
-    "reference": torch_reference,
-}
+BACKENDS: dict[str, Backend] = {"native": native, "triton": triton, "reference": reference}
 DEVICE_ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("native", "reference"),
     "cuda": ("native", "triton", "reference"),
@@ -60,30 +53,29 @@ def forced_backend(backend: str | None = None) -> str | None:
     return None
 
 
-def choose(
-    op: str, device: str, backend: str | None = None, *, prefer: str | None = None, **what: Any
-) -> ModuleType:
-    """The first backend of the device's order that supports `op`.
+def choose(request: Request, backend: str | None = None, prefer: str | None = None) -> Backend:
+    """The first backend of the device's order that supports a request.
 
     Args:
-        op: the op's name.
-        device: torch device type, "cpu" or "cuda".
+        request: the op, and what `unsupported` looks at.
         backend: a backend's name; it alone is asked.
         prefer: the one to ask before the others, if the order has it.
-        what: what `unsupported` looks at: `dtype`, `adapter_dtype`, `compute_dtype`, `index` of a
-            GPU, and, of the grouped ops, `dropout_p`.
 
     Raises:
         ValueError: unknown name. RuntimeError: the forced backend, or every backend, declines.
     """
     name = forced_backend(backend)
-    order = (name,) if name else DEVICE_ORDER.get(device, _DEFAULT_ORDER)
+    order = (name,) if name else DEVICE_ORDER.get(request.device, _DEFAULT_ORDER)
     if prefer in order:
         order = (prefer, *(candidate for candidate in order if candidate != prefer))
     reasons = []
     for candidate in order:
-        reason = BACKENDS[candidate].unsupported(op, device, **what)
+        reason = BACKENDS[candidate].unsupported(request)
         if reason is None:
             return BACKENDS[candidate]
         reasons.append(f"{candidate}: {reason}")
-    raise RuntimeError(f"no backend can run {op} on {device}. {' '.join(reasons)}")
+    raise RuntimeError(f"no backend can run {request.op} on {request.device}. {' '.join(reasons)}")
+
+
+# Triton computes the products without W around the CUDA C++ kernels.
+native.cuda.use_for_skinny(triton)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ..reference import (
     dequantize_4bit,
     dora_dropout_bwd,
@@ -13,21 +11,20 @@ from ..reference import (
     dora_norm,
     grouped_lora_linear_bwd,
     grouped_lora_linear_fwd,
-    grouped_qlora_linear_bwd,
-    grouped_qlora_linear_fwd,
     lora_embedding_bwd,
     lora_embedding_fwd,
     lora_linear_bwd,
     lora_linear_fwd,
-    qdora_norm,
-    qlora_linear_bwd,
-    qlora_linear_fwd,
     quantize_4bit,
     shared_linear_bwd,
     shared_linear_fwd,
+    shrink,
+    skinny_bwd,
 )
+from .contract import Request
 
 __all__ = [
+    "NAME",
     "dequantize_4bit",
     "dora_dropout_bwd",
     "dora_dropout_fwd",
@@ -36,23 +33,21 @@ __all__ = [
     "dora_norm",
     "grouped_lora_linear_bwd",
     "grouped_lora_linear_fwd",
-    "grouped_qlora_linear_bwd",
-    "grouped_qlora_linear_fwd",
     "lora_embedding_bwd",
     "lora_embedding_fwd",
     "lora_linear_bwd",
     "lora_linear_fwd",
-    "qdora_norm",
-    "qlora_linear_bwd",
-    "qlora_linear_fwd",
     "quantize_4bit",
     "shared_linear_bwd",
     "shared_linear_fwd",
+    "shrink",
+    "skinny_bwd",
+    "unsupported",
 ]
 
 NAME = "reference"
 
 
-def unsupported(op: str, device: str, **what: Any) -> str | None:
+def unsupported(request: Request) -> str | None:
     """None: the reference runs every op."""
     return None

@@ -77,7 +77,8 @@ def _shown(value: Any) -> str:
 
 
 def _fastlora() -> dict[str, Any]:
-    from ..backends import BACKENDS, native, native_cuda
+    from ..backends import BACKENDS, native
+    from ..backends.contract import Request
     from ..backends.machine import cpu
 
     facts: dict[str, Any] = {"version": __version__}
@@ -88,11 +89,10 @@ def _fastlora() -> dict[str, Any]:
         facts["native library"] = "loaded"
         facts |= {_BUILD_FACTS.get(name, name): value for name, value in build.items()}
         facts["tile sizes"] = "tuned" if cpu.tuned(build["cpu_isa"]) else "defaults"
-    facts["library for cuda"] = native_cuda.unavailable_reason() or "loaded"
+    facts["library for cuda"] = native.cuda.unavailable_reason() or "loaded"
+    request = Request("lora_linear_fwd", "cpu")
     facts["backends on cpu"] = [
-        name
-        for name, backend in BACKENDS.items()
-        if backend.unsupported("lora_linear_fwd", "cpu") is None
+        name for name, backend in BACKENDS.items() if backend.unsupported(request) is None
     ]
     settings = {k: v for k, v in sorted(os.environ.items()) if k.startswith("FASTLORA_")}
     facts["environment"] = [f"{name}={value}" for name, value in settings.items()]

@@ -1,8 +1,9 @@
 """LoRA and QLoRA linear layers for models of one's own. Parameters are named as PEFT names them.
 
 State-dict keys are `base_layer.weight`, `base_layer.bias`, `lora_A.<adapter_name>.weight` and
-`lora_B.<adapter_name>.weight`; a 4-bit base adds bitsandbytes' keys (`base_layer.weight.absmax`,
-...). So checkpoints go to and from PEFT's own layers unchanged.
+`lora_B.<adapter_name>.weight`; an NF4 or FP4 base adds bitsandbytes' keys
+(`base_layer.weight.absmax`, ...), so checkpoints go to and from PEFT's own layers unchanged. An
+MXFP4 base has `base_layer.weight_blocks` and `base_layer.weight_scales`, as gpt-oss checkpoints do.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..autograd.linear import lora_linear
-from ..quant import QuantState, as_quant_state, packed_bytes
+from ..quant import FORMATS, QuantState, as_quant_state, find_format, packed_bytes
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -21,6 +21,10 @@ class Linear4bit(nn.Module):
 
     The packed bytes are the uint8 parameter `weight`, `[(N K + 1) // 2, 1]`; `quant_state` holds
     the rest. No cast of the module reaches either of them; moves between devices do.
+
+    A state dict has the keys of the format: bitsandbytes' for NF4 and FP4 (`weight`,
+    `weight.absmax`, ...), those of gpt-oss checkpoints for MXFP4 (`weight_blocks`,
+    `weight_scales`). A layer loads any of them, whichever format it has had before.
 
     Args:
         packed: bytes of the packed weight, in any storage dtype; shared, not copied.
@@ -55,11 +59,13 @@ class Linear4bit(nn.Module):
         linear: nn.Linear,
         *,
         quant_type: str = "nf4",
-        blocksize: int = 64,
-        compress_statistics: bool = True,
+        blocksize: int | None = None,
+        compress_statistics: bool | None = None,
         compute_dtype: torch.dtype | None = None,
     ) -> Self:
-        """Quantises the weight of `linear`; the bias is shared with it."""
+        """Quantises the weight of `linear`; the bias is shared with it. See `QuantOptions`."""
+        if compress_statistics is None:
+            compress_statistics = find_format(quant_type).nests
         packed, state = ops.quantize_4bit(
             linear.weight.detach(), blocksize, quant_type, compress_statistics
         )
@@ -100,8 +106,12 @@ class Linear4bit(nn.Module):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for key, value in self.quant_state.as_dict().items():
-            destination[f"{prefix}weight.{key}"] = value
+        key, state = f"{prefix}weight", self.quant_state
+        entries = find_format(state.quant_type).to_entries(destination[key], state)
+        if "" not in entries:
+            del destination[key]
+        for name, value in entries.items():
+            destination[key + name] = value
 
     def _load_from_state_dict(
         self,
@@ -113,36 +123,37 @@ class Linear4bit(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        weight_key = f"{prefix}weight"
-        entries = {
-            key.removeprefix(f"{weight_key}."): value
-            for key, value in state_dict.items()
-            if key.startswith(f"{weight_key}.")
-        }
-        own = {k: v for k, v in state_dict.items() if not k.startswith(f"{weight_key}.")}
-        if weight_key in own:
-            own[weight_key] = packed_bytes(own[weight_key])[:, None]
+        key, own_state = f"{prefix}weight", self.quant_state
+        entries = {k.removeprefix(key): v for k, v in state_dict.items() if k.startswith(key)}
+        own = {k: v for k, v in state_dict.items() if not k.startswith(key)}
+        if "" in entries:
+            own[key] = packed_bytes(entries[""])[:, None]
+        state, found = None, next((fmt for fmt in FORMATS.values() if fmt.owns(entries)), None)
+        if found is not None:
+            try:
+                packed, state = found.from_entries(entries, own_state)
+            except ValueError as error:
+                error_msgs.append(f"{key}: {error}")
+            else:
+                own[key] = packed_bytes(packed)[:, None]
+        if state is not None and state.shape != own_state.shape:
+            error_msgs.append(
+                f"{key}: shape must be {tuple(own_state.shape)}, got {tuple(state.shape)}"
+            )
+            return
         super()._load_from_state_dict(
             own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if not entries:
-            missing_keys += [f"{weight_key}.{key}" for key in self.quant_state.as_dict()]
+        if state is not None:
+            if not local_metadata.get("assign_to_params_buffers", False):
+                device = self.weight.device
+                state = _map_state(lambda t: t.to(device, copy=True), state)
+            self.quant_state = state
             return
-        try:
-            state = QuantState.from_dict(entries)
-        except ValueError as error:
-            error_msgs.append(f"{weight_key}: {error}")
-            return
-        if state.shape != self.quant_state.shape:
-            error_msgs.append(
-                f"{weight_key}: shape must be {tuple(self.quant_state.shape)}, "
-                f"got {tuple(state.shape)}"
-            )
-            return
-        if not local_metadata.get("assign_to_params_buffers", False):
-            device = self.weight.device
-            state = _map_state(lambda t: t.to(device, copy=True), state)
-        self.quant_state = state
+        missing_keys[:] = [k for k in missing_keys if k != key]
+        if found is None:
+            wanted = find_format(own_state.quant_type).to_entries(self.weight, own_state)
+            missing_keys += [key + name for name in wanted if name not in entries]
 
 
 def _map_state(fn: Callable[[Tensor], Tensor], state: QuantState) -> QuantState:

@@ -37,15 +37,16 @@ class LoraOptions(TypedDict, total=False):
 class QuantOptions(TypedDict, total=False):
     """Keywords of the constructors that quantise.
 
-    quant_type: "nf4" or "fp4", "nf4".
-    blocksize: elements per absmax, 64.
-    compress_statistics: absmax in 8 bits, True as in bitsandbytes' Linear4bit.
+    quant_type: "nf4", "fp4" or "mxfp4", "nf4".
+    blocksize: elements per scale; 64, or 32 for "mxfp4", when None. None.
+    compress_statistics: absmax in 8 bits; when None, True as in bitsandbytes' Linear4bit, but False
+        for "mxfp4", whose scales have 8 bits anyway. None.
     compute_dtype: dtype of the base product; x's when None. None.
     """
 
     quant_type: str
-    blocksize: int
-    compress_statistics: bool
+    blocksize: int | None
+    compress_statistics: bool | None
     compute_dtype: torch.dtype | None
 
 

@@ -23,7 +23,8 @@ class QLoraLinear(LoraModule):
 
     Args:
         in_features, out_features, bias, device: of the base layer, as nn.Linear's. Its weight is
-            drawn as nn.Linear's and quantised, to be replaced by a state dict.
+            drawn as nn.Linear's and quantised, to be replaced by a state dict. For "mxfp4",
+            in_features is a multiple of 32.
         dtype: of the weight before it is quantised, and of the bias.
         options: see `LoraOptions` and `QuantOptions`.
 

@@ -12,16 +12,10 @@ from .dora import (
     dora_magnitude_bwd,
     dora_magnitude_fwd,
     dora_norm,
-    qdora_norm,
 )
 from .embedding import lora_embedding_bwd, lora_embedding_fwd
-from .grouped import (
-    grouped_lora_linear_bwd,
-    grouped_lora_linear_fwd,
-    grouped_qlora_linear_bwd,
-    grouped_qlora_linear_fwd,
-)
-from .linear import lora_linear_bwd, lora_linear_fwd, qlora_linear_bwd, qlora_linear_fwd
+from .grouped import grouped_lora_linear_bwd, grouped_lora_linear_fwd
+from .linear import lora_linear_bwd, lora_linear_fwd
 from .quantize import dequantize_4bit, quantize_4bit
 from .shared import shared_linear_bwd, shared_linear_fwd
 
@@ -34,15 +28,10 @@ __all__ = [
     "dora_norm",
     "grouped_lora_linear_bwd",
     "grouped_lora_linear_fwd",
-    "grouped_qlora_linear_bwd",
-    "grouped_qlora_linear_fwd",
     "lora_embedding_bwd",
     "lora_embedding_fwd",
     "lora_linear_bwd",
     "lora_linear_fwd",
-    "qdora_norm",
-    "qlora_linear_bwd",
-    "qlora_linear_fwd",
     "quantize_4bit",
     "shared_linear_bwd",
     "shared_linear_fwd",

@@ -5,22 +5,51 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..quant import QuantState, packed_bytes
+from ..layer import Layer
+from ..quant import QuantState, as_quant_state, packed_bytes
 
 
-def check_weight(x: Tensor, weight: Tensor, lora_B: Tensor) -> None:
-    """A dense weight against x and lora_B."""
-    if weight.dim() != 2 or x.dim() != 2 or weight.shape[1] != x.shape[1]:
-        raise ValueError(
-            f"x must be [M, K] and weight [N, K], got {tuple(x.shape)} and {tuple(weight.shape)}"
+def check_layer(x: Tensor, layer: Layer) -> Layer:
+    """One linear layer against x; returned with fastlora's quant state and the weight's bytes."""
+    layer = _check_base(x, layer)
+    K, N = x.shape[1], layer.lora_B.shape[0]
+    A, B, bias = layer.lora_A, layer.lora_B, layer.bias
+    if A.dim() != 2 or A.shape[1] != K:
+        raise ValueError(f"lora_A must be [R, {K}] to match x, got {tuple(A.shape)}")
+    if B.dim() != 2 or B.shape[1] != A.shape[0]:
+        raise ValueError(f"lora_B must be [N, {A.shape[0]}] to match lora_A, got {tuple(B.shape)}")
+    if bias is not None and tuple(bias.shape) != (N,):
+        raise ValueError(f"bias must be [{N}], got {tuple(bias.shape)}")
+    check_devices("x's", x.device, ("bias", bias))
+    check_adapter(x, layer)
+    return layer
+
+
+def _check_base(x: Tensor, layer: Layer) -> Layer:
+    """The weight of one linear layer against x and lora_B."""
+    weight, B = layer.weight, layer.lora_B
+    if layer.quant_state is not None:
+        state = as_quant_state(layer.quant_state)
+        shape = tuple(state.shape)
+        if x.dim() != 2 or len(shape) != 2 or shape[1] != x.shape[1]:
+            raise ValueError(
+                f"x must be [M, K] and quant_state.shape (N, K), got {tuple(x.shape)} and {shape}"
+            )
+        layer = layer._replace(
+            weight=check_stored("x's", x.device, weight, state), quant_state=state
         )
-    if weight.shape[0] != lora_B.shape[0]:
-        raise ValueError(
-            f"lora_B must be [{weight.shape[0]}, R] to match weight, got {tuple(lora_B.shape)}"
-        )
-    if weight.dtype != x.dtype:
-        raise TypeError(f"weight must have x's dtype {x.dtype}, got {weight.dtype}")
-    check_devices("x's", x.device, ("weight", weight))
+    else:
+        shape = tuple(weight.shape)
+        if weight.dim() != 2 or x.dim() != 2 or shape[1] != x.shape[1]:
+            raise ValueError(
+                f"x must be [M, K] and weight [N, K], got {tuple(x.shape)} and {shape}"
+            )
+        if weight.dtype != x.dtype:
+            raise TypeError(f"weight must have x's dtype {x.dtype}, got {weight.dtype}")
+        check_devices("x's", x.device, ("weight", weight))
+    if shape[0] != B.shape[0]:
+        raise ValueError(f"lora_B must be [{shape[0]}, R] to match weight, got {tuple(B.shape)}")
+    return layer
 
 
 def check_bytes(packed: Tensor, state: QuantState) -> None:
@@ -41,20 +70,6 @@ def check_bytes(packed: Tensor, state: QuantState) -> None:
         )
 
 
-def check_packed(x: Tensor, weight: Tensor, state: QuantState, lora_B: Tensor) -> Tensor:
-    """The bytes of a packed weight, flat, after checking them against x and lora_B."""
-    shape = tuple(state.shape)
-    if x.dim() != 2 or len(shape) != 2 or shape[1] != x.shape[1]:
-        raise ValueError(
-            f"x must be [M, K] and quant_state.shape (N, K), got {tuple(x.shape)} and {shape}"
-        )
-    if shape[0] != lora_B.shape[0]:
-        raise ValueError(
-            f"lora_B must be [{shape[0]}, R] to match weight, got {tuple(lora_B.shape)}"
-        )
-    return check_stored("x's", x.device, weight, state)
-
-
 def check_stored(whose: str, device: torch.device, weight: Tensor, state: QuantState) -> Tensor:
     """The bytes of a packed weight, flat, after checking them against the state, and both for
     `device`, which is that of x or of what `whose` names.
@@ -66,46 +81,23 @@ def check_stored(whose: str, device: torch.device, weight: Tensor, state: QuantS
     return packed
 
 
-def check_common(
-    x: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> None:
-    """Bias and adapter of one linear layer against x."""
-    K, N = x.shape[1], lora_B.shape[0]
-    if lora_A.dim() != 2 or lora_A.shape[1] != K:
-        raise ValueError(f"lora_A must be [R, {K}] to match x, got {tuple(lora_A.shape)}")
-    if lora_B.dim() != 2 or lora_B.shape[1] != lora_A.shape[0]:
-        raise ValueError(
-            f"lora_B must be [N, {lora_A.shape[0]}] to match lora_A, got {tuple(lora_B.shape)}"
-        )
-    if bias is not None and tuple(bias.shape) != (N,):
-        raise ValueError(f"bias must be [{N}], got {tuple(bias.shape)}")
-    check_devices("x's", x.device, ("bias", bias))
-    check_adapter(x, lora_A, lora_B, dropout_p, seed)
-
-
-def check_adapter(
-    x: Tensor, lora_A: Tensor, lora_B: Tensor, dropout_p: float, seed: Tensor | None
-) -> None:
+def check_adapter(x: Tensor, layer: Layer) -> None:
     """Dtypes, devices and dropout; the shapes have been checked."""
-    check_adapter_dtypes("x's", x.dtype, lora_A, lora_B)
-    check_devices("x's", x.device, ("lora_A", lora_A), ("lora_B", lora_B), ("seed", seed))
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
-    if dropout_p > 0.0 and (seed is None or seed.numel() != 1 or seed.dtype != torch.int64):
+    A, B, p, seed = layer.lora_A, layer.lora_B, layer.dropout_p, layer.seed
+    check_adapter_dtypes("x's", x.dtype, A, B)
+    check_devices("x's", x.device, ("lora_A", A), ("lora_B", B), ("seed", seed))
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"dropout_p must be between 0 and 1, got {p}")
+    if p > 0.0 and (seed is None or seed.numel() != 1 or seed.dtype != torch.int64):
         got = "None" if seed is None else f"{tuple(seed.shape)} in {seed.dtype}"
         raise ValueError(
             f"seed must be an int64 tensor of one element when dropout_p > 0, got {got}"
         )
 
 
-def check_backward(dy: Tensor, x: Tensor, lora_B: Tensor, S: Tensor) -> None:
+def check_backward(dy: Tensor, x: Tensor, layer: Layer, S: Tensor) -> None:
     """What the backward takes beside the forward's arguments."""
-    M, N, R = x.shape[0], lora_B.shape[0], lora_B.shape[1]
+    M, (N, R) = x.shape[0], layer.lora_B.shape
     if tuple(dy.shape) != (M, N):
         raise ValueError(f"dy must be [{M}, {N}], got {tuple(dy.shape)}")
     if dy.dtype != x.dtype:

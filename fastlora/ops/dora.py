@@ -6,57 +6,40 @@ kernel of an op leaves it to the reference: these are parts of a layer, whose pr
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ..backends import BACKENDS, choose, forced_backend
-from ..quant import QuantState, as_quant_state
+from ..backends.contract import Backend, Request
+from ..layer import Layer
+from ..quant import as_quant_state
 from .checks import check_stored
 
 _Trio = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-def dora_norm(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, *, backend: str | None = None
-) -> Tensor:
+def dora_norm(layer: Layer, *, backend: str | None = None) -> Tensor:
     """`norms[n] = |W_n + scaling * (B A)_n|`, without a gradient; see `reference.dora_norm`.
 
     Raises:
         ValueError: a shape or device does not fit. TypeError: a dtype does not fit.
     """
-    if weight.dim() != 2:
-        raise ValueError(f"weight must be [N, K], got {tuple(weight.shape)}")
-    N, K = weight.shape
-    _check_adapter(weight, lora_A, lora_B, N, K)
-    b = _choose("dora_norm", weight, weight.dtype, backend, lora_A.dtype)
-    return b.dora_norm(weight.detach(), lora_A.detach(), lora_B.detach(), scaling)
-
-
-def qdora_norm(
-    weight: Tensor,
-    quant_state: QuantState,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    *,
-    backend: str | None = None,
-) -> Tensor:
-    """`dora_norm` of a 4-bit weight; see `reference.qdora_norm`.
-
-    Raises:
-        ValueError: a shape or device does not fit. TypeError: a dtype does not fit.
-    """
-    state = as_quant_state(quant_state)
-    if len(state.shape) != 2:
-        raise ValueError(f"quant_state.shape must be [N, K], got {tuple(state.shape)}")
-    packed = check_stored("weight's", weight.device, weight, state)
-    N, K = state.shape
-    _check_adapter(packed, lora_A, lora_B, N, K)
-    b = _choose("qdora_norm", packed, state.dtype, backend, lora_A.dtype)
-    return b.qdora_norm(packed, state, lora_A.detach(), lora_B.detach(), scaling)
+    weight = layer.weight.detach()
+    if layer.quant_state is not None:
+        state = as_quant_state(layer.quant_state)
+        if len(state.shape) != 2:
+            raise ValueError(f"quant_state.shape must be [N, K], got {tuple(state.shape)}")
+        weight = check_stored("weight's", weight.device, weight, state)
+        (N, K), dtype = state.shape, state.dtype
+        layer = layer._replace(quant_state=state)
+    else:
+        if weight.dim() != 2:
+            raise ValueError(f"weight must be [N, K], got {tuple(weight.shape)}")
+        (N, K), dtype = weight.shape, weight.dtype
+    A, B = layer.lora_A.detach(), layer.lora_B.detach()
+    _check_adapter(weight, A, B, N, K)
+    b = _choose("dora_norm", weight, dtype, backend, A.dtype)
+    return b.dora_norm(layer._replace(weight=weight, lora_A=A, lora_B=B))
 
 
 def dora_magnitude_fwd(
@@ -128,12 +111,12 @@ def _choose(
     dtype: torch.dtype,
     backend: str | None,
     adapter_dtype: torch.dtype | None = None,
-) -> ModuleType:
-    device, index, name = x.device.type, x.device.index, forced_backend(backend)
-    what: dict[str, Any] = {"dtype": dtype, "adapter_dtype": adapter_dtype, "index": index}
-    if name is not None and BACKENDS[name].unsupported(op, device, **what):
+) -> Backend:
+    request = Request(op, x.device.type, x.device.index, dtype, adapter_dtype)
+    name = forced_backend(backend)
+    if name is not None and BACKENDS[name].unsupported(request):
         name = "reference"
-    return choose(op, device, name, **what)
+    return choose(request, name)
 
 
 def _check_adapter(weight: Tensor, lora_A: Tensor, lora_B: Tensor, N: int, K: int) -> None:

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from ..backends import choose
-from ..quant import BLOCKSIZES, QuantState, as_quant_state, packed_bytes
+from ..backends.contract import Request
+from ..quant import QuantState, as_quant_state, find_format, packed_bytes
 from .checks import check_bytes
 
 
 def quantize_4bit(
     weight: Tensor,
-    blocksize: int = 64,
+    blocksize: int | None = None,
     quant_type: str = "nf4",
     compress_statistics: bool = False,
     *,
@@ -21,14 +22,12 @@ def quantize_4bit(
     """Packed 4-bit codes and quant state of `weight`; see `reference.quantize_4bit`.
 
     Raises:
-        ValueError: unknown blocksize or quant_type. TypeError: weight is not fp32, bf16 or fp16.
+        ValueError: no such quant_type, or what the format doesn't have.
+        TypeError: weight is not fp32, bf16 or fp16.
     """
-    if blocksize not in BLOCKSIZES:
-        raise ValueError(f"blocksize must be one of {BLOCKSIZES}, got {blocksize}")
-    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f"weight must be fp32, bf16 or fp16, got {weight.dtype}")
+    blocksize = find_format(quant_type).check(weight, blocksize, compress_statistics)
     place = weight.device
-    b = choose("quantize_4bit", place.type, backend, dtype=weight.dtype, index=place.index)
+    b = choose(Request("quantize_4bit", place.type, place.index, weight.dtype), backend)
     return b.quantize_4bit(weight, blocksize, quant_type, compress_statistics)
 
 
@@ -61,5 +60,5 @@ def dequantize_4bit(
     if out is not None and out.dtype != dtype:
         raise TypeError(f"out must have dtype {dtype}, got {out.dtype}")
     place = packed.device
-    b = choose("dequantize_4bit", place.type, backend, dtype=dtype, index=place.index)
+    b = choose(Request("dequantize_4bit", place.type, place.index, dtype), backend)
     return b.dequantize_4bit(packed, state, dtype, out)

@@ -3,104 +3,79 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backends import choose
-from ..backends.machine.tuned import preferred
-from ..quant import as_quant_state
-from ..reference import Projection
-from .checks import check_backward, check_common, check_packed, check_weight
-
-_Trio = tuple[Tensor | None, Tensor | None, Tensor | None]
+from ..layer import Grads, Layer, Needs
+from .checks import check_backward, check_layer
+from .linear import choose_linear
 
 
 def shared_linear_fwd(
-    x: Tensor, projections: Sequence[Projection], *, backend: str | None = None
+    x: Tensor, layers: Sequence[Layer], *, backend: str | None = None
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Several LoRA linears of one x: all y_i, all S_i; see `reference.shared_linear_fwd`.
 
     Raises:
-        ValueError: a shape or a seed does not fit; no projection, or dense and 4-bit ones mixed.
-        TypeError: a dtype does not fit, or differs from that of the first projection.
+        ValueError: a shape or a seed does not fit; no layer, or dense and 4-bit ones mixed.
+        TypeError: a dtype does not fit, or differs from that of the first layer.
         RuntimeError: the backend asked for can't run the op; the message says why.
     """
-    projections = _check_projections(x, projections)
-    b = _choose("fwd", x, projections, backend)
-    return b.shared_linear_fwd(x, projections)
+    layers = _check_layers(x, layers)
+    # A backend that has the op of a single layer runs several of them, too.
+    b = choose_linear("lora_linear_fwd", x, layers[0], backend)
+    return b.shared_linear_fwd(x, layers)
 
 
 def shared_linear_bwd(
     dys: Sequence[Tensor | None],
     x: Tensor,
-    projections: Sequence[Projection],
+    layers: Sequence[Layer],
     Ss: Sequence[Tensor],
-    need_dx: bool,
-    needs: Sequence[tuple[bool, bool, bool]],
+    needs: Sequence[Needs],
     *,
     backend: str | None = None,
-) -> tuple[Tensor | None, tuple[_Trio, ...]]:
-    """`dx` and each `(dA, dB, dbias)`; see `reference.shared_linear_bwd`.
+) -> tuple[Tensor | None, tuple[Grads, ...]]:
+    """`dx` and the other gradients of each layer; see `reference.shared_linear_bwd`.
 
     Raises:
-        ValueError: a shape, a number of arguments or a seed does not fit.
-        TypeError: a dtype does not fit, or differs from that of the first projection.
+        ValueError: a shape, a number of arguments or a seed does not fit; the layers don't agree on
+            whether dx is needed.
+        TypeError: a dtype does not fit, or differs from that of the first layer.
         RuntimeError: the backend asked for can't run the op; the message says why.
     """
-    projections = _check_projections(x, projections)
+    layers = _check_layers(x, layers)
     for name, given in (("dys", dys), ("Ss", Ss), ("needs", needs)):
-        if len(given) != len(projections):
+        if len(given) != len(layers):
             raise ValueError(
-                f"{name} must have {len(projections)} entries, one for each projection, "
-                f"got {len(given)}"
+                f"{name} must have {len(layers)} entries, one for each layer, got {len(given)}"
             )
-    for dy, p, S in zip(dys, projections, Ss, strict=True):
+    if len({need.x for need in needs}) != 1:
+        raise ValueError("needs must have the same x in all layers, whose dx is one sum, got both")
+    for dy, layer, S in zip(dys, layers, Ss, strict=True):
         if dy is not None:
-            check_backward(dy, x, p.lora_B, S)
-    b = _choose("bwd", x, projections, backend)
-    return b.shared_linear_bwd(dys, x, projections, Ss, need_dx, needs)
+            check_backward(dy, x, layer, S)
+    b = choose_linear("lora_linear_bwd", x, layers[0], backend)
+    return b.shared_linear_bwd(dys, x, layers, Ss, needs)
 
 
-def _check_projections(x: Tensor, projections: Sequence[Projection]) -> list[Projection]:
-    """The projections with flat bytes and fastlora's quant states, after checking all of them."""
-    if not projections:
-        raise ValueError("projections must name at least one linear, got none")
-    checked: list[Projection] = []
-    for p in projections:
-        if (p.quant_state is None) != (projections[0].quant_state is None):
-            raise ValueError("projections must be all dense or all 4-bit, got both")
-        if p.quant_state is None:
-            check_weight(x, p.weight, p.lora_B)
-        else:
-            state = as_quant_state(p.quant_state)
-            weight = check_packed(x, p.weight, state, p.lora_B)
-            p = p._replace(weight=weight, quant_state=state)
-        check_common(x, p.bias, p.lora_A, p.lora_B, p.dropout_p, p.seed)
-        checked.append(p)
-        for name, dtype in _dtypes([p]).items():
-            if dtype != (first := _dtypes(checked)[name]):
-                raise TypeError(f"{name} must be the same in all projections, {first}, got {dtype}")
+def _check_layers(x: Tensor, layers: Sequence[Layer]) -> list[Layer]:
+    """The layers as `check_layer` returns them, after checking that one call can take them all."""
+    if not layers:
+        raise ValueError("layers must name at least one linear, got none")
+    checked: list[Layer] = []
+    for layer in layers:
+        if (layer.quant_state is None) != (layers[0].quant_state is None):
+            raise ValueError("layers must be all dense or all 4-bit, got both")
+        checked.append(check_layer(x, layer))
+        for name, dtype in _dtypes(layer).items():
+            if dtype != (first := _dtypes(checked[0])[name]):
+                raise TypeError(f"{name} must be the same in all layers, {first}, got {dtype}")
     return checked
 
 
-def _choose(
-    direction: str, x: Tensor, projections: Sequence[Projection], backend: str | None
-) -> ModuleType:
-    """The backend of the single op: one that has it runs several of them, too."""
-    first = projections[0]
-    what: dict[str, Any] = {"dtype": x.dtype, "index": x.device.index, **_dtypes(projections)}
-    if first.quant_state is None:
-        return choose(f"lora_linear_{direction}", x.device.type, backend, **what)
-    op, dtype = f"qlora_linear_{direction}", first.compute_dtype or x.dtype
-    prefer = preferred(op, x, dtype, *first.lora_B.shape)
-    return choose(op, x.device.type, backend, prefer=prefer, **what)
-
-
-def _dtypes(projections: Sequence[Projection]) -> dict[str, torch.dtype | None]:
-    """What `choose` asks of projections whose dtypes are those of the first."""
-    first = projections[0]
-    compute = None if first.quant_state is None else first.compute_dtype
-    return {"adapter_dtype": first.lora_A.dtype, "compute_dtype": compute}
+def _dtypes(layer: Layer) -> dict[str, torch.dtype | None]:
+    """The dtypes in which layers of one call have to agree."""
+    compute = None if layer.quant_state is None else layer.compute_dtype
+    return {"adapter_dtype": layer.lora_A.dtype, "compute_dtype": compute}

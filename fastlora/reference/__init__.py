@@ -6,22 +6,23 @@ inputs) and each result is rounded once, at the end.
 
 from __future__ import annotations
 
+from ..quant.absmax import nested
+from . import plain
 from .dora import (
     dora_dropout_bwd,
     dora_dropout_fwd,
     dora_magnitude_bwd,
     dora_magnitude_fwd,
     dora_norm,
-    qdora_norm,
 )
 from .dropout import PHILOX_ROUNDS, dropout_mask, dropout_threshold
 from .embedding import lora_embedding_bwd, lora_embedding_fwd
 from .gated import ACTIVATIONS, activate, gated_bwd, gated_fwd
 from .grouped import (
+    empty_grads,
+    fill,
     grouped_lora_linear_bwd,
     grouped_lora_linear_fwd,
-    grouped_qlora_linear_bwd,
-    grouped_qlora_linear_fwd,
     segments,
 )
 from .linear import (
@@ -29,19 +30,15 @@ from .linear import (
     lora_linear_bwd,
     lora_linear_fwd,
     merge_weight,
-    qlora_linear_bwd,
-    qlora_linear_fwd,
     shrink,
     skinny_bwd,
 )
-from .quantize import _quantize_absmax as _quantize_absmax
-from .quantize import dequantize_4bit, dequantize_absmax, nested, quantize_4bit
-from .shared import Projection, shared_linear_bwd, shared_linear_fwd
+from .quantize import dequantize_4bit, dequantize_absmax, quantize_4bit
+from .shared import shared_linear_bwd, shared_linear_fwd
 
 __all__ = [
     "ACTIVATIONS",
     "PHILOX_ROUNDS",
-    "Projection",
     "activate",
     "dequantize_4bit",
     "dequantize_absmax",
@@ -52,22 +49,20 @@ __all__ = [
     "dora_norm",
     "dropout_mask",
     "dropout_threshold",
+    "empty_grads",
     "expand_dx",
+    "fill",
     "gated_bwd",
     "gated_fwd",
     "grouped_lora_linear_bwd",
     "grouped_lora_linear_fwd",
-    "grouped_qlora_linear_bwd",
-    "grouped_qlora_linear_fwd",
     "lora_embedding_bwd",
     "lora_embedding_fwd",
     "lora_linear_bwd",
     "lora_linear_fwd",
     "merge_weight",
     "nested",
-    "qdora_norm",
-    "qlora_linear_bwd",
-    "qlora_linear_fwd",
+    "plain",
     "quantize_4bit",
     "segments",
     "shared_linear_bwd",

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..quant import QuantState
+from ..layer import Layer
 from .dropout import dropout_mask, dropout_threshold
 from .precision import sum_dtype
 from .quantize import dequantize_4bit
@@ -22,38 +22,26 @@ from .quantize import dequantize_4bit
 _BLOCK, _GPU_BLOCK = 2**19, 2**25
 
 
-def dora_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+def dora_norm(layer: Layer) -> Tensor:
     """`norms[n] = |W_n + scaling * (B A)_n|`, the sum and its norm in fp32.
 
     Args:
-        weight: [N, K], fp32, bf16 or fp16 (fp64 for checks).
-        lora_A: [R, K], in any of these dtypes.
-        lora_B: [N, R], lora_A's dtype.
-        scaling: factor of `B A`.
+        layer: its weight, a 4-bit one decoded to `quant_state.dtype`; its adapter, in any of the
+            dtypes fp32, bf16 and fp16 (fp64 for checks); its scaling. Nothing else is read.
 
     Returns:
         norms [N] in fp32 (fp64 where lora_A is).
     """
-    acc = sum_dtype(lora_A)
-    norms, A = lora_A.new_empty(weight.shape[0], dtype=acc), lora_A.to(acc)
+    weight, state = layer.weight, layer.quant_state
+    if state is not None:
+        weight = dequantize_4bit(weight, state)
+    acc = sum_dtype(layer.lora_A)
+    norms, A = layer.lora_A.new_empty(weight.shape[0], dtype=acc), layer.lora_A.to(acc)
     rows = _rows(weight)
-    for W, B, out in zip(*(t.split(rows) for t in (weight, lora_B, norms)), strict=True):
-        whole = torch.addmm(W.to(acc), B.to(acc), A, alpha=scaling)
+    for W, B, out in zip(*(t.split(rows) for t in (weight, layer.lora_B, norms)), strict=True):
+        whole = torch.addmm(W.to(acc), B.to(acc), A, alpha=layer.scaling)
         torch.linalg.vector_norm(whole, dim=1, out=out)
     return norms
-
-
-def qdora_norm(
-    weight: Tensor, quant_state: QuantState, lora_A: Tensor, lora_B: Tensor, scaling: float
-) -> Tensor:
-    """`dora_norm` of a 4-bit weight, decoded to `quant_state.dtype`.
-
-    Args:
-        weight: packed bytes of a [N, K] weight.
-        quant_state: how to decode them.
-        lora_A, lora_B, scaling: as in `dora_norm`.
-    """
-    return dora_norm(dequantize_4bit(weight, quant_state), lora_A, lora_B, scaling)
 
 
 def dora_magnitude_fwd(z: Tensor, factor: Tensor, rest: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@
 #include <cstring>
 #include <stdexcept>
 
-#include "cpu/amx_tiles.h"
+#include "cpu/isa/amx_tiles.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {
@@ -117,4 +117,4 @@ void multiply_add() {
 }  // namespace FASTLORA_ISA
 }  // namespace fastlora
 
-#include "cpu/amx.cpp"
+#include "cpu/isa/amx.cpp"

@@ -20,20 +20,21 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/kernels.h"
-#include "cpu/tile_sizes.h"
+#include "cpu/linear/experts.h"
+#include "cpu/runtime/kernels.h"
+#include "cpu/runtime/tile_sizes.h"
 
 namespace fastlora {
 
 #if defined(__x86_64__)
 namespace amx_emulated {
-extern const Kernels kTable;
+void multiply(const TileProduct<uint32_t>& product);
 }
 #endif
 
 namespace {
 
-const Kernels* table = nullptr;  // the kernels that run
+Level level;  // what runs
 TileSizes tiles;
 
 [[noreturn]] void fail(const char* what) {
@@ -104,8 +105,8 @@ class Call {
   }
   // Null if the call does not ask for it.
   template <class T>
-  T* output(int64_t elements, size_t size) {
-    outputs_.emplace_back(integer() ? static_cast<size_t>(elements) * size : 0);
+  T* output(int64_t elements, int64_t size) {
+    outputs_.emplace_back(integer() ? static_cast<size_t>(elements * size) : 0);
     return static_cast<T*>(outputs_.back().data());
   }
   void write() {
@@ -116,8 +117,6 @@ class Call {
     }
   }
 };
-
-size_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 const ParallelFor kBackwards = {
     [](int64_t tiles, int64_t, void (*body)(const void*, int64_t, int64_t), const void* context) {
@@ -142,7 +141,7 @@ Weight read_weight(Call& call) {
   weight.N = call.integer();
   weight.K = call.integer();
   weight.dense = call.array<void>();
-  weight.turned = call.integer() != 0;
+  weight.transposed = call.integer() != 0;
   weight.quant = read_quant(call);
   weight.compute_dtype = call.dtype();
   return weight;
@@ -156,7 +155,8 @@ Dropout read_dropout(Call& call) {
   return dropout;
 }
 
-void lora_linear_fwd(Call& call) {
+// A layer, or a stack of experts, whose arrays hold one expert after the other.
+LoraLinearFwd read_forward(Call& call) {
   LoraLinearFwd p{};
   p.tiles = tiles;
   p.M = call.integer();
@@ -174,10 +174,10 @@ void lora_linear_fwd(Call& call) {
   p.dropout = read_dropout(call);
   p.y = call.output<void>(p.M * p.weight.N, size_of(p.x_dtype));
   p.S = call.output<float>(p.M * p.R, sizeof(float));
-  table->lora_linear_fwd(&p, 1, kBackwards);
+  return p;
 }
 
-void lora_linear_bwd(Call& call) {
+LoraLinearBwd read_backward(Call& call, int64_t experts) {
   LoraLinearBwd p{};
   p.tiles = tiles;
   p.M = call.integer();
@@ -195,10 +195,39 @@ void lora_linear_bwd(Call& call) {
   p.scaling = call.real();
   p.dropout = read_dropout(call);
   p.dx = call.output<void>(p.M * p.weight.K, size_of(p.x_dtype));
-  p.dA = call.output<float>(p.R * p.weight.K, sizeof(float));
-  p.dB = call.output<float>(p.weight.N * p.R, sizeof(float));
+  p.dA = call.output<float>(experts * p.R * p.weight.K, sizeof(float));
+  p.dB = call.output<float>(experts * p.weight.N * p.R, sizeof(float));
   p.dbias = call.output<float>(p.weight.N, sizeof(float));
-  table->lora_linear_bwd(&p, 1, kBackwards);
+  return p;
+}
+
+void lora_linear_fwd(Call& call) {
+  const LoraLinearFwd p = read_forward(call);
+  level.lora_linear_fwd({&p, 1}, kBackwards);
+}
+
+void lora_linear_bwd(Call& call) {
+  const LoraLinearBwd p = read_backward(call, 1);
+  level.lora_linear_bwd({&p, 1}, kBackwards);
+}
+
+// Two threads, for the schedule: the longest experts get both, the others one each.
+const Threads kThreads = {2, kBackwards, kBackwards};
+
+Segments read_segments(Call& call) {
+  const int64_t experts = call.integer();
+  return segments_of(call.array<int64_t>(), experts);
+}
+
+void grouped_lora_linear_fwd(Call& call) {
+  const Segments segments = read_segments(call);
+  each_expert_fwd(level, read_forward(call), segments, kThreads);
+}
+
+void grouped_lora_linear_bwd(Call& call) {
+  const Segments segments = read_segments(call);
+  const int64_t experts = static_cast<int64_t>(segments.list.size());
+  each_expert_bwd(level, read_backward(call, experts), segments, kThreads);
 }
 
 void lora_embedding_fwd(Call& call) {
@@ -216,7 +245,7 @@ void lora_embedding_fwd(Call& call) {
   p.weight_scale = call.real();
   p.scaling = call.real();
   p.y = call.output<void>(p.M * p.N, size_of(p.dtype));
-  table->lora_embedding_fwd(p, kBackwards);
+  level.lora_embedding_fwd(p, kBackwards);
 }
 
 void lora_embedding_bwd(Call& call) {
@@ -236,7 +265,7 @@ void lora_embedding_bwd(Call& call) {
   p.padding_idx = call.integer();
   p.dA = call.output<float>(p.R * p.V, sizeof(float));
   p.dB = call.output<float>(p.N * p.R, sizeof(float));
-  table->lora_embedding_bwd(p, kBackwards);
+  level.lora_embedding_bwd(p, kBackwards);
 }
 
 void quantize_4bit(Call& call) {
@@ -249,7 +278,7 @@ void quantize_4bit(Call& call) {
   p.order = call.array<uint8_t>();
   p.packed = call.output<uint8_t>((p.elements + 1) / 2, 1);
   p.absmax = call.output<float>((p.elements + p.blocksize - 1) / p.blocksize, sizeof(float));
-  table->quantize_4bit(p, kBackwards);
+  level.quantize_4bit(p, kBackwards);
 }
 
 void dequantize_4bit(Call& call) {
@@ -258,7 +287,7 @@ void dequantize_4bit(Call& call) {
   p.quant = read_quant(call);
   p.dtype = call.dtype();
   p.out = call.output<void>(p.elements, size_of(p.dtype));
-  table->dequantize_4bit(p, kBackwards);
+  level.dequantize_4bit(p, kBackwards);
 }
 
 void dora_norm(Call& call) {
@@ -270,7 +299,7 @@ void dora_norm(Call& call) {
   p.lora_B = call.array<void>();
   p.scaling = call.real();
   p.norms = call.output<float>(p.weight.N, sizeof(float));
-  table->dora_norm(p, kBackwards);
+  level.dora_norm(p, kBackwards);
 }
 
 void dora_magnitude_fwd(Call& call) {
@@ -285,7 +314,7 @@ void dora_magnitude_fwd(Call& call) {
   p.rest = call.array<void>();
   p.ldrest = call.integer();
   p.y = call.output<void>(p.M * p.N, size_of(p.dtype));
-  table->dora_magnitude_fwd(p, kBackwards);
+  level.dora_magnitude_fwd(p, kBackwards);
 }
 
 void dora_magnitude_bwd(Call& call) {
@@ -301,7 +330,7 @@ void dora_magnitude_bwd(Call& call) {
   p.dz = call.output<void>(p.M * p.N, size_of(p.dtype));
   p.dfactor = call.output<float>(p.N, sizeof(float));
   p.drest = call.output<float>(p.N, sizeof(float));
-  table->dora_magnitude_bwd(p, kBackwards);
+  level.dora_magnitude_bwd(p, kBackwards);
 }
 
 void dora_dropout_fwd(Call& call) {
@@ -314,7 +343,7 @@ void dora_dropout_fwd(Call& call) {
   p.dropout = read_dropout(call);
   p.kept = call.output<void>(p.M * p.K, size_of(p.dtype));
   p.rest = call.output<void>(p.M * p.K, size_of(p.dtype));
-  table->dora_dropout_fwd(p, kBackwards);
+  level.dora_dropout_fwd(p, kBackwards);
 }
 
 void dora_dropout_bwd(Call& call) {
@@ -328,24 +357,25 @@ void dora_dropout_bwd(Call& call) {
   p.lddrest = call.integer();
   p.dropout = read_dropout(call);
   p.dx = call.output<void>(p.M * p.K, size_of(p.dtype));
-  table->dora_dropout_bwd(p, kBackwards);
+  level.dora_dropout_bwd(p, kBackwards);
 }
 
-void (*const kRun[])(Call&) = {lora_linear_fwd,    lora_linear_bwd,    lora_embedding_fwd,
-                               lora_embedding_bwd, quantize_4bit,      dequantize_4bit,
-                               dora_norm,          dora_magnitude_fwd, dora_magnitude_bwd,
-                               dora_dropout_fwd,   dora_dropout_bwd};
+void (*const kRun[])(Call&) = {
+#define FASTLORA_KERNEL(name, Params) name,
+#include "cpu/runtime/kernels.def"
+    grouped_lora_linear_fwd, grouped_lora_linear_bwd};
 
-void choose(bool emulated_amx) {
-  table = &kernels();
-#if defined(__x86_64__)
+void choose([[maybe_unused]] bool emulated_amx) {
+  level = kernels();
   if (emulated_amx) {
-    table = &amx_emulated::kTable;
-  }
+#if defined(__x86_64__)
+    level = *level_named("amx");
+    level.pair_product = amx_emulated::multiply;
 #else
-  if (emulated_amx) fail("AMX is emulated on x86-64 alone");
+    fail("AMX is emulated on x86-64 only");
 #endif
-  tiles = default_tile_sizes(table->isa, cache_sizes());
+  }
+  tiles = default_tile_sizes(level.isa, cache_sizes());
 }
 
 int run(const char* calls_path, const char* results_path) {
@@ -360,7 +390,7 @@ int run(const char* calls_path, const char* results_path) {
   }
   std::fclose(calls);
   if (std::fclose(results) != 0) fail("RESULTS can't be written");
-  std::puts(table->isa);
+  std::puts(level.isa);
   return 0;
 }
 

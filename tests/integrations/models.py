@@ -12,7 +12,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fastlora.integrations.peft.plan.plan import LAST_REASON
+from fastlora.integrations.peft.plan.reasons import LAST_REASON
 from fastlora.quant import as_quant_state
 from fastlora.reference import dequantize_4bit, dropout_mask, dropout_threshold
 from tests.tolerance import assert_close_to_exact

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 import fastlora
 from fastlora.backends import native
 from fastlora.integrations import peft as integration
-from fastlora.integrations.peft.run.embedding import FastLoraEmbedding
-from fastlora.integrations.peft.run.parameter import FastParamWrapper
+from fastlora.integrations.peft.layers import FastLoraEmbedding, FastParamWrapper
 from tests.integrations.conftest import BACKENDS
 from tests.integrations.models import (
     MLP,

@@ -15,7 +15,8 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 
 import fastlora
 from fastlora.integrations.peft import fast_path
-from fastlora.integrations.peft.run.embedding import FastLoraEmbedding, embedding_plan
+from fastlora.integrations.peft.layers import FastLoraEmbedding
+from fastlora.integrations.peft.plan.embedding import embedding_plan
 from tests.integrations.models import assert_all_close, gradients, last_reasons, lora_layers
 
 V, N, PADDING = 23, 37, 4

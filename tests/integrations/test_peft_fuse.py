@@ -33,7 +33,7 @@ from fastlora.integrations.peft.fuse import shared as peft_shared
 from fastlora.integrations.peft.fuse.join import Fusion
 from fastlora.integrations.peft.fuse.mlp import GATED
 from fastlora.integrations.peft.merge.layer import copy_of
-from fastlora.integrations.peft.plan.plan import SHARED
+from fastlora.integrations.peft.plan.reasons import SHARED
 from tests.integrations.models import (
     VOCAB,
     assert_all_close,

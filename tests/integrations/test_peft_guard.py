@@ -2,14 +2,16 @@
 
 Each case starts from a layer for which the fast path holds, changes one thing, and wants the one
 sentence that names it. A condition that is taken out of the guard fails its case here.
+
+A layer keeps the answer of its latest call (`plan/kept.py`). So every test here runs twice: on a
+layer that nobody has called, and on one that has been called before the change. `test_case` then
+takes the change back, too.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import bitsandbytes
@@ -24,10 +26,12 @@ from torch.autograd import forward_ad
 
 import fastlora
 from fastlora.integrations.peft import fast_path
+from fastlora.integrations.peft.plan.call import Casts, Parts
 from fastlora.integrations.peft.plan.casts import casts
 from fastlora.integrations.peft.plan.parts import layer_parts
-from fastlora.integrations.peft.plan.plan import LAST_REASON
-from fastlora.integrations.peft.run.linear import Casts, Parts
+from fastlora.integrations.peft.plan.reasons import LAST_REASON
+from tests.integrations import calls
+from tests.integrations.calls import Call, bf16, dense, four_bit
 from tests.integrations.models import MLP, MLP4bit, fill_adapters, lora_layers, peft_model
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -50,48 +54,9 @@ class MyLinear(nn.Linear):
     pass
 
 
-@dataclass
-class Call:
-    """A layer and what it is called with."""
-
-    layer: Any
-    x: Tensor
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    around: Callable[[], AbstractContextManager[Any]] = nullcontext
-    # The same call on PEFT's own layer fails, so that there is nothing to compare.
-    stock_raises: type[Exception] | None = None
-
-    @property
-    def base(self) -> Any:
-        return self.layer.base_layer
-
-    @property
-    def A(self) -> Any:
-        return self.layer.lora_A["default"]
-
-    @property
-    def B(self) -> Any:
-        return self.layer.lora_B["default"]
-
-
-def dense(**options: Any) -> Call:
-    model = peft_model(MLP(), **options).train()
-    fastlora.accelerate(model, verbose=False)
-    return Call(lora_layers(model)[0], torch.randn(2, 5, 37))
-
-
-def four_bit(**options: Any) -> Call:
-    model = peft_model(MLP4bit(**options)).train()
-    fastlora.accelerate(model, verbose=False)
-    return Call(lora_layers(model)[0], torch.randn(2, 5, 64))
-
-
-def bf16() -> Call:
-    call = dense()
-    call.base.to(BF16)
-    call.x = call.x.to(BF16)
-    return call
+@pytest.fixture(autouse=True, params=["first call", "later call"])
+def called_before(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "CALL_FIRST", request.param == "later call")
 
 
 # ---- the cases -----------------------------------------------------------------------------------
@@ -266,6 +231,14 @@ def dora_before_variants() -> Call:
     """Layers pickled by a PEFT that had no variants know DoRA by `use_dora` alone."""
     call = dense()
     call.layer.use_dora["default"] = True
+    return call
+
+
+@case("the adapter is a LoRA variant (object)")
+def unknown_variant() -> Call:
+    call = dense()
+    call.layer.lora_variant["default"] = object()
+    call.stock_raises = AttributeError
     return call
 
 
@@ -558,6 +531,20 @@ def partitioned_base_weight() -> Call:
     return call
 
 
+@case("base weight has shape (53, 37), not (54, 37) (sharded?)")
+def another_out_features() -> Call:
+    call = dense()
+    call.layer.out_features = 54
+    return call
+
+
+@case("base weight has shape (53, 37), not (53, 36) (sharded?)")
+def another_in_features() -> Call:
+    call = dense()
+    call.layer.in_features = 36
+    return call
+
+
 @case("lora_A has shape (0,), not (0, 37) (sharded?)")
 def partitioned_lora_A() -> Call:
     call = dense()
@@ -816,6 +803,11 @@ def test_case(name: str, reason: str, make: Case) -> None:
             for our, their in pairs:
                 torch.testing.assert_close(our, their, rtol=0, atol=0)
         assert call.layer.__dict__[LAST_REASON] == reason
+    if call.snapshot is not None:
+        call = call.snapshot.restore()
+        assert fast_path(call.layer, call.x) == (True, "")
+        assert torch.equal(call.result(), call.first)
+        assert call.layer.__dict__[LAST_REASON] == ""
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -1011,13 +1003,13 @@ def test_autocast_that_is_off_is_none() -> None:
 
 def test_no_fallback_on_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
     """An error inside the fast path reaches the caller; nothing hides it."""
-    from fastlora.integrations.peft.run import linear as peft_run
+    from fastlora.integrations.peft.run import linear
 
     def broken(*args: object, **kwargs: object) -> Tensor:
         raise RuntimeError("broken kernel")
 
-    monkeypatch.setattr(peft_run, "lora_linear", broken)
     call = dense()
+    monkeypatch.setattr(linear, "linear", broken)
     with pytest.raises(RuntimeError, match="broken kernel"):
         call.layer(call.x)
 

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 import fastlora
 from fastlora import ops
 from fastlora.integrations import bitsandbytes as bnb
+from fastlora.integrations.peft.layers import FastLoraLinear
 from fastlora.integrations.peft.merge import layer as peft_merge_layer
 from fastlora.integrations.peft.merge.merge import INTO
 from fastlora.integrations.peft.merge.moments import InputMoments
-from fastlora.integrations.peft.swap import FastLoraLinear
 from tests.integrations.models import (
     MLP,
     MLP4bit,

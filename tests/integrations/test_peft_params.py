@@ -29,8 +29,9 @@ from transformers import (
 
 import fastlora
 from fastlora.integrations.peft import fast_path
+from fastlora.integrations.peft.layers import FastParamWrapper
+from fastlora.integrations.peft.plan.parameter import param_parts
 from fastlora.integrations.peft.run.adapted_weight import AdaptedWeight, adapted_weight
-from fastlora.integrations.peft.run.parameter import FastParamWrapper, param_parts
 from tests.integrations.conftest import BACKENDS
 from tests.integrations.models import (
     VOCAB,

@@ -12,7 +12,7 @@ from peft.tuners.lora.config import BdLoraConfig, KasaConfig, VeloraConfig
 from torch import Tensor, nn
 
 import fastlora
-from fastlora.integrations.peft.run.linear import Plan
+from fastlora.integrations.peft.run import linear as peft_run
 from tests.integrations.models import (
     MLP,
     MLP4bit,
@@ -106,7 +106,7 @@ def test_every_token_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object) -> None:
         raise AssertionError("tokens were gathered")
 
-    monkeypatch.setattr(Plan, "_invoke", refuse)
+    monkeypatch.setattr(peft_run, "invoke", refuse)
     fast(torch.randn(ROWS, LENGTH, K), alora_offsets=[LENGTH, LENGTH + 1, LENGTH])
     with pytest.raises(AssertionError, match="gathered"):
         fast(torch.randn(ROWS, LENGTH, K), alora_offsets=[LENGTH, LENGTH, 1])

@@ -1,6 +1,6 @@
 // out = code[q] * absmax, in fp32, rounded once to the output's dtype.
-#include "../table.h"
-#include "../weights.h"
+#include "../runtime/table.h"
+#include "../weight/weights.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {
@@ -57,9 +57,9 @@ void dequantize(const Dequantize4bit& p, int64_t begin, int64_t end) {
 
 }  // namespace
 
-void dequantize_4bit(const Dequantize4bit& p, const ParallelFor& parallel) {
+void dequantize_4bit(const Dequantize4bit& p, const Machine& machine) {
   Context context{&p};
-  parallel.run(
+  machine.parallel.run(
       ceil_div(p.elements, kStep), kNeighbours,
       [](const void* c, int64_t begin, int64_t end) {
         const Dequantize4bit& p = *static_cast<const Context*>(c)->p;

@@ -1,7 +1,7 @@
 // dx = mask * dkept + (1 - scale * mask) * drest in one pass, with the forward's mask made anew.
 #include "../dropout.h"
-#include "../table.h"
-#include "../tiles.h"
+#include "../runtime/table.h"
+#include "../runtime/tiles.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {
@@ -38,11 +38,11 @@ struct DropoutBwd {
 
 }  // namespace
 
-void dora_dropout_bwd(const DoraDropoutBwd& p, const ParallelFor& parallel) {
+void dora_dropout_bwd(const DoraDropoutBwd& p, const Machine& machine) {
   with_type(p.dtype, [&](auto* type) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
     DropoutBwd<T> kernel{p};
-    for_each_tile(parallel, &kernel, &DropoutBwd<T>::rows, ceil_div(p.M, kTokens), 4);
+    for_each_tile(machine.parallel, &kernel, &DropoutBwd<T>::rows, ceil_div(p.M, kTokens), 4);
   });
 }
 

@@ -1,8 +1,8 @@
 // kept = mask * x and rest = x - scale * mask * x, in one pass over x: the two inputs of DoRA's products
 // with W, which add up to x.
 #include "../dropout.h"
-#include "../table.h"
-#include "../tiles.h"
+#include "../runtime/table.h"
+#include "../runtime/tiles.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {
@@ -39,11 +39,11 @@ struct DropoutFwd {
 
 }  // namespace
 
-void dora_dropout_fwd(const DoraDropoutFwd& p, const ParallelFor& parallel) {
+void dora_dropout_fwd(const DoraDropoutFwd& p, const Machine& machine) {
   with_type(p.dtype, [&](auto* type) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
     DropoutFwd<T> kernel{p};
-    for_each_tile(parallel, &kernel, &DropoutFwd<T>::rows, ceil_div(p.M, kTokens), 4);
+    for_each_tile(machine.parallel, &kernel, &DropoutFwd<T>::rows, ceil_div(p.M, kTokens), 4);
   });
 }
 

@@ -1,6 +1,6 @@
 // y = factor * z + rest in one pass, rounded once.
-#include "../table.h"
-#include "../tiles.h"
+#include "../runtime/table.h"
+#include "../runtime/tiles.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {
@@ -29,13 +29,14 @@ struct MagnitudeFwd {
 
 }  // namespace
 
-void dora_magnitude_fwd(const DoraMagnitudeFwd& p, const ParallelFor& parallel) {
+void dora_magnitude_fwd(const DoraMagnitudeFwd& p, const Machine& machine) {
   with_type(p.dtype, [&](auto* type) {
     with_type(p.rest_dtype, [&](auto* rest) {
       using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
       using Rest = std::remove_const_t<std::remove_pointer_t<decltype(rest)>>;
       MagnitudeFwd<T, Rest> kernel{p};
-      for_each_tile(parallel, &kernel, &MagnitudeFwd<T, Rest>::rows, ceil_div(p.M, kTokens), 4);
+      for_each_tile(machine.parallel, &kernel, &MagnitudeFwd<T, Rest>::rows, ceil_div(p.M, kTokens),
+                    4);
     });
   });
 }

@@ -1,7 +1,7 @@
-#include "../linear_bwd.h"
+#include "../linear/bwd.h"
 
-#include "../table.h"
-#include "../with_weight.h"
+#include "../runtime/table.h"
+#include "../weight/with_weight.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {
@@ -16,17 +16,16 @@ static void clear(const LoraLinearBwd& p) {
   fill(p.dbias, p.weight.N);
 }
 
-void lora_linear_bwd(LoraLinearBwd* layers, int64_t count, const ParallelFor& parallel) {
-  if (layers->M == 0) {
-    for (int64_t i = 0; i < count; i++) clear(layers[i]);
+void lora_linear_bwd(const LayersOf<LoraLinearBwd>& layers, const Machine& machine) {
+  const LoraLinearBwd& first = *layers.data;
+  if (first.M == 0) {
+    for (int64_t i = 0; i < layers.count; i++) clear(layers.data[i]);
     return;
   }
-  with_weight(layers->weight, layers->x_dtype, [&](auto compute, auto* x, auto* source) {
+  with_weight(first.weight, first.x_dtype, [&](auto compute, auto* x, auto* source) {
     using X = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
     using Source = std::remove_const_t<std::remove_pointer_t<decltype(source)>>;
-    using Kernel = SharedBwd<decltype(compute), X, Source>;
-    const size_t bytes = Kernel::shared_bytes(layers, count);
-    Kernel(layers, count, parallel).run(static_cast<char*>(scratch(Scratch::shared, bytes)));
+    SharedBwd<decltype(compute), X, Source>(layers, machine).run();
   });
   trim_scratch(Scratch::shared);
 }

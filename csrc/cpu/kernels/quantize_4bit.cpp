@@ -3,8 +3,8 @@
 // The arithmetic is bitsandbytes': a full block is multiplied by 1 / max(absmax, 1e-38), the last, short
 // one is divided by its absmax, which is stored with the same floor; a value on the midpoint of two
 // codes takes the lower one, NaN the highest.
-#include "../table.h"
-#include "../weights.h"
+#include "../runtime/table.h"
+#include "../weight/weights.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {
@@ -54,11 +54,11 @@ void quantize_block(const Quantize4bit& p, int64_t block) {
 
 }  // namespace
 
-void quantize_4bit(const Quantize4bit& p, const ParallelFor& parallel) {
+void quantize_4bit(const Quantize4bit& p, const Machine& machine) {
   struct Context {
     const Quantize4bit* p;
   } context{&p};
-  parallel.run(
+  machine.parallel.run(
       ceil_div(p.elements, p.blocksize), kNeighbours,
       [](const void* c, int64_t begin, int64_t end) {
         const Quantize4bit& p = *static_cast<const Context*>(c)->p;

@@ -1,12 +1,20 @@
-"""Whether a GPU can run the compiled kernels: asked before every op, looked up once."""
+"""A GPU as the kernels see it: whether it can run them, and how the cache of choices names it."""
 
 from __future__ import annotations
 
 import functools
+import importlib.metadata
+import os
+from pathlib import Path
 
 import torch
 
+from ... import tuning
+
 _FIRST = (8, 0)  # compute capability of the kernels' oldest target
+
+# M, N, K, R of an op.
+Sizes = tuple[int, int, int, int]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -29,7 +37,44 @@ def unsupported_gpu(index: int | None) -> str | None:
 
 @functools.cache
 def _capability(index: int | None) -> tuple[int, int]:
-    # What raises is not cached.
+    # functools.cache doesn't cache exceptions, so a GPU that appears later is found.
     if not torch.cuda.is_available():
         raise LookupError
     return torch.cuda.get_device_capability(index)
+
+
+def interpreted() -> bool:
+    """True when Triton's interpreter runs the kernels, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+@functools.cache
+def triton_version() -> str | None:
+    """Triton's version, None without Triton. It is read, not imported."""
+    try:
+        return importlib.metadata.version("triton").partition("+")[0]
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def device_key(index: int) -> str:
+    """How the cache of choices names a GPU: its name, its driver and Triton's version."""
+    name = torch.cuda.get_device_properties(index).name
+    return tuning.device_key(name, _driver(), f"triton {triton_version()}")
+
+
+def _driver() -> str:
+    """The kernel driver's version, or the toolkit that torch was built with where it is hidden."""
+    try:
+        words = Path("/proc/driver/nvidia/version").read_text().split()
+        return "driver " + next(word for word in words if word[0].isdigit() and "." in word)
+    except (OSError, StopIteration):
+        return f"CUDA {torch.version.cuda}, HIP {torch.version.hip}"
+
+
+def shape_key(dtype: torch.dtype, sizes: Sizes) -> str:
+    """How the cache names a shape: the same for all M, and for all R, of one power of two."""
+    M, N, K, R = sizes
+    name = str(dtype).removeprefix("torch.")
+    return f"{name} M{tuning.size_class(M)} N{N} K{K} R{tuning.size_class(R)}"

@@ -8,12 +8,19 @@ import torch
 from torch import Tensor
 
 from ... import tuning
+from ...layer import Layer
+from .gpu import Sizes, device_key, shape_key, triton_version
 
 # Tokens above this share what was kept for the last class.
 _MOST_TOKENS = 2**24
 
 
-def key(op: str) -> str:
+def op_key(op: str, four_bit: bool) -> str:
+    """How the cache names an op: with a 4-bit base it is `qlora_linear_fwd` or `_bwd`."""
+    return f"q{op}" if four_bit else op
+
+
+def backend_key(op: str) -> str:
     """How the cache names the choice of a backend, beside the op's own choice of a tile."""
     return f"{op}, backend"
 
@@ -23,7 +30,7 @@ class Kept(NamedTuple):
 
     Args:
         backend: the fastest one.
-        kernel: the fastest of the native backend's, as `native_cuda.kernels` names them; None where
+        kernel: the fastest of the native backend's, as `native.cuda.kernels` names them; None where
             all were slower than addmm, or where none was measured by its name.
     """
 
@@ -31,51 +38,32 @@ class Kept(NamedTuple):
     kernel: str | None
 
 
-def preferred(op: str, x: Tensor, dtype: torch.dtype, N: int, R: int) -> str | None:
-    """The backend that was kept for an op on x's device, or None.
+def kept(op: str, x: Tensor, layer: Layer) -> Kept | None:
+    """What was kept for an op on x's device, or None.
 
     Args:
-        op: of a 4-bit base, the only ones that two backends have kernels for.
+        op: `lora_linear_fwd` or `_bwd`; only for a 4-bit base do two backends have kernels.
         x: [M, K].
-        dtype: of the base product.
-        N, R: out_features and rank.
+        layer: of a 4-bit weight.
     """
-    kept = _kept(op, x, dtype, N, R)
-    return None if kept is None else kept.backend
-
-
-def native_kernel(op: str, x: Tensor, dtype: torch.dtype, N: int, R: int) -> str | None:
-    """The native backend's kernel that was kept for an op on x's device, or None.
-
-    Args: as in `preferred`.
-    """
-    kept = _kept(op, x, dtype, N, R)
-    return None if kept is None else kept.kernel
-
-
-def _kept(op: str, x: Tensor, dtype: torch.dtype, N: int, R: int) -> Kept | None:
-    if x.device.type != "cuda":
+    if x.device.type != "cuda" or layer.quant_state is None:
         return None
     index = torch.cuda.current_device() if x.device.index is None else x.device.index
-    M, K = x.shape
+    (M, K), (N, R) = x.shape, layer.lora_B.shape
+    dtype, key = layer.compute_dtype or x.dtype, op_key(op, four_bit=True)
     if not torch.compiler.is_compiling():
-        return _lookup(op, index, dtype, (M, N, K, R))
-    for tokens, kept in _by_tokens(op, index, dtype, (N, K, R)):
+        return _lookup(key, index, dtype, (M, N, K, R))
+    for tokens, found in _by_tokens(key, index, dtype, (N, K, R)):
         if tokens // 2 < M <= tokens:
-            return kept
+            return found
     return None
 
 
-def _lookup(op: str, index: int, dtype: torch.dtype, sizes: tuple[int, ...]) -> Kept | None:
-    from .. import triton
-
+def _lookup(op: str, index: int, dtype: torch.dtype, sizes: Sizes) -> Kept | None:
     # Without Triton nothing was measured.
-    if triton.unavailable_reason() is not None:
+    if triton_version() is None:
         return None
-    from ..triton.launch import cuda_launcher, shape_key
-
-    M, N, K, R = sizes
-    choice = tuning.lookup(cuda_launcher(index).key, key(op), shape_key(dtype, (M, N, K, R)))
+    choice = tuning.lookup(device_key(index), backend_key(op), shape_key(dtype, sizes))
     if choice is None:
         return None
     return Kept(str(choice["backend"]), str(choice["kernel"]) if "kernel" in choice else None)
@@ -83,12 +71,12 @@ def _lookup(op: str, index: int, dtype: torch.dtype, sizes: tuple[int, ...]) -> 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _by_tokens(
-    op: str, index: int, dtype: torch.dtype, sizes: tuple[int, ...]
+    op: str, index: int, dtype: torch.dtype, sizes: tuple[int, int, int]
 ) -> tuple[tuple[int, Kept], ...]:
     """What was kept by class of M: a compiled graph compares its M, which may be a symbol."""
     found, tokens = [], 1
     while tokens <= _MOST_TOKENS:
-        if kept := _lookup(op, index, dtype, (tokens, *sizes)):
-            found.append((tokens, kept))
+        if choice := _lookup(op, index, dtype, (tokens, *sizes)):
+            found.append((tokens, choice))
         tokens *= 2
     return tuple(found)

@@ -17,12 +17,14 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ...quant import NESTED_BLOCKSIZE
+from ...layer import Layer, Needs
+from ...quant import NESTED_BLOCKSIZE, QuantState
 from ...tuning import Choice
-from .kernels.dequantize_4bit import Packed, dequantize_4bit
-from .launch import Launcher, Sizes, choice_of
-from .lora_linear import lora_linear_bwd, lora_linear_fwd
-from .qlora_linear import qlora_linear_bwd, qlora_linear_fwd
+from ..machine.gpu import Sizes
+from ..schemas import packed
+from .kernels.dequantize_4bit import dequantize_4bit
+from .launch import Launcher, choice_of
+from .linear import lora_linear_bwd, lora_linear_fwd
 from .tiles import Tile
 
 _TYPES = {
@@ -151,13 +153,13 @@ def op_calls(
     R: int,
     dtype: torch.dtype,
     adapter_dtype: torch.dtype,
-    layer: tuple[int, int] = LAYER,
+    shape: tuple[int, int] = LAYER,
 ) -> Iterator[tuple[str, Callable[[Launcher], Any]]]:
     """The ops on [M, K] tokens without data: the direction of their base product, and the call.
 
     For the 4-bit ops M is held to what their class of GPU takes inside the product.
     """
-    N, K = layer
+    N, K = shape
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -167,28 +169,34 @@ def op_calls(
     A, B = empty(R, K, dtype=adapter_dtype), empty(N, R, dtype=adapter_dtype)
     S, seed = empty(M, R, dtype=torch.float32), empty(1, dtype=torch.int64)
     blocks = N * K // 64
-    packed = Packed(
-        empty(N * K // 2, dtype=torch.uint8),
-        empty(blocks, dtype=torch.uint8),
-        empty(16, dtype=torch.float32),
-        empty(blocks // NESTED_BLOCKSIZE, dtype=torch.float32),
-        empty(256, dtype=torch.float32),
-        empty(dtype=torch.float32),
-        64,
+    scales = empty(blocks // NESTED_BLOCKSIZE, dtype=torch.float32)
+    table = empty(256, dtype=torch.float32)
+    state = QuantState(
+        absmax=empty(blocks, dtype=torch.uint8),
+        shape=torch.Size((N, K)),
+        code=empty(16, dtype=torch.float32),
+        dtype=dtype,
+        blocksize=64,
+        quant_type="nf4",
+        offset=empty(dtype=torch.float32),
+        state2=QuantState(
+            scales, torch.Size((blocks,)), table, torch.float32, NESTED_BLOCKSIZE, "dynamic"
+        ),
     )
-    options, needs = (1.5, 0.1, seed), (True, True, True, True)
-    yield "fwd", lambda gpu: lora_linear_fwd(gpu, x, weight, bias, A, B, *options)
-    yield "dx", lambda gpu: lora_linear_bwd(gpu, dy, x, weight, A, B, S, *options, needs)
+    dense = Layer(weight, A, B, 1.5, bias, dropout_p=0.1, seed=seed)
+    four_bit = dense._replace(weight=empty(N * K // 2, dtype=torch.uint8), quant_state=state)
+    needs = Needs(True, True, True, True)
+    yield "fwd", lambda gpu: lora_linear_fwd(gpu, x, dense)
+    yield "dx", lambda gpu: lora_linear_bwd(gpu, dy, x, dense, S, needs)
 
     def fused_fwd(gpu: Launcher) -> None:
-        few = x[: gpu.limits.fused_4bit]
-        qlora_linear_fwd(gpu, few, packed, dtype, bias, A, B, *options)
+        lora_linear_fwd(gpu, x[: gpu.limits.fused_4bit], four_bit)
 
     def fused_dx(gpu: Launcher) -> None:
         m = gpu.limits.fused_4bit
-        qlora_linear_bwd(gpu, dy[:m], x[:m], packed, dtype, A, B, S[:m], *options, needs)
+        lora_linear_bwd(gpu, dy[:m], x[:m], four_bit, S[:m], needs)
 
     if dtype != torch.float32:
         yield "fwd", fused_fwd
         yield "dx", fused_dx
-    yield "", lambda gpu: dequantize_4bit(gpu, packed, weight)
+    yield "", lambda gpu: dequantize_4bit(gpu, packed(four_bit.weight, state), weight)

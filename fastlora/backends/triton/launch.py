@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,22 +11,12 @@ import triton
 from torch import Tensor
 
 from ... import tuning
+from ..machine.gpu import Sizes, device_key, shape_key, triton_version
 from .tiles import ARCHS, Arch, Tile, arch_class, default_tile
 
-__all__ = ["Launcher", "Tile", "launcher"]
-
-# M, N, K, R of an op.
-Sizes = tuple[int, int, int, int]
-_INTERPRETER = tuning.device_key("interpreter", f"triton {triton.__version__}")
+_INTERPRETER = tuning.device_key("interpreter", f"triton {triton_version()}")
 # Programs for each processor when a sum is split: enough to hide the tail, few partial sums.
 _WAVES = 2
-
-
-def shape_key(dtype: torch.dtype, sizes: Sizes) -> str:
-    """How the cache names a shape: the same for all M, and for all R, of one power of two."""
-    M, N, K, R = sizes
-    name = str(dtype).removeprefix("torch.")
-    return f"{name} M{tuning.size_class(M)} N{N} K{K} R{tuning.size_class(R)}"
 
 
 def tile_of(choice: tuning.Choice) -> Tile | None:
@@ -156,17 +145,7 @@ def cuda_launcher(index: int) -> Launcher:
         arch = "gfx942"
     else:
         arch = arch_class((properties.major, properties.minor))
-    key = tuning.device_key(properties.name, _driver(), f"triton {triton.__version__}")
-    return Launcher(arch, properties.multi_processor_count, index, key)
-
-
-def _driver() -> str:
-    """The kernel driver's version, or the toolkit that torch was built with where it hides it."""
-    try:
-        words = Path("/proc/driver/nvidia/version").read_text().split()
-        return "driver " + next(word for word in words if word[0].isdigit() and "." in word)
-    except (OSError, StopIteration):
-        return f"CUDA {torch.version.cuda}, HIP {torch.version.hip}"
+    return Launcher(arch, properties.multi_processor_count, index, device_key(index))
 
 
 def launcher(x: Tensor) -> Launcher:

@@ -15,18 +15,22 @@ from torch import Tensor
 from torch.nn.functional import dropout
 
 from ... import reference, tuning
+from ...layer import Grads, Layer, Needs
+from ...reference import plain
 from ...tolerance import exceeds
-from .. import native, native_cuda
+from .. import native
+from ..contract import Request
 from ..machine import tuned
-from ..native_cuda import state_args
+from ..machine.gpu import Sizes, shape_key
+from ..schemas import Packed, packed
 from .kernels.base_product_4bit import fits
-from .kernels.dequantize_4bit import Packed, dequantize_4bit
-from .launch import Launcher, Sizes, choice_of, launcher, shape_key
-from .lora_linear import lora_linear_bwd, lora_linear_fwd
-from .qlora_linear import qlora_linear_bwd, qlora_linear_fwd
+from .kernels.dequantize_4bit import dequantize_4bit
+from .launch import choice_of, launcher
+from .linear import lora_linear_bwd, lora_linear_fwd
 from .tiles import candidates
 
 _SCALING = 1.5
+_NEEDS = Needs()
 # y and dx are compared on so many tokens, the first, the last and some between: each row of them
 # depends on its own token alone, and each tile of tokens may be at fault.
 _ROWS = 192
@@ -41,7 +45,7 @@ class Problem:
     """An op in one size.
 
     Args:
-        op: "lora_linear_fwd", "lora_linear_bwd" or the two of a 4-bit base.
+        op: "lora_linear_fwd", "lora_linear_bwd", or with a "q" before them for a 4-bit base.
         sizes: M, N, K, R.
         dtype: of x and of the product.
         adapter_dtype: of A and B.
@@ -61,6 +65,11 @@ class Problem:
     def four_bit(self) -> bool:
         """True for a 4-bit base."""
         return self.op.startswith("q")
+
+    @property
+    def linear_op(self) -> str:
+        """The op's name for the backends, which don't tell a 4-bit base by it."""
+        return self.op.removeprefix("q")
 
     @property
     def is_forward(self) -> bool:
@@ -88,18 +97,21 @@ class Trial:
         self.A = normal(R, K, by=K, dtype=problem.adapter_dtype)
         self.B = normal(N, R, by=R, dtype=problem.adapter_dtype)
         self.seed = torch.tensor([7], device=device)
-        self.packed = self.quantised = None
+        self.layer = Layer(self.weight, self.A, self.B, _SCALING, None, None, None,
+                           problem.dropout_p, self.seed)  # fmt: skip
+        self.packed: Packed | None = None
         if problem.four_bit:
-            data, state = self.quantised = reference.quantize_4bit(
+            data, state = reference.quantize_4bit(
                 self.weight, problem.blocksize, problem.quant_type, True
             )
-            self.packed = Packed(data.view(-1), *state_args(state))
+            self.packed = packed(data.view(-1), state)
+            self.layer = self.layer._replace(weight=data.view(-1), quant_state=state)
             self.weight = reference.dequantize_4bit(data, state, problem.dtype)
         self.gpu = launcher(self.x)
         spread = torch.linspace(0, M - 1, min(M, _ROWS), dtype=torch.float64)
         self.rows = spread.round().long().to(device)
         self._right: tuple[Tensor, Tensor] | None = None
-        _, self.S = self._forward(self.gpu)
+        _, self.S = lora_linear_fwd(self.gpu, self.x, self.layer)
 
     def choices(self) -> list[tuning.Choice]:
         """What may run the op here: the vendor's product, the native backend, tiles that fit."""
@@ -116,29 +128,38 @@ class Trial:
     def _native_choices(self) -> list[tuning.Choice]:
         """The native backend; on a GPU each of its kernels that can run the op in this size."""
         problem, device = self.problem, self.x.device
-        dtypes = (problem.dtype, problem.adapter_dtype, problem.dtype)
-        if not problem.four_bit or native.unsupported(
-            problem.op, device.type, *dtypes, device.index
-        ):
+        request = Request.of(problem.linear_op, self.x, self.layer)
+        if not problem.four_bit or native.unsupported(request):
             return []
         if device.type != "cuda":
             return [NATIVE]
         M, _, K, _ = problem.sizes
-        able = native_cuda.kernels(problem.op, M, K, problem.blocksize, problem.dtype)
+        able = native.cuda.kernels(problem.linear_op, M, K, problem.blocksize, problem.dtype)
         return [{**NATIVE, "kernel": kernel} for kernel in able]
 
     def call(self, choice: tuning.Choice) -> Call:
         """The whole op with this choice."""
         if _is_native(choice):
-            native_call = self._native_forward if self.problem.is_forward else self._native_backward
-            return lambda: native_call(choice.get("kernel"))
+            return lambda: self._native(choice.get("kernel"))
         gpu = replace(self.gpu, trial=choice)
-        return lambda: (self._forward if self.problem.is_forward else self._backward)(gpu)
+        if self.problem.is_forward:
+            return lambda: lora_linear_fwd(gpu, self.x, self.layer)
+        return lambda: lora_linear_bwd(gpu, self.dy, self.x, self.layer, self.S, _NEEDS)
+
+    def _native(self, kernel: Any) -> tuple[Tensor, Tensor] | Grads:
+        x, layer = self.x, self.layer
+        if self.problem.is_forward:
+            if kernel is None:
+                return native.lora_linear_fwd(x, layer)
+            return native.cuda.lora_linear_fwd(x, layer, kernel=kernel)
+        if kernel is None:
+            return native.lora_linear_bwd(self.dy, x, layer, self.S, _NEEDS)
+        return native.cuda.lora_linear_bwd(self.dy, x, layer, self.S, _NEEDS, kernel=kernel)
 
     def fault(self, choice: tuning.Choice) -> str | None:
         """What is wrong with the op's result under this choice, or None; the error policy."""
         if self._right is None:
-            self._right = self._expected(torch.float64), self._expected(None)
+            self._right = self._expected(exact=True), self._expected(exact=False)
         out = self.call(choice)()[0][self.rows]
         report = exceeds(out, *self._right)
         name = "y" if self.problem.is_forward else "dx"
@@ -169,52 +190,19 @@ class Trial:
             return self.weight
         return dequantize_4bit(self.gpu, self.packed, torch.empty_like(self.weight))
 
-    def _forward(self, gpu: Launcher) -> tuple[Tensor, Tensor]:
-        p, x, base = self.problem.dropout_p, self.x, self.problem.dtype
-        lora = (None, self.A, self.B, _SCALING, p, self.seed)
-        if self.packed is None:
-            return lora_linear_fwd(gpu, x, self.weight, *lora)
-        return qlora_linear_fwd(gpu, x, self.packed, base, *lora)
-
-    def _backward(self, gpu: Launcher) -> tuple[Tensor | None, ...]:
-        p, x, base = self.problem.dropout_p, self.x, self.problem.dtype
-        lora = (self.A, self.B, self.S, _SCALING, p, self.seed, (True, True, True, False))
-        if self.packed is None:
-            return lora_linear_bwd(gpu, self.dy, x, self.weight, *lora)
-        return qlora_linear_bwd(gpu, self.dy, x, self.packed, base, *lora)
-
-    def _native_forward(self, kernel: Any) -> tuple[Tensor, Tensor]:
-        assert self.quantised is not None
-        p, (data, state) = self.problem.dropout_p, self.quantised
-        lora = (None, self.A, self.B, _SCALING, p, self.seed)
-        if kernel is None:
-            return native.qlora_linear_fwd(self.x, data, state, *lora)
-        return native_cuda.qlora_linear_fwd(self.x, data, state, *lora, kernel=kernel)
-
-    def _native_backward(self, kernel: Any) -> tuple[Tensor | None, ...]:
-        assert self.quantised is not None
-        p, (data, state) = self.problem.dropout_p, self.quantised
-        lora = (self.A, self.B, self.S, _SCALING, p, self.seed)
-        if kernel is None:
-            return native.qlora_linear_bwd(self.dy, self.x, data, state, *lora)
-        return native_cuda.qlora_linear_bwd(self.dy, self.x, data, state, *lora, kernel=kernel)
-
-    def _expected(self, dtype: torch.dtype | None) -> Tensor:
-        """y or dx of `rows` by the definition; in the working dtypes for None: then W's product is
-        rounded before the LoRA term is added, as PEFT does."""
-        p, M, K = self.problem.dropout_p, *self.x.shape
-        kept = reference.dropout_mask(M, K, p, self.seed, self.x.device)[self.rows]
-        mask = kept * reference.dropout_threshold(p)[1]
-        x, dy, S = self.x[self.rows], self.dy[self.rows], self.S[self.rows]
-        W, A, B = self.weight, self.A, self.B
-        if dtype is not None:
-            x, dy, S, W, A, B, mask = (t.to(dtype) for t in (x, dy, S, W, A, B, mask))
-        if self.problem.is_forward:
-            term = _SCALING * (reference.shrink(x * mask, A, 0.0, None) @ B.to(S.dtype).t())
-            return (x @ W.t()) + term.to(x.dtype)
-        dS = reference.skinny_bwd(dy, x, A, B, S, _SCALING, 0.0, None, (False,) * 3)[0]
-        term = reference.expand_dx(dS, A, 0.0, None) * mask
-        return (dy @ W) + term.to(x.dtype)
+    def _expected(self, exact: bool) -> Tensor:
+        """y or dx of `rows` by plain torch, in float64 or in the working dtypes."""
+        p, rows, weight = self.problem.dropout_p, self.rows, self.weight
+        layer, x, dy = self.layer, self.x[rows], self.dy[rows]
+        M, K = self.x.shape
+        mask = reference.dropout_mask(M, K, p, self.seed, x.device)[rows]
+        if exact:
+            x, dy, weight = x.double(), dy.double(), weight.double()
+            layer = layer._replace(lora_A=self.A.double(), lora_B=self.B.double())
+        factors = plain.dropout_factors(mask, p, layer.lora_A.dtype)
+        x = x.requires_grad_()
+        y = plain.lora_linear(x, layer, factors=factors, weight=weight)
+        return y.detach() if self.problem.is_forward else torch.autograd.grad(y, x, dy)[0]
 
 
 def keep(trial: Trial, faster: Sequence[tuning.Choice]) -> None:
@@ -235,7 +223,7 @@ def keep(trial: Trial, faster: Sequence[tuning.Choice]) -> None:
             kept = {"backend": native.NAME if _is_native(faster[0]) else "triton"}
             kernel = next((choice["kernel"] for choice in faster if "kernel" in choice), None)
             kept = kept if kernel is None else {**kept, "kernel": kernel}
-        tuning.store(key, tuned.key(problem.op), shape, kept)
+        tuning.store(key, tuned.backend_key(problem.op), shape, kept)
 
 
 def _is_native(choice: tuning.Choice) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ... import ops
 from ...autograd.linear import lora_linear
 from ...backends import BACKENDS
+from ...backends.contract import Request
 from ...quant import QuantState
 from . import baselines
 from .case import DTYPES, SCALING, Case, Layer
@@ -169,18 +170,21 @@ def _packed_for_cpu(case: Case, device: str) -> str | None:
 
 
 def _native(case: Case, device: str) -> str | None:
-    layer = case.layer
-    return BACKENDS["native"].unsupported(
-        "lora_linear_fwd" if layer.quant == "none" else "qlora_linear_fwd",
-        device,
-        dtype=getattr(torch, DTYPES[layer.dtype]),
-        adapter_dtype=getattr(torch, DTYPES[layer.adapter_dtype]),
-    )
+    return BACKENDS["native"].unsupported(_request(case, device))
 
 
 def _triton(case: Case, device: str) -> str | None:
-    return BACKENDS["triton"].unsupported(
-        "lora_linear_fwd", device, dtype=getattr(torch, DTYPES[case.layer.dtype])
+    return BACKENDS["triton"].unsupported(_request(case, device))
+
+
+def _request(case: Case, device: str) -> Request:
+    layer = case.layer
+    return Request(
+        "lora_linear_fwd",
+        device,
+        dtype=getattr(torch, DTYPES[layer.dtype]),
+        adapter_dtype=getattr(torch, DTYPES[layer.adapter_dtype]),
+        four_bit=layer.quant != "none",
     )
 
 

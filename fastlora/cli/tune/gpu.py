@@ -188,16 +188,17 @@ def _device(wanted: str | None) -> str:
         CliError: the kernels can't run here.
     """
     from ...backends import BACKENDS
+    from ...backends.contract import Request
 
-    triton = BACKENDS["triton"].unsupported
-    no_gpu = triton("lora_linear_fwd", "cuda")
+    triton, on_cpu = BACKENDS["triton"].unsupported, Request("lora_linear_fwd", "cpu")
+    no_gpu = triton(on_cpu._replace(device="cuda"))
     if wanted == "cuda" or (wanted is None and no_gpu is None):
         if no_gpu is not None:
             raise CliError(f"--device cuda: {no_gpu}")
         return "cuda"
-    if triton("lora_linear_fwd", "cpu") is None:  # TRITON_INTERPRET is set
+    if triton(on_cpu) is None:  # TRITON_INTERPRET is set
         return "cpu"
-    if reason := BACKENDS["native"].unsupported("lora_linear_fwd", "cpu"):
+    if reason := BACKENDS["native"].unsupported(on_cpu):
         raise CliError(f"there is nothing to tune. cuda: {no_gpu} cpu: {reason}")
     return "native"
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from ... import ops, reference
+from ...backends.machine.tuned import op_key
+from ...layer import Layer, Needs
+from ...reference import plain
 from ...tolerance import exceeds
 
 # x, adapter and, for a 4-bit weight, compute dtype: the combinations that PEFT makes.
@@ -21,6 +23,7 @@ DTYPES = {
     "fp32 in bf16": (("float32", "float32", "bfloat16"),),
 }
 _SCALING = 1.5
+_NEEDS = Needs(True, True, True, True)
 _RESULTS = ("y", "S", "dx", "dA", "dB", "dbias")
 _ENOUGH_ELEMENTS = 256
 
@@ -34,8 +37,8 @@ class Base:
 
     @property
     def forward(self) -> str:
-        """The op of a layer's forward."""
-        return "lora_linear_fwd" if self.quant_type is None else "qlora_linear_fwd"
+        """How the table names the op of a layer's forward."""
+        return op_key("lora_linear_fwd", self.quant_type is not None)
 
     def __str__(self) -> str:
         if self.quant_type is None:
@@ -78,10 +81,10 @@ class Case:
             return {name: torch.stack([r[name] for r in results]) for name in _RESULTS}
 
         exact = joined([draw.exact() for draw in draws])
-        plain = joined([draw.plain() for draw in draws])
+        base = joined([draw.plain() for draw in draws])
         for backend in backends:
             for name, out in joined([draw.run(backend) for draw in draws]).items():
-                report = exceeds(out, exact[name], plain[name])
+                report = exceeds(out, exact[name], base[name])
                 forward = self.base.forward
                 op = forward.replace("fwd", "bwd") if name.startswith("d") else forward
                 yield backend, op, name, max(report.max_ratio, report.rms_ratio)
@@ -130,25 +133,25 @@ class _Inputs:
             compute_dtype=getattr(torch, case.names[2]) if case.names[2] else None,
         )
 
+    @property
+    def layer(self) -> Layer:
+        """The inputs but x and dy."""
+        return Layer(
+            self.weight,
+            self.lora_A,
+            self.lora_B,
+            _SCALING,
+            self.bias,
+            self.state,
+            self.compute_dtype,
+            self.dropout,
+            self.seed,
+        )
+
     def run(self, backend: str) -> dict[str, Tensor]:
         """The ops of `backend`."""
-        x, dy, A, B, p, seed = self.x, self.dy, self.lora_A, self.lora_B, self.dropout, self.seed
-        needs = (True, True, True, True)
-        if self.state is None:
-            y, S = ops.lora_linear_fwd(
-                x, self.weight, self.bias, A, B, _SCALING, p, seed, backend=backend
-            )
-            grads = ops.lora_linear_bwd(
-                dy, x, self.weight, A, B, S, _SCALING, p, seed, needs, backend=backend
-            )
-        else:
-            W, state, dtype = self.weight, self.state, self.compute_dtype
-            y, S = ops.qlora_linear_fwd(
-                x, W, state, self.bias, A, B, _SCALING, p, seed, dtype, backend=backend
-            )
-            grads = ops.qlora_linear_bwd(
-                dy, x, W, state, A, B, S, _SCALING, p, seed, dtype, needs, backend=backend
-            )
+        y, S = ops.lora_linear_fwd(self.x, self.layer, backend=backend)
+        grads = ops.lora_linear_bwd(self.dy, self.x, self.layer, S, _NEEDS, backend=backend)
         return _by_name(y, S, *grads)
 
     def exact(self) -> dict[str, Tensor]:
@@ -157,44 +160,21 @@ class _Inputs:
             t.double() if t.is_floating_point() else t
             for t in (self.weight, self.x, self.bias, self.lora_A, self.lora_B, self.dy)
         )
-        if self.state is None:
-            y, S = reference.lora_linear_fwd(
-                x, weight, bias, A, B, _SCALING, self.dropout, self.seed
-            )
-            grads = reference.lora_linear_bwd(
-                dy, x, weight, A, B, S, _SCALING, self.dropout, self.seed, needs=(True,) * 4
-            )
-        else:
-            state, dtype = self.state, self.compute_dtype or self.x.dtype
-            y, S = reference.qlora_linear_fwd(
-                x, weight, state, bias, A, B, _SCALING, self.dropout, self.seed, dtype
-            )
-            grads = reference.qlora_linear_bwd(
-                dy, x, weight, state, A, B, S, _SCALING, self.dropout, self.seed, dtype, (True,) * 4
-            )
+        dtype = None if self.state is None else self.compute_dtype or self.x.dtype
+        layer = self.layer._replace(
+            weight=weight, lora_A=A, lora_B=B, bias=bias, compute_dtype=dtype
+        )
+        y, S = reference.lora_linear_fwd(x, layer)
+        grads = reference.lora_linear_bwd(dy, x, layer, S, _NEEDS)
         return _by_name(y, S, *grads)
 
     def plain(self) -> dict[str, Tensor]:
         """PEFT's own sequence of torch calls in the working dtypes, and autograd's gradients."""
         leaves = [t.clone().requires_grad_() for t in (self.x, self.lora_A, self.lora_B, self.bias)]
         x, A, B, bias = leaves
-        if self.state is None:
-            result = linear(x, self.weight, bias)
-        else:
-            dtype = self.compute_dtype or x.dtype
-            weight = reference.dequantize_4bit(self.weight, self.state, dtype)
-            result = linear(x.to(dtype), weight, bias.to(dtype)).to(x.dtype)
-        dropped = x.to(A.dtype)
-        if self.dropout:
-            _, scale = reference.dropout_threshold(self.dropout)
-            M, K = x.shape
-            mask = reference.dropout_mask(M, K, self.dropout, self.seed, x.device)
-            dropped = dropped * mask * scale
-        S = linear(dropped, A)
-        lora = linear(S, B) * _SCALING
-        # PEFT's dense layer adds in the wider dtype, its 4-bit layer in the base's.
-        y = result + (lora if self.state is None else lora.to(result.dtype))
-        y = y.to(x.dtype)
+        layer = self.layer._replace(lora_A=A, lora_B=B, bias=bias)
+        y = plain.lora_linear(x, layer)
+        S = plain.shrink(x, layer)
         dx, dA, dB, dbias = torch.autograd.grad(y, leaves, self.dy)
         return _by_name(y.detach(), S.detach(), dx, dA, dB, dbias)
 

@@ -14,6 +14,7 @@ from rich.progress import track
 
 from ... import ops, reference
 from ...backends import BACKENDS
+from ...backends.contract import Request
 from .case import BASES, DTYPES, Base, Case
 
 # M, N, K, R. Odd sizes: no multiple of a tile, a vector or a 4-bit block in any direction; one row
@@ -103,15 +104,18 @@ def check(
 
 def _takes(backend: str, device: str, base: Base) -> bool:
     """False for a backend that leaves layers on such a weight to others, as CUDA's dense ones."""
-    return BACKENDS[backend].unsupported(base.forward, device) is None
+    return BACKENDS[backend].unsupported(_request(device, base)) is None
 
 
 def unsupported(backend: str, device: str) -> str | None:
     """Why a backend runs no layer on a device, or None."""
     if any(_takes(backend, device, base) for base in BASES):
         return None
-    reason: str | None = BACKENDS[backend].unsupported(BASES[-1].forward, device)
-    return reason
+    return BACKENDS[backend].unsupported(_request(device, BASES[-1]))
+
+
+def _request(device: str, base: Base) -> Request:
+    return Request("lora_linear_fwd", device, four_bit=base.quant_type is not None)
 
 
 @contextmanager
@@ -130,7 +134,7 @@ def _check_4bit(
     backend: str, device: str, sizes: Sequence[tuple[int, int, int, int]], results: Results
 ) -> None:
     """The 4-bit ops, bit for bit: a ratio of 0, or infinity where a bit differs."""
-    quantises = BACKENDS[backend].unsupported("quantize_4bit", device) is None
+    quantises = BACKENDS[backend].unsupported(Request("quantize_4bit", device)) is None
     columns = ("float32", "bfloat16", "float16")
     for base, name, (_, N, K, _) in itertools.product(BASES[1:], columns, sizes):
         assert base.quant_type is not None

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from .explanation import Explanation, Row, explain
 from .fuse.join import Fusion
+from .layers import FastLoraLinear, fast_path
 from .model import accelerate, patch_peft, register, restore, unpatch_peft
-from .swap import FastLoraLinear, fast_path
 
 if TYPE_CHECKING:
-    from .swap_bnb import FastLoraLinear4bit
+    from .layers_bnb import FastLoraLinear4bit
 
 __all__ = [
     "Explanation",
@@ -31,7 +31,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # Its base class needs bitsandbytes, which is slow to import and absent on many machines.
     if name == "FastLoraLinear4bit":
-        from .swap_bnb import FastLoraLinear4bit
+        from .layers_bnb import FastLoraLinear4bit
 
         return FastLoraLinear4bit
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

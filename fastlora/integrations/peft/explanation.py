@@ -7,7 +7,6 @@ import re
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,23 +14,29 @@ from peft.tuners.lora.layer import Conv1D, Embedding, LoraLayer, ParamWrapper
 from torch import nn
 
 from ...backends import choose
+from ...backends.contract import Request
+from ...backends.machine.tuned import op_key
 from ...version import __version__
 from .. import bitsandbytes as bnb
 from ..names import kind_of
 from .fuse.join import Fusion, fusions
-from .plan.casts import casts
+from .names import base_name, short
+from .plan.call import Parts
+from .plan.casts import casts, linear_request
+from .plan.embedding import (
+    EmbeddingParts,
+    embedding_casts,
+    embedding_parts,
+    embedding_request,
+)
+from .plan.parameter import ParamParts, param_parts
 from .plan.parts import layer_parts
-from .plan.plan import LAST_REASON
-from .run.embedding import OP as EMBEDDING_OP
-from .run.embedding import EmbeddingParts, embedding_casts, embedding_parts
-from .run.linear import Parts
-from .run.parameter import ParamParts, param_parts
+from .plan.reasons import LAST_REASON
 from .swap import bypass_reason, fast_class, is_fast
 
 if TYPE_CHECKING:
     from rich.console import Group
 
-_SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _COLUMNS = ("layers", "", "base", "out x in", "r", "dropout", "adapter", "runs on", "note")
 
 
@@ -208,7 +213,7 @@ def _row(name: str, layer: Any) -> Row:
         shape=shape,
         r=layer.r[adapter] if adapter else None,
         dropout=getattr(layer.lora_dropout[adapter], "p", 0.0) if adapter else None,
-        adapter=None if weight is None else _dtype(weight.dtype),
+        adapter=None if weight is None else short(weight.dtype),
         backend=backend,
         kernel=kernel,
         reason=reason,
@@ -231,8 +236,7 @@ def _served(layer: Any) -> tuple[str, str] | str:
         return reason
     if isinstance(parts, ParamParts):
         dtype, device = parts.weight.dtype, parts.weight.device
-        backend = choose(parts.op, device.type, dtype=dtype, index=device.index)
-        return _named(backend, parts.op, device.type)
+        return _named(Request(parts.op, device.type, device.index, dtype))
     if isinstance(parts, EmbeddingParts):
         return _embedding(parts)
     return _kernel(parts)
@@ -240,11 +244,10 @@ def _served(layer: Any) -> tuple[str, str] | str:
 
 def _embedding(parts: EmbeddingParts) -> tuple[str, str] | str:
     """`_served` of an embedding."""
-    device, dtype = parts.weight.device, parts.weight.dtype
+    device = parts.weight.device
     if (reason := embedding_casts(parts, device)) is not None:
         return reason
-    what: dict[str, Any] = {"dtype": dtype, "adapter_dtype": parts.dtype, "index": device.index}
-    return _named(choose(EMBEDDING_OP, device.type, **what), EMBEDDING_OP, device.type)
+    return _named(embedding_request(parts, device))
 
 
 def _kernel(parts: Parts) -> tuple[str, str] | str:
@@ -253,22 +256,15 @@ def _kernel(parts: Parts) -> tuple[str, str] | str:
     dtypes = casts(parts, _input_dtype(parts), device, None)
     if isinstance(dtypes, str):
         return dtypes
-    backend = choose(
-        parts.op,
-        device.type,
-        dtype=dtypes.x,
-        adapter_dtype=dtypes.adapter,
-        compute_dtype=dtypes.compute,
-        index=device.index,
-    )
-    return _named(backend, parts.op, device.type)
+    return _named(linear_request(parts, dtypes, device))
 
 
-def _named(backend: ModuleType, op: str, device: str) -> tuple[str, str]:
-    """The names of a backend and of its op, on a CPU with the instruction set."""
-    kernel = op.removesuffix("_fwd")
+def _named(request: Request) -> tuple[str, str]:
+    """The names of the backend that is chosen and of its op, on a CPU with the instruction set."""
+    backend = choose(request)
+    kernel = op_key(request.op, request.four_bit).removesuffix("_fwd")
     build = backend.build_info() if hasattr(backend, "build_info") else None
-    if build is not None and device == "cpu":
+    if build is not None and request.device == "cpu":
         kernel += f" ({build['cpu_isa']})"
     return backend.NAME, kernel
 
@@ -292,26 +288,7 @@ def _base(layer: Any) -> tuple[str, tuple[int, int] | None]:
     if isinstance(layer, ParamWrapper):
         weight = getattr(base, layer.parameter_name)
         experts = f" x {layer.num_experts} experts" if weight.dim() == 3 else ""
-        return _dtype(weight.dtype) + experts, (layer.out_features, layer.in_features)
+        return short(weight.dtype) + experts, (layer.out_features, layer.in_features)
     known = isinstance(base, nn.Linear | Conv1D | nn.Embedding)
     shape = (layer.out_features, layer.in_features) if known else None
     return base_name(base), shape
-
-
-def base_name(base: nn.Module) -> str:
-    """What a base layer is made of, as in `Row.base`."""
-    if bnb.is_linear4bit(base):
-        state = bnb.raw_quant_state(base)
-        if state is None:
-            return "4-bit, not quantised"
-        return f"{state.quant_type}/{state.blocksize}" + (" nested" if state.nested else "")
-    weight = getattr(base, "weight", None)
-    if type(base) in (nn.Linear, Conv1D) and weight is not None:
-        return _dtype(weight.dtype) + (" Conv1D" if type(base) is Conv1D else "")
-    if isinstance(base, nn.Embedding) and weight is not None:
-        return _dtype(weight.dtype) + " Embedding"
-    return type(base).__name__
-
-
-def _dtype(dtype: torch.dtype) -> str:
-    return _SHORT.get(dtype, str(dtype).removeprefix("torch."))

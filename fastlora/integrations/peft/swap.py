@@ -1,4 +1,4 @@
-"""The fast layers, and how a PEFT layer becomes one and back."""
+"""How a PEFT layer becomes a fast one and back."""
 
 from __future__ import annotations
 
@@ -10,64 +10,15 @@ from typing import Any
 
 from peft.tuners.adalora.layer import SVDLinear
 from peft.tuners.lora.layer import Embedding, Linear, ParamWrapper
-from torch import Tensor, nn
+from torch import nn
 
 from ..bitsandbytes import disable_cpu_repacking
-from .plan.plan import LAST_REASON, SHARED, forward_or_stock, plan
-from .run.embedding import EmbeddingParts, FastLoraEmbedding, embedding_plan
-from .run.linear import Plan
-from .run.parameter import FastParamWrapper, ParamParts, param_plan
+from .layers import FastLoraEmbedding, FastLoraLinear, FastParamWrapper, FastSVDLinear
+from .plan.kept import KEPT
+from .plan.reasons import LAST_REASON, SHARED
 
 # Set on a class made by `_rebased`: the class that it was made from.
 _MADE_FROM = "_fastlora_made_from"
-
-
-class FastLoraLinear(Linear):
-    """PEFT's `lora.Linear` with fastlora's forward; everything else, and all state, is PEFT's."""
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """`y = x W^T + bias + scaling * drop(x) A^T B^T`, or PEFT's own code; see `fast_path`."""
-        return forward_or_stock(self, super().forward, x, args, kwargs)
-
-    def _get_name(self) -> str:
-        # PEFT's name, so that a printed model looks as it did; `explain` tells them apart.
-        return type(self).__name__.removeprefix("FastLora")
-
-
-class FastSVDLinear(SVDLinear):
-    """PEFT's `adalora.SVDLinear` with fastlora's forward; all else, and all state, is PEFT's."""
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """`y = x W^T + bias + s drop(x) (A * E)^T B^T`, or PEFT's own code; see `fast_path`."""
-        return forward_or_stock(self, super().forward, x, args, kwargs)
-
-    def _get_name(self) -> str:
-        return type(self).__name__.removeprefix("Fast")
-
-
-def fast_path(
-    layer: nn.Module, x: Tensor, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-) -> tuple[bool, str]:
-    """Whether `layer(x, *args, **kwargs)` may run on fastlora, and why not, in one sentence.
-
-    Args:
-        layer: one of PEFT's LoRA layers: around `nn.Linear`, transformers' `Conv1D`, bitsandbytes'
-            `Linear4bit` or an embedding, or on a parameter.
-        x: its input.
-        args, kwargs: the other arguments of the call.
-
-    Returns:
-        `(True, "")` or `(False, reason)`.
-    """
-    kwargs = kwargs or {}
-    found: Plan | EmbeddingParts | ParamParts | str
-    if isinstance(layer, Embedding):
-        found = embedding_plan(layer, x, args, kwargs)
-    elif isinstance(layer, ParamWrapper):
-        found = param_plan(layer, kwargs)
-    else:
-        found = plan(layer, x, args, kwargs)
-    return (False, found) if isinstance(found, str) else (True, "")
 
 
 def swap_in(layer: nn.Module) -> None:
@@ -82,8 +33,8 @@ def swap_out(layer: nn.Module) -> None:
     pairs = [(fast, stock) for stock, fast in _pairs()]
     if (stock := _counterpart(type(layer), pairs)) is not None:
         _change_class(layer, stock)
-        layer.__dict__.pop(LAST_REASON, None)
-        layer.__dict__.pop(SHARED, None)
+        for name in (LAST_REASON, SHARED, KEPT):
+            layer.__dict__.pop(name, None)
 
 
 def fast_class(layer: nn.Module) -> type | None:
@@ -97,7 +48,7 @@ def is_fast(layer: nn.Module) -> bool:
 
 
 def not_linear_reason(layer: nn.Module | None) -> str | None:
-    """Why a module is no fast layer around a linear one, as `peft_guard.plan` takes, or None."""
+    """Why a module is no fast layer around a linear one, as `plan` takes, or None."""
     if layer is None or not is_fast(layer):
         return "it is not on fastlora"
     if isinstance(layer, ParamWrapper):
@@ -142,13 +93,13 @@ def _pairs() -> Iterator[tuple[type, type]]:
     stock = getattr(sys.modules.get("peft.tuners.lora.bnb"), "Linear4bit", None)
     if stock is not None:
         # Its base class needs bitsandbytes, which is slow to import and absent on many machines.
-        from .swap_bnb import FastLoraLinear4bit
+        from .layers_bnb import FastLoraLinear4bit
 
         yield stock, FastLoraLinear4bit
 
 
 def _counterpart(kind: type, pairs: Iterable[tuple[type, type]]) -> type | None:
-    """The class that stands for `kind` on the other side of `pairs`; None when there is none.
+    """The counterpart of class `kind` on the other side of `pairs`, or None.
 
     `fully_shard` puts a module into a class of its own, `(FSDPModule, <class of the module>)`. Its
     counterpart is a copy with the last base exchanged.

@@ -1,16 +1,8 @@
 // torch.ops.fastlora_emulated: csrc/bindings/cuda_ops.cpp with emulated kernels, for CPU tensors.
-// Here: the schemas that the real library finds in fastlora._C, and C functions for the tests.
-#include <torch/csrc/stable/library.h>
-
-#include "bindings/schemas.h"
+// Here: C functions for the tests.
 #include "cuda/launch.cuh"
 #include "cuda/ptx.cuh"
 #include "simt.h"
-
-STABLE_TORCH_LIBRARY_FRAGMENT(fastlora_emulated, m) {
-  m.def(FASTLORA_QUANTIZE_4BIT);
-  m.def(FASTLORA_DEQUANTIZE_4BIT_OUT);
-}
 
 #pragma GCC visibility push(default)
 extern "C" {

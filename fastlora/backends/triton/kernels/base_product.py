@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Launcher, Tile
+from ..launch import Launcher
+from ..tiles import Tile
 from .dropout import Dropout
 from .lora_term import grouped, lora_term, rank_chunks
 from .products import dot, rounded

@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Launcher, Tile
+from ...schemas import Packed
+from ..launch import Launcher
+from ..tiles import Tile
 from .decode4 import block_scale, decode, load_code
-from .dequantize_4bit import Packed
 from .dropout import Dropout
 from .lora_term import grouped, lora_term, rank_chunks
 from .products import dot_either, rounded
@@ -226,7 +227,7 @@ def base_product_4bit(
         packed.absmax.view(torch.int16) if packed.nested_blocksize else packed.absmax,
         packed.nested_absmax,
         packed.nested_code,
-        packed.offset,
+        packed.nested_offset,
         packed.code,
         bias,
         P,

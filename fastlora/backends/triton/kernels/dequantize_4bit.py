@@ -2,56 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ....quant import NESTED_BLOCKSIZE
-from ..launch import Launcher, Tile
+from ...schemas import Packed
+from ..launch import Launcher
+from ..tiles import Tile
 from .decode4 import block_scale, decode, load_code
 
 # Words of eight codes that one program decodes. Panels of columns begin at a multiple of its codes.
 _WORDS = 256
 PANEL = 8 * _WORDS
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A packed weight as the ops hand it over.
-
-    Args:
-        data: uint8 [(N K + 1) // 2].
-        absmax: fp32 [nblocks], or uint8 [nblocks] when nested.
-        code: fp32 [16].
-        nested_absmax, nested_code, offset: of nested absmax, else None.
-        blocksize: elements per absmax.
-    """
-
-    data: Tensor
-    absmax: Tensor
-    code: Tensor
-    nested_absmax: Tensor | None
-    nested_code: Tensor | None
-    offset: Tensor | None
-    blocksize: int
-
-    @property
-    def nested_blocksize(self) -> int:
-        """Blocks per nested absmax; 0 when absmax is not nested."""
-        return 0 if self.nested_absmax is None else NESTED_BLOCKSIZE
-
-    @property
-    def in_words(self) -> bool:
-        """True when the bytes can be read as whole int32 words."""
-        return self.data.numel() % 4 == 0 and self.data.data_ptr() % 4 == 0
-
-    @property
-    def absmax_in_pairs(self) -> bool:
-        """True when nested absmax can be read as whole int16."""
-        return self.absmax.numel() % 2 == 0 and self.absmax.data_ptr() % 2 == 0
 
 
 @triton.jit(do_not_specialize=["count", "words_per_row", "first_word"])
@@ -147,7 +110,7 @@ def dequantize_4bit(
         packed.absmax,
         packed.nested_absmax,
         packed.nested_code,
-        packed.offset,
+        packed.nested_offset,
         packed.code,
         out,
         count,

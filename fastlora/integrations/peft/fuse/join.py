@@ -1,4 +1,4 @@
-"""Finds the LoRA layers of a model that can run as one node, joins them, and tells of it."""
+"""Finds the LoRA layers of a model that can run as one node, fuses them, and reports it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..plan.plan import SHARED
+from ..plan.reasons import SHARED
 from ..swap import not_linear_reason
 from .mlp import GATED, GatedMLP, activation_of, join, separate_mlp
 from .shared import SharedInput, Slot

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ....backends import forced_backend
-from ..plan.plan import SHARED, plan
-from ..run.linear import Plan, run_together
+from ..plan.call import Plan
+from ..plan.plan import plan
+from ..plan.reasons import SHARED
+from ..run.linear import run, run_together
 from ..swap import bypass_reason, not_linear_reason
 
 
@@ -70,10 +72,10 @@ class SharedInput:
             layer.__dict__.pop(SHARED, None)
 
     def run(self, layer: nn.Module, found: Plan, x: Tensor) -> Tensor:
-        """`found.run(x)`, a call of `layer`, together with the others' or from theirs."""
+        """`run(found, x)`, a call of `layer`, together with the others' or from theirs."""
         place = self._place(layer)
         if place is None or x.is_inference():
-            return found.run(x)
+            return run(found, x)
         held, self.slot.held = self.slot.held, None
         if place > 0:
             return self._taken(held, place, found, x)
@@ -82,7 +84,7 @@ class SharedInput:
         return self._first(found, x)
 
     def _place(self, layer: nn.Module) -> int | None:
-        """Where `layer` stands; None for a replica of it, which DataParallel makes."""
+        """The place of `layer` in the group; None for a replica of it, which DataParallel makes."""
         for place, member in enumerate(self.layers):
             if member is layer:
                 return place
@@ -103,7 +105,7 @@ class SharedInput:
             reason = left_out[0] if left_out else ""
         self.last = reason
         if len(plans) == 1:
-            return found.run(x)
+            return run(found, x)
         first, *others = run_together(plans, x)
         results = {
             place: (_signature(their), y)
@@ -117,14 +119,14 @@ class SharedInput:
         if held is None or held.group is not self or held.x is not x or held.mode != _mode(x):
             if held is not None:
                 held.group.untaken = len(held.results)
-            return found.run(x)
+            return run(found, x)
         signature, y = held.results.pop(place, (None, None))
         if held.results:
             self.slot.held = held
         else:
             self.untaken = 0
         if y is None or signature != _signature(found):
-            return found.run(x)
+            return run(found, x)
         return y
 
 
@@ -182,4 +184,4 @@ def _signature(found: Plan) -> tuple[Any, ...]:
         for t in tensors
     ]
     call = (found.casts, found.rows, found.invoked)
-    return *call, id(parts.quant_state), *identity, *numbers
+    return *call, id(parts.raw_state), *identity, *numbers

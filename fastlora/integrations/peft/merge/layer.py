@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from .... import ops
 from ... import bitsandbytes as bnb
-from ..explanation import base_name
-from ..plan.plan import SHARED
+from ..names import base_name
+from ..plan.reasons import SHARED
 from ..swap import is_fast, swap_in
 from .feedback import quantize_with_feedback
 from .report import MergeRow, measured
@@ -110,7 +110,7 @@ def _in_fp32(layer: Any, method: str, original: Tensor | None = None, **argument
     Args:
         layer: one of which `_is_ours` is true.
         method: "merge" or "unmerge", called with `arguments`.
-        original: stands for the base weight.
+        original: takes the place of the base weight.
     """
     base, kind, name = layer.get_base_layer(), type(layer), _weight_name(layer)
     before = _decoded(layer) if original is None else _wide(original.to(base.weight.device))

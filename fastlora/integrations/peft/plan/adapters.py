@@ -1,4 +1,4 @@
-"""One adapter of a PEFT layer as `peft_run` takes it, whichever variant of LoRA it is."""
+"""One adapter of a PEFT layer as `run` takes it, whichever variant of LoRA it is."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..run.linear import Adapter
+from .call import Adapter
 from .plain import PLAIN, tensors_reason
 
 # PEFT's variants that differ from LoRA in their initial values and in what trains, not in forward.
 _PLAIN_VARIANTS = ("MiCALinearVariant",)
-# Those that make their A or B of other tensors, KaSA's `diag * A` and the diagonal blocks of
-# BD-LoRA, and are LoRA from there on.
+# Those that compute their A or B from other tensors (KaSA: `diag * A`; BD-LoRA: diagonal blocks)
+# and are LoRA from there on.
 _KASA = "KasaLinearVariant"
 _MADE_VARIANTS = (_KASA, "BdLoraLinearVariant")
 # Activated LoRA, which serves the tokens from an invocation sequence on.
@@ -59,7 +59,7 @@ def plain_adapter(layer: Any, name: str, roles: list[tuple[str, nn.Module]]) -> 
     if magnitude is not None:
         if bias is not None:
             return "DoRA with lora_bias: PEFT counts lora_B's bias into the norm"
-        if getattr(dropout, "p", 0.0) >= 1.0:
+        if dropout.__dict__.get("p", 0.0) >= 1.0:
             return "DoRA with lora_dropout=1 has no scale for what is kept"
     roles += [("lora_A", lora_A), ("lora_B", lora_B), ("the dropout module", dropout)]
     A, B = lora_A._parameters.get("weight"), lora_B._parameters.get("weight")
@@ -115,6 +115,6 @@ def svd_adapter(layer: Any, name: str, roles: list[tuple[str, nn.Module]]) -> Ad
 
 
 def _dropout_reason(dropout: nn.Module) -> str | None:
-    if type(dropout) in (nn.Identity, nn.Dropout) and not getattr(dropout, "inplace", False):
+    if type(dropout) in (nn.Identity, nn.Dropout) and not dropout.__dict__.get("inplace"):
         return None
     return f"the dropout module is a {type(dropout).__name__}, not a plain nn.Dropout"

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from ....backends import BACKENDS, DEVICE_ORDER, forced_backend
+from ....backends.contract import Request
 from ... import bitsandbytes as bnb
-from ..run.linear import Casts, Parts
+from ..names import named
+from .call import Casts, Parts
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -71,28 +73,30 @@ def casts(
     for tensor in tensors:
         if tensor is not None and tensor.device != device:
             return f"x is on {device} and the layer, or a part of it, on {tensor.device}"
-    reason = backend_reason(
-        parts.op, device, dtype=x_cast, adapter_dtype=adapter, compute_dtype=compute
-    )
-    return Casts(x_cast, adapter, compute) if reason is None else reason
+    found = Casts(x_cast, adapter, compute)
+    return backend_reason(linear_request(parts, found, device)) or found
 
 
-def backend_reason(op: str, device: torch.device, **what: torch.dtype | None) -> str | None:
+def linear_request(parts: Parts, dtypes: Casts, device: torch.device) -> Request:
+    """What a layer asks a backend for."""
+    four_bit = parts.quant_state is not None
+    return Request(parts.op, device.type, device.index, *dtypes, four_bit)
+
+
+def backend_reason(request: Request) -> str | None:
     """Why no backend is worth taking. One that the user asked for runs, or says why it can't."""
-    if forced_backend() is not None:
-        return None
+    return None if forced_backend() is not None else no_backend_reason(request)
+
+
+def no_backend_reason(request: Request) -> str | None:
+    """Why no backend is worth taking when the user has not asked for one, or None."""
     reasons = []
-    for name in DEVICE_ORDER.get(device.type, ()):
+    for name in DEVICE_ORDER.get(request.device, ()):
         # The reference defines the ops; PEFT's own code is faster.
         if name == "reference":
             continue
-        reason = BACKENDS[name].unsupported(op, device.type, index=device.index, **what)
+        reason = BACKENDS[name].unsupported(request)
         if reason is None:
             return None
         reasons.append(f"{name}: {reason}")
-    return " ".join([f"no fast backend for {device.type}.", *reasons])
-
-
-def named(dtype: torch.dtype) -> str:
-    """As in `bfloat16`."""
-    return str(dtype).removeprefix("torch.")
+    return " ".join([f"no fast backend for {request.device}.", *reasons])

@@ -9,11 +9,11 @@ import torch
 from peft.tuners.lora.layer import Conv1D
 from torch import Tensor, nn
 
-from ....quant import NESTED_BLOCKSIZE, QUANT_TYPES
+from ....quant import NESTED_BLOCKSIZE, QUANT_TYPES, as_quant_state
 from ... import bitsandbytes as bnb
-from ..run.linear import Adapter, Parts
+from ..names import named
 from .adapters import plain_adapter, svd_adapter
-from .casts import named
+from .call import Adapter, Parts
 from .plain import modules_reason, state_reason, tensors_reason
 
 
@@ -93,7 +93,8 @@ def layer_parts(layer: Any, names: Iterable[str] | None = None) -> Parts | str:
             return _shape_reason("lora_A", adapter.lora_A, (R, K))
         if adapter.lora_B.shape != (N, R):
             return _shape_reason("lora_B", adapter.lora_B, (N, R))
-    return Parts(base, weight, quant_state, bias, tuple(adapters))
+    state = None if quant_state is None else as_quant_state(quant_state)
+    return Parts(base, weight, state, bias, tuple(adapters), quant_state)
 
 
 def _quant_state_reason(

@@ -32,14 +32,26 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module has no hooks, and no forward but that of its class."""
+    inner = module.__dict__
+    return not (
+        inner["_forward_hooks"]
+        or inner["_forward_pre_hooks"]
+        or inner["_backward_hooks"]
+        or inner["_backward_pre_hooks"]
+        or (("forward" in inner or "_hf_hook" in inner) and not _forward_is_plain(module))
+    )
+
+
 def modules_reason(roles: Iterable[tuple[str, nn.Module]]) -> str | None:
     """Why modules, each with its role, can't be bypassed, or None."""
     for role, module in roles:
-        inner = module.__dict__
+        if is_plain(module):
+            continue
         if has_hooks(module):
             return f"{role} has hooks, which fastlora would not call"
-        if ("forward" in inner or "_hf_hook" in inner) and not _forward_is_plain(module):
-            return f"{role} has a forward of its own (accelerate's offloading, or another patch)"
+        return f"{role} has a forward of its own (accelerate's offloading, or another patch)"
     if nn_module._has_any_global_hook():
         return "global module hooks are registered, which fastlora would not call"
     return None

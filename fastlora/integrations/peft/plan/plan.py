@@ -3,57 +3,29 @@
 `plan` is the only place where this is decided for a layer around a linear one. Its conditions come
 in three groups, so that `explain` can ask the first two of a layer that nobody has called yet:
 
-    peft_parts    what the layer is: its state, the exact types and hooks of everything bypassed
-    peft_casts    dtypes, devices, autocast and the backend, for a given dtype of x
-    plan          the call itself: arguments, tracing, transforms, x
+    parts    what the layer is: its state, the exact types and hooks of everything bypassed
+    casts    dtypes, devices, autocast and the backend, for a given dtype of x
+    plan     the call itself: arguments, tracing, transforms, x
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.jit._trace import is_tracing
 
-from ....backends import forced_backend
-from ..run.linear import Parts, Plan
+from .call import Parts, Plan
 from .casts import casts
+from .kept import keep, kept_plan
 from .parts import layer_parts
 from .plain import PLAIN
+from .reasons import Unserved, call_reason
 
-# Why the latest call of a layer ran PEFT's own code; empty when it did not.
-LAST_REASON = "_fastlora_reason"
-# The group of layers that share an input with this one; see `peft_shared`.
-SHARED = "_fastlora_shared"
 # Arguments that PEFT's layers take out of the call themselves; as None they mean nothing.
 _MIXED, _OFFSETS = "adapter_names", "alora_offsets"
 _PEFT_KWARGS = (_MIXED, _OFFSETS)
-
-
-class Unserved(str):
-    """A reason that lies in dtypes, autocast, devices or backends, not in what the user asked for.
-
-    The user would rather hear of such a one, so that the layer says it in a warning.
-    """
-
-    __slots__ = ()
-
-
-def call_reason() -> str | None:
-    """Why PEFT's code has to run in what surrounds the call (tracing, transforms), or None."""
-    if torch.compiler.is_exporting() or is_tracing():
-        return "torch.export or torch.jit.trace is recording a graph"
-    if torch.compiler.is_compiling() and forced_backend() == "reference":
-        return "torch.compile does not trace the reference"
-    if torch._C._are_functorch_transforms_active():
-        return "the call is inside a torch.func transform (vmap, grad, jvp)"
-    if forward_ad._current_level >= 0:
-        return "forward-mode AD is active"
-    return None
 
 
 def plan(layer: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan | str:
@@ -65,6 +37,17 @@ def plan(layer: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, A
             return f"the call passes {key}"
     if (reason := call_reason()) is not None:
         return reason
+    keeps = not kwargs and not torch.compiler.is_compiling()
+    if keeps and (kept := kept_plan(layer, x)) is not None:
+        return kept
+    found = _plan(layer, x, kwargs)
+    if keeps and not isinstance(found, str):
+        keep(layer, x, found)
+    return found
+
+
+def _plan(layer: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> Plan | str:
+    """`plan`, as far as it depends on the layer and on x."""
     rows = kwargs.get(_MIXED)
     parts = layer_parts(layer, rows)
     if isinstance(parts, str):
@@ -96,7 +79,7 @@ def plan(layer: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, A
     dtypes = casts(parts, x.dtype, device, autocast)
     if isinstance(dtypes, str):
         return Unserved(dtypes)
-    return Plan(parts, dtypes, rows, invoked)
+    return Plan(parts, dtypes, rows, invoked, enabled)
 
 
 def _invoked_tokens(parts: Parts, x: Tensor, offsets: Any) -> tuple[int, ...] | str | None:
@@ -131,33 +114,3 @@ def _mixed_reason(parts: Parts, x: Tensor, rows: Sequence[str]) -> str | None:
     if any(adapter.drops for adapter in parts.adapters):
         return "the call passes adapter_names with dropout in training"
     return None
-
-
-def forward_or_stock(
-    layer: nn.Module,
-    stock: Callable[..., Tensor],
-    x: Tensor,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Tensor:
-    """One forward of a fast layer: the plan if the fast path holds, else `stock`, PEFT's forward.
-
-    A compiled forward runs each layer alone. The reason of the latest call is kept in the layer's
-    `__dict__`, for `explain`.
-    """
-    found = plan(layer, x, args, kwargs)
-    record(layer, found if isinstance(found, str) else "")
-    if isinstance(found, str):
-        return stock(x, *args, **kwargs)
-    shared = None if torch.compiler.is_compiling() else layer.__dict__.get(SHARED)
-    return found.run(x) if shared is None else shared.run(layer, found, x)
-
-
-def record(layer: nn.Module, reason: str) -> None:
-    """Keeps why the latest call ran PEFT's code, and warns of what the user did not ask for."""
-    if torch.compiler.is_compiling():
-        return
-    if isinstance(reason, Unserved) and layer.__dict__.get(LAST_REASON) != reason:
-        # Python shows one and the same warning once, however many layers give it.
-        warnings.warn(f"LoRA layers run on PEFT's own code: {reason}", stacklevel=1)
-    layer.__dict__[LAST_REASON] = str(reason)

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from ....autograd.common import autocast_off
 from ....autograd.grouped import grouped_lora_linear
-from ....autograd.linear import autocast_off, lora_linear
+from ....autograd.linear import lora_linear
 
 
 class AdaptedWeight(Tensor):

@@ -1,160 +1,40 @@
-"""PEFT's LoRA on a parameter (`target_parameters`): experts, routers, plain weights.
+"""What a call of PEFT's LoRA on a parameter computes: experts, routers, plain weights.
 
-PEFT's `ParamWrapper` adds `scaling * B A` to the parameter at each forward, for all experts. The
-fast one puts an `AdaptedWeight` where the model looks for the parameter, whoever the model is: its
-own code multiplies with it, in a loop over experts or in torch's grouped_mm.
+PEFT's `ParamWrapper` adds `scaling * B A` to the parameter at each forward, for all experts. Here
+an `AdaptedWeight` takes the place where the model looks for the parameter, whoever the model is:
+its own code multiplies with it, in a loop over experts or in torch's grouped_mm.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.lora.layer import ParamWrapper
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..plan.casts import SUPPORTED_DTYPES, backend_reason
-from ..plan.plain import PLAIN, state_reason
-from ..plan.plan import Unserved, call_reason, record
+from ..plan.parameter import ParamParts
 from .adapted_weight import adapted_weight
 
 
-class ParamParts(NamedTuple):
-    """A parameter `[N, K]` or `[E, rows, columns]` of `owner`, and what the adapters add to it.
-
-    `factors` has, for each adapter, left `[..., rows, R]`, right `[..., R, columns]` and scaling.
-    """
-
-    owner: nn.Module
-    name: str
-    weight: Tensor
-    factors: tuple[tuple[Tensor, Tensor, float], ...]
-
-    @property
-    def op(self) -> str:
-        """The forward op that serves the parameter."""
-        return "lora_linear_fwd" if self.weight.dim() == 2 else "grouped_lora_linear_fwd"
-
-    @contextmanager
-    def in_place(self) -> Iterator[list[str]]:
-        """The adapted weight where the owner's code finds the parameter; yields `built_for`."""
-        built_for: list[str] = []
-        left, right, scaling = _stacked(self.factors)
-        # Instance attributes are found before parameters, which stay what they are.
-        self.owner.__dict__[self.name] = adapted_weight(
-            self.weight, left, right, scaling, built_for
-        )
-        try:
-            yield built_for
-        finally:
-            del self.owner.__dict__[self.name]
+@contextmanager
+def in_place(parts: ParamParts) -> Iterator[list[str]]:
+    """The adapted weight where the owner's code finds the parameter; yields `built_for`."""
+    built_for: list[str] = []
+    left, right, scaling = _stacked(parts.factors)
+    # Instance attributes are found before parameters, which stay what they are.
+    parts.owner.__dict__[parts.name] = adapted_weight(parts.weight, left, right, scaling, built_for)
+    try:
+        yield built_for
+    finally:
+        del parts.owner.__dict__[parts.name]
 
 
-class FastParamWrapper(ParamWrapper):
-    """PEFT's `ParamWrapper` with fastlora's forward; everything else, and all state, is PEFT's."""
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The wrapped module's own forward with the adapted weight, or PEFT's code."""
-        found = param_plan(self, kwargs)
-        if isinstance(found, str):
-            record(self, found)
-            return super().forward(x, *args, **kwargs)
-        with found.in_place() as built_for:
-            result = self.base_layer(x, *args, **kwargs)
-        record(self, _built_reason(built_for))
-        return result
-
-
-# PEFT knows wrapped parameters by the name of their class, when it adds another adapter.
-FastParamWrapper.__name__ = ParamWrapper.__name__
-
-
-def param_parts(layer: Any) -> ParamParts | str:
-    """The tensors that the fast path reads, or why PEFT's code has to run whatever the input."""
-    if (reason := state_reason(layer)) is not None:
-        return reason
-    As, Bs = layer._modules["lora_A"]._modules, layer._modules["lora_B"]._modules
-    names = [name for name in layer.active_adapters if name in As]
-    if not names:
-        return "no adapters are active on this layer"
-    owner, name = layer.get_base_layer(), layer.parameter_name
-    weight = owner._parameters.get(name)
-    if weight is None or name in owner.__dict__:
-        return f"{name} is no parameter of its module (parametrised or pruned)"
-    inner = layer._modules["base_layer"]
-    while isinstance(inner, ParamWrapper):
-        if inner.parameter_name == name:
-            return f"another wrapper adapts the parameter {name}, too"
-        inner = inner._modules["base_layer"]
-    tensors = [(f"parameter {name}", weight)]
-    for adapter in names:
-        if adapter in layer.lora_variant or layer.use_dora.get(adapter):
-            return "the adapter is a LoRA variant"
-        if type(layer.scaling[adapter]) not in (float, int):
-            return f"scaling is a {type(layer.scaling[adapter]).__name__}, not a number"
-        for role, module in (("lora_A", As[adapter]), ("lora_B", Bs[adapter])):
-            if type(module) is not nn.Linear:
-                return f"{role} is a {type(module).__name__}, not a plain nn.Linear"
-            if module._parameters.get("weight") is None:
-                return f"{role}'s weight is no parameter of its layer (parametrised or pruned)"
-            tensors.append((role, module._parameters["weight"]))
-    if (reason := _tensor_reason(tensors)) is not None:
-        return reason
-    if weight.requires_grad:
-        return f"the parameter {name} is being trained (requires_grad); fastlora needs it frozen"
-    if weight.dim() not in (2, 3) or (weight.dim() == 3 and layer.num_experts == 1):
-        return f"the parameter {name} has shape {tuple(weight.shape)}"
-    factors = []
-    for adapter in names:
-        found = _adapter_factors(layer, weight, As[adapter].weight, Bs[adapter].weight)
-        if found is None:
-            return f"lora_A or lora_B does not fit the parameter {name} (sharded?)"
-        factors.append((*found, float(layer.scaling[adapter])))
-    parts = ParamParts(owner, name, weight, tuple(factors))
-    reason = backend_reason(parts.op, weight.device, dtype=weight.dtype)
-    return parts if reason is None else Unserved(reason)
-
-
-def _tensor_reason(tensors: list[tuple[str, Tensor]]) -> str | None:
-    """Why the fast path can't read one of the tensors, of which the first is the parameter."""
-    device = tensors[0][1].device
-    for role, tensor in tensors:
-        if type(tensor) not in PLAIN:
-            return f"the {role} is a {type(tensor).__name__}, a tensor subclass"
-        if tensor.is_meta:
-            return f"the {role} is on the meta device (offloaded or not loaded)"
-        if tensor.dtype not in SUPPORTED_DTYPES:
-            return f"the {role} is in {tensor.dtype}; fastlora takes fp32, bf16 and fp16"
-        if tensor.device != device:
-            return f"the {role} is on {tensor.device} and the parameter on {device}"
-    return None
-
-
-def _adapter_factors(
-    layer: Any, weight: Tensor, lora_A: Tensor, lora_B: Tensor
-) -> tuple[Tensor, Tensor] | None:
-    """left and right with `delta = scaling * left right`, as PEFT's `get_delta_weight` has it.
-
-    lora_A holds the experts' A one below the other, `[E R, columns of A]`; lora_B interleaves them,
-    column `r E + e` of `[rows of B, R E]` being column r of expert e.
-    """
-    rows, columns = weight.shape[-2:]
-    if weight.dim() == 2:
-        left, right = lora_B, lora_A
-    else:
-        E = layer.num_experts
-        if len(lora_A) % E or lora_B.shape[1] != len(lora_A):
-            return None
-        A = lora_A.reshape(E, -1, lora_A.shape[1])
-        B = lora_B.reshape(len(lora_B), -1, E).permute(2, 0, 1).contiguous()
-        # PEFT before 0.19 had one of the two layouts only.
-        swapped = getattr(layer, "_did_swap_in_out_features", False)
-        left, right = (B, A) if swapped else (A.mT, B.mT)
-    R, lead = left.shape[-1], weight.shape[:-2]
-    fits = left.shape == (*lead, rows, R) and right.shape == (*lead, R, columns)
-    return (left, right) if fits else None
+def built_reason(built_for: list[str]) -> str:
+    """What a layer records of a call that built the weight; "" when it did not."""
+    if not built_for:
+        return ""
+    return f"the model calls {', '.join(built_for)} on the weight, so that W + BA was built"
 
 
 def _stacked(factors: tuple[tuple[Tensor, Tensor, float], ...]) -> tuple[Tensor, Tensor, float]:
@@ -164,20 +44,3 @@ def _stacked(factors: tuple[tuple[Tensor, Tensor, float], ...]) -> tuple[Tensor,
     lefts = [left.float() * scaling for left, _, scaling in factors]
     rights = [right.float() for _, right, _ in factors]
     return torch.cat(lefts, dim=-1), torch.cat(rights, dim=-2), 1.0
-
-
-def param_plan(layer: nn.Module, kwargs: dict[str, Any]) -> ParamParts | str:
-    """How to run a call with `kwargs` on fastlora, or why PEFT's own code has to run."""
-    if kwargs.get("adapter_names") is not None:
-        return "the call passes adapter_names, which PEFT refuses on parameters"
-    if torch.compiler.is_compiling():
-        return "torch.compile does not trace fastlora's adapted weight"
-    if (reason := call_reason()) is not None:
-        return reason
-    return param_parts(layer)
-
-
-def _built_reason(built_for: list[str]) -> str:
-    if not built_for:
-        return ""
-    return f"the model calls {', '.join(built_for)} on the weight, so that W + BA was built"

@@ -1,0 +1,27 @@
+// Runs a stage of a kernel, a member function, over its tiles.
+#pragma once
+
+#include "../isa/simd.h"
+
+namespace fastlora {
+namespace FASTLORA_ISA {
+
+template <class Kernel>
+FASTLORA_INLINE void for_each_tile(const ParallelFor& parallel, Kernel* kernel,
+                                   void (Kernel::*stage)(int64_t tile), int64_t tiles,
+                                   int64_t neighbours = 1) {
+  struct Context {
+    Kernel* kernel;
+    void (Kernel::*stage)(int64_t tile);
+  } context{kernel, stage};
+  parallel.run(
+      tiles, neighbours,
+      [](const void* c, int64_t begin, int64_t end) {
+        const auto* context = static_cast<const Context*>(c);
+        for (int64_t i = begin; i < end; i++) (context->kernel->*context->stage)(i);
+      },
+      &context);
+}
+
+}  // namespace FASTLORA_ISA
+}  // namespace fastlora

@@ -1,0 +1,72 @@
+// From run-time dtypes to the template that serves them.
+#pragma once
+
+#include "../runtime/scratch.h"
+#include "transposed.h"
+
+namespace fastlora {
+namespace FASTLORA_ISA {
+
+// Calls f(compute, x, source) with null pointers: the kind of product, x's C++ type, and what the
+// weight is read as, an `Operand`'s source.
+//
+// bf16 pairs serve a base product in bf16 where the CPU has the instruction, also for fp32 x (rounded
+// on the way, as bitsandbytes' compute_dtype asks). All else is fp32 FMA on widened operands.
+template <class F>
+static void with_weight(const Weight& weight, DType x_dtype, const F& f) {
+  const auto with_source = [&](auto compute, auto* x, auto* dense_type) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(dense_type)>>;
+    if (weight.transposed) {
+      f(compute, x, static_cast<const Transposed<T>*>(nullptr));
+    } else if (weight.dense) {
+      f(compute, x, static_cast<const Dense<T>*>(nullptr));
+    } else {
+      f(compute, x, static_cast<const FourBit*>(nullptr));
+    }
+  };
+  with_type(x_dtype, [&](auto* x) {
+    using X = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
+#if defined(FASTLORA_PAIRS)
+    if constexpr (!std::is_same_v<X, f16>) {
+      const bool plain = weight.dense && std::is_same_v<X, float>;
+      if (weight.compute_dtype == DType::bf16 && !plain) {
+        return with_source(Bf16Pair{}, x, static_cast<const bf16*>(nullptr));
+      }
+    }
+#endif
+    with_source(F32{}, x, static_cast<const X*>(nullptr));
+  });
+}
+
+static inline bool is_nested(const Weight& weight) {
+  return weight.dense == nullptr && weight.quant.absmax == nullptr;
+}
+static inline int64_t blocks_of(const Weight& weight) {
+  return ceil_div(weight.N * weight.K, weight.quant.blocksize);
+}
+
+// All of absmax in fp32: the weight's own, or decoded from nested statistics into `memory`.
+static inline const float* plain_absmax(const Weight& weight, const ParallelFor& parallel,
+                                        float* memory) {
+  const Quant4bit& q = weight.quant;
+  if (!is_nested(weight)) return q.absmax;
+  constexpr int64_t kStep = 4096;
+  const Statistics statistics = statistics_of(q);
+  struct Context {
+    const Statistics* statistics;
+    int64_t blocks;
+    float* out;
+  } context{&statistics, blocks_of(weight), memory};
+  parallel.run(
+      ceil_div(context.blocks, kStep), 1,
+      [](const void* c, int64_t begin, int64_t end) {
+        const auto* context = static_cast<const Context*>(c);
+        const int64_t first = begin * kStep, last = min(end * kStep, context->blocks);
+        decode_absmax(*context->statistics, first, last, context->out + first);
+      },
+      &context);
+  return memory;
+}
+
+}  // namespace FASTLORA_ISA
+}  // namespace fastlora

@@ -1,0 +1,197 @@
+"""What the autograd Functions of LoRA layers share: arguments, saved tensors, double backward.
+
+A Function takes what is differentiable as arguments of its own, beside the layers as data:
+
+    apply(x, ..., layers, backend, *differentiable(layers))
+
+and its backward gives a gradient for each of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..backends import forced_backend
+from ..layer import Grads, Layer, Needs
+from ..quant import as_quant_state
+
+_T = TypeVar("_T")
+_OFF: AbstractContextManager[Any] = nullcontext()
+
+
+# ---- before the node ----------------------------------------------------------------------------
+
+
+def prepared(
+    x: Tensor, layers: Sequence[Layer], backend: str | None
+) -> tuple[Tensor, list[Layer], str | None]:
+    """A call's x and layers as the ops take them, and the backend of forward and backward.
+
+    Under autocast x, the adapters, the biases and dense weights are cast to autocast's dtype, as
+    torch.nn.functional.linear does; dense weights in the ops' forward and again in their backward,
+    so that no copy is kept. A seed that dropout needs and lacks is drawn with torch.randint, in the
+    order of the layers.
+
+    Raises:
+        ValueError: a weight requires a gradient. TypeError: a quant_state lacks a field.
+    """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    ready = []
+    for layer in layers:
+        check_frozen(layer.weight)
+        if layer.quant_state is not None:
+            layer = layer._replace(quant_state=as_quant_state(layer.quant_state))
+        if dtype is not None:
+            layer = _autocast(layer, dtype)
+        if layer.dropout_p != 0.0 and layer.seed is None:
+            layer = layer._replace(seed=draw_seed(x))
+        ready.append(layer)
+    # The backend is settled now: the backward may run outside of a `use_backend` block.
+    return x if dtype is None else x.to(dtype), ready, forced_backend(backend)
+
+
+def _autocast(layer: Layer, dtype: torch.dtype) -> Layer:
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    layer = layer._replace(lora_A=layer.lora_A.to(dtype), lora_B=layer.lora_B.to(dtype), bias=bias)
+    return layer if layer.quant_state is not None else layer._replace(compute_dtype=dtype)
+
+
+def check_frozen(weight: Tensor) -> None:
+    """Raises a ValueError for a base weight that wants a gradient."""
+    if weight.requires_grad:
+        raise ValueError("weight must be frozen (requires_grad=False): fastlora never trains it")
+
+
+def draw_seed(x: Tensor) -> Tensor:
+    """The key of a dropout on x, so that torch.manual_seed and checkpointing replay the mask."""
+    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+
+
+def autocast_off(device: torch.device) -> AbstractContextManager[Any]:
+    """Leaves the autocast region around a call or a backward, if there is one."""
+    if not torch.is_autocast_enabled(device.type):
+        return _OFF
+    return torch.autocast(device.type, enabled=False)
+
+
+def as_matrix(x: Tensor) -> Tensor:
+    """x [..., K] as [M, K]."""
+    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def working(layer: Layer) -> Layer:
+    """The layer with a dense weight in its compute_dtype."""
+    if layer.compute_dtype is None or layer.quant_state is not None:
+        return layer
+    return layer._replace(weight=layer.weight.to(layer.compute_dtype), compute_dtype=None)
+
+
+# ---- the node -----------------------------------------------------------------------------------
+
+
+def differentiable(layers: Sequence[Layer]) -> list[Tensor | None]:
+    """The layers' tensors that may get a gradient: bias, lora_A and lora_B of each."""
+    return [t for layer in layers for t in (layer.bias, layer.lora_A, layer.lora_B)]
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a backward will be asked for a gradient of any of `tensors`."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+class Saved:
+    """What a backward needs: tensors, layers and the backend.
+
+    Every tensor goes through `save_for_backward`, so that hooks on saved tensors (offloading,
+    checkpointing) see it and a change in place of it is an error. A bias is not kept.
+    """
+
+    def __init__(
+        self,
+        ctx: Any,
+        tensors: Sequence[Tensor | None],
+        layers: Sequence[Layer],
+        backend: str | None,
+    ) -> None:
+        kept: list[Tensor | None] = list(tensors)
+        self.count, self.backend = len(kept), backend
+        self.statics: list[tuple[Any, ...]] = []
+        for weight, A, B, scaling, bias, state, compute_dtype, p, seed, offsets in layers:
+            kept += (weight, A, B, seed, offsets)
+            hollow, stats = None, 0
+            if state is not None:
+                tensors_of_state = state.tensors()
+                kept += tensors_of_state
+                hollow, stats = state.without_tensors(), len(tensors_of_state)
+            bias_dtype = None if bias is None else bias.dtype
+            self.statics.append((scaling, hollow, stats, compute_dtype, p, bias_dtype))
+        ctx.save_for_backward(*kept)
+
+    def restore(self, ctx: Any) -> tuple[tuple[Any, ...], list[Layer]]:
+        """The tensors, and the layers around theirs."""
+        saved = ctx.saved_tensors
+        place, layers = self.count, []
+        for scaling, state, stats, compute_dtype, p, _ in self.statics:
+            weight, A, B, seed, offsets = saved[place : place + 5]
+            place += 5
+            if state is not None:
+                state = state.with_tensors(*saved[place : place + stats])
+                place += stats
+            layers.append(
+                Layer(weight, A, B, scaling, None, state, compute_dtype, p, seed, offsets)
+            )
+        return saved[: self.count], layers
+
+    def needs(self, ctx: Any, first: int) -> list[Needs]:
+        """The gradients that each layer needs, whose `differentiable` begin at argument `first`."""
+        asked = ctx.needs_input_grad
+        return [
+            Needs(asked[0], asked[i + 1], asked[i + 2], asked[i])
+            for i in range(first, first + 3 * len(self.statics), 3)
+        ]
+
+    def gradients(self, grads: Sequence[Grads]) -> list[Tensor | None]:
+        """The gradients of `differentiable`, in its order."""
+        out: list[Tensor | None] = []
+        for own, static in zip(grads, self.statics, strict=True):
+            out += (None if own.bias is None else own.bias.to(static[-1]), own.A, own.B)
+        return out
+
+
+def run_backward(device: torch.device, kernels: Callable[[], _T], plain: Callable[[], _T]) -> _T:
+    """The gradients by `kernels`, or by `plain`, in plain torch, if this backward has a graph.
+
+    Autocast is off in both: a backward may run inside a region that its forward was outside of.
+    """
+    with autocast_off(device):
+        return plain() if torch.is_grad_enabled() else kernels()
+
+
+def differentiable_gradients(
+    run: Callable[..., Sequence[Tensor]],
+    inputs: Sequence[Tensor],
+    needs: Sequence[bool],
+    dys: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """Gradients that have a graph, for double backward.
+
+    Args:
+        run: the forward in plain torch, on the reference backend, as a function of `inputs`.
+        inputs: what to differentiate by, each where `needs` says so; the others give None.
+        dys: the gradient of each result of `run`.
+    """
+    # Views: the graph above the inputs, where one may depend on another, and hooks on them are the
+    # business of the backward that has called this one.
+    aliases = [t.view_as(t) for t in inputs]
+    wanted = [t for t, need in zip(aliases, needs, strict=True) if need]
+    if not wanted:
+        return [None] * len(inputs)
+    ys = run(*aliases)
+    found = iter(torch.autograd.grad(ys, wanted, dys, create_graph=True, allow_unused=True))
+    return [next(found) if need else None for need in needs]

@@ -1,0 +1,152 @@
+"""What a backend is: the reference's ops, a name, and a reason for what it can't run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..layer import Grads, Layer, Needs
+from ..quant import QuantState
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Request(NamedTuple):
+    """An op as `unsupported` sees it, before it is called.
+
+    Args:
+        op: its name in `reference`.
+        device: torch device type, "cpu" or "cuda".
+        device_index: of a GPU; torch's current one when None.
+        dtype: of x.
+        adapter_dtype: of A and B.
+        compute_dtype: of the base product, where it isn't x's.
+        four_bit: the base is in 4 bits.
+        dropout: the call drops elements of x.
+    """
+
+    op: str
+    device: str
+    device_index: int | None = None
+    dtype: torch.dtype | None = None
+    adapter_dtype: torch.dtype | None = None
+    compute_dtype: torch.dtype | None = None
+    four_bit: bool = False
+    dropout: bool = False
+
+    @classmethod
+    def of(cls, op: str, x: Tensor, layer: Layer) -> Request:
+        """What `op` asks for a layer and x."""
+        return cls(
+            op,
+            x.device.type,
+            x.device.index,
+            x.dtype,
+            layer.lora_A.dtype,
+            layer.compute_dtype,
+            layer.quant_state is not None,
+            layer.dropout_p > 0.0,
+        )
+
+
+class Backend(Protocol):
+    """A module with the functions of `reference`, whose formulas are there.
+
+    An op that `unsupported` gives a reason for may be missing or may fail.
+    """
+
+    NAME: str
+
+    def unsupported(self, request: Request, /) -> str | None:
+        """One sentence that says why the backend can't run a request, or None."""
+
+    def lora_linear_fwd(self, x: Tensor, layer: Layer, /) -> tuple[Tensor, Tensor]: ...
+
+    def lora_linear_bwd(
+        self, dy: Tensor, x: Tensor, layer: Layer, S: Tensor, needs: Needs, /
+    ) -> Grads: ...
+
+    def shared_linear_fwd(
+        self, x: Tensor, layers: Sequence[Layer], /
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]: ...
+
+    def shared_linear_bwd(
+        self,
+        dys: Sequence[Tensor | None],
+        x: Tensor,
+        layers: Sequence[Layer],
+        Ss: Sequence[Tensor],
+        needs: Sequence[Needs],
+        /,
+    ) -> tuple[Tensor | None, tuple[Grads, ...]]: ...
+
+    def grouped_lora_linear_fwd(self, x: Tensor, layer: Layer, /) -> tuple[Tensor, Tensor]: ...
+
+    def grouped_lora_linear_bwd(
+        self, dy: Tensor, x: Tensor | None, layer: Layer, S: Tensor | None, needs: Needs, /
+    ) -> Grads: ...
+
+    def lora_embedding_fwd(self, ids: Tensor, layer: Layer, weight_scale: float, /) -> Tensor: ...
+
+    def lora_embedding_bwd(
+        self, dy: Tensor, ids: Tensor, layer: Layer, padding_idx: int | None, needs: Needs, /
+    ) -> Grads: ...
+
+    def dora_norm(self, layer: Layer, /) -> Tensor: ...
+
+    def dora_magnitude_fwd(self, z: Tensor, factor: Tensor, rest: Tensor | None, /) -> Tensor: ...
+
+    def dora_magnitude_bwd(
+        self, dy: Tensor, z: Tensor, factor: Tensor, needs: tuple[bool, bool, bool], /
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
+
+    def dora_dropout_fwd(
+        self, x: Tensor, dropout_p: float, seed: Tensor, /
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def dora_dropout_bwd(
+        self, dkept: Tensor, drest: Tensor, dropout_p: float, seed: Tensor, /
+    ) -> Tensor: ...
+
+    def quantize_4bit(
+        self, weight: Tensor, blocksize: int, quant_type: str, compress_statistics: bool, /
+    ) -> tuple[Tensor, QuantState]: ...
+
+    def dequantize_4bit(
+        self, packed: Tensor, quant_state: QuantState, dtype: torch.dtype, out: Tensor | None, /
+    ) -> Tensor: ...
+
+
+class SkinnyBackend(Backend, Protocol):
+    """A backend that also has the parts of a layer without W."""
+
+    def shrink(self, x: Tensor, layer: Layer, /) -> Tensor: ...
+
+    def skinny_bwd(
+        self, dy: Tensor, x: Tensor, layer: Layer, S: Tensor, needs: Needs, /
+    ) -> tuple[Tensor, Grads]: ...
+
+
+def unsupported_dtype(request: Request) -> str | None:
+    """Why no kernel takes the dtypes of a request, or None."""
+    for name, dtype in (
+        ("x", request.dtype),
+        ("lora_A", request.adapter_dtype),
+        ("compute_dtype", request.compute_dtype),
+    ):
+        if dtype is not None and dtype not in KERNEL_DTYPES:
+            return f"{request.op} takes fp32, bf16 and fp16, got {name} in {dtype}."
+    return None
+
+
+def is_empty(layer: Layer) -> bool:
+    """True for a weight without elements: a kernel has nothing to compute."""
+    return layer.lora_A.shape[-1] == 0 or layer.lora_B.shape[-2] == 0
+
+
+def asked(grads: Sequence[Tensor], needs: Needs) -> Grads:
+    """The gradients of an op, which returns empty tensors for those that nobody asked for."""
+    return Grads(*(grad if need else None for grad, need in zip(grads, needs, strict=True)))

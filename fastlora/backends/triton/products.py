@@ -1,0 +1,133 @@
+"""The base product with its LoRA term: of a dense weight, or of one decoded in it or before it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..schemas import Packed
+from .kernels.base_product import base_product
+from .kernels.base_product_4bit import base_product_4bit, fits
+from .kernels.dequantize_4bit import PANEL, dequantize_4bit
+from .kernels.dropout import Dropout
+from .launch import Launcher
+from .tiles import Tile
+
+# `out = left W + bias + drop'(factor * P Q)`, its arguments in this order; it fills out.
+Product = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, float, Dropout], None]
+# A decoded weight takes no more than this; a larger one is decoded panel by panel.
+WORKSPACE_BYTES = 256 * 2**20
+
+
+def dense_product(gpu: Launcher, right: Tensor, tile: Tile | None) -> Product:
+    """`out = left right + bias + drop'(factor * P Q)` on a dense [C, N] `right`.
+
+    Args:
+        tile: of the kernel that holds the term in its accumulator; None for the vendor's product,
+            which adds to a term that a kernel has written (rounded to out's dtype).
+    """
+
+    def product(
+        out: Tensor,
+        left: Tensor,
+        bias: Tensor | None,
+        P: Tensor,
+        Q: Tensor,
+        factor: float,
+        dropout: Dropout,
+    ) -> None:
+        if tile is not None:
+            base_product(gpu, out, left, right, bias, P, Q, factor, dropout, tile)
+            return
+        term = gpu.table_tile("base_product", out.dtype, M=len(left), R=P.shape[1])
+        base_product(gpu, out, left[:, :0], right[:0], bias, P, Q, factor, dropout, term)
+        out.addmm_(left, right)
+
+    return product
+
+
+def panels(
+    packed: Packed, shape: tuple[int, int], is_forward: bool, dtype: torch.dtype, limit: int
+) -> list[tuple[int, int]]:
+    """Ranges of the result's columns whose decoded weight takes at most `limit` bytes.
+
+    Rows of W for the forward, in steps that end on a word and on a block; columns of W for dx, in
+    steps of `PANEL`. Where rows are no whole blocks, dx decodes the weight as one.
+    """
+    columns, depth = shape if is_forward else shape[::-1]
+    rows = packed.blocksize // math.gcd(shape[1], packed.blocksize)
+    step = max(rows, 8) if is_forward else PANEL
+    width = max(limit // (depth * dtype.itemsize) // step * step, step)
+    if not is_forward and shape[1] % packed.blocksize:
+        width = columns
+    return [(begin, min(begin + width, columns)) for begin in range(0, columns, width)]
+
+
+def decoded_panel(
+    gpu: Launcher,
+    packed: Packed,
+    shape: tuple[int, int],
+    is_forward: bool,
+    panel: tuple[int, int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Right operand of the panel's product: rows of W, transposed, or columns of W."""
+    N, K = shape
+    begin, end = panel
+    if not is_forward:
+        out = packed.data.new_empty((N, end - begin), dtype=dtype)
+        whole = end - begin == K
+        return dequantize_4bit(gpu, packed, out, shape, None if whole else panel)
+    out = packed.data.new_empty((end - begin, K), dtype=dtype)
+    return dequantize_4bit(gpu, packed, out, first_word=begin * K // 8).t()
+
+
+def four_bit_product(
+    gpu: Launcher,
+    packed: Packed,
+    shape: tuple[int, int],
+    is_forward: bool,
+    base: torch.dtype,
+    tiles: tuple[Tile | None, Tile | None],
+) -> Product:
+    """`out = left W^T` (forward) or `left W`, `+ bias + drop'(factor * P Q)`.
+
+    Args:
+        base: dtype of the base product.
+        tiles: of the kernel that decodes inside the product, None to decode before it; then of the
+            dense product, None for the vendor's.
+    """
+    fused_tile, dense_tile = tiles
+
+    def product(
+        out: Tensor,
+        left: Tensor,
+        bias: Tensor | None,
+        P: Tensor,
+        Q: Tensor,
+        factor: float,
+        dropout: Dropout,
+    ) -> None:
+        if left.dtype.itemsize > base.itemsize:
+            # fp32 tokens would need twice the shared memory that the tiles are made for.
+            left = left.to(base)
+        if fused_tile is not None and fits(packed, shape[1], base):
+            base_product_4bit(
+                gpu, out, left, packed, shape, is_forward, bias, P, Q, factor, dropout, base,
+                fused_tile,
+            )  # fmt: skip
+            return
+        tile = dense_tile
+        if tile is None and base != out.dtype:
+            # The vendor's product would be rounded to the base's dtype before the term is added.
+            tile = gpu.table_tile("base_product", base, M=len(left), R=P.shape[1])
+        for begin, end in panels(packed, shape, is_forward, base, WORKSPACE_BYTES):
+            right = decoded_panel(gpu, packed, shape, is_forward, (begin, end), base)
+            part = None if bias is None else bias[begin:end]
+            columns = (out[:, begin:end], left, part, P, Q[:, begin:end])
+            dense_product(gpu, right, tile)(*columns, factor, dropout.at(begin))
+
+    return product

@@ -1,0 +1,34 @@
+"""4-bit weights: how they are decoded (`QuantState`), and the formats that make them (`FORMATS`).
+
+A format is one instance in one file: `nf4`, `fp4` and `mxfp4`. Adding one touches its file, the
+tuple in `registry` and the cases of the tests.
+"""
+
+from __future__ import annotations
+
+from .absmax import BLOCKSIZES, AbsmaxFormat, dynamic_code, quantize_bounds
+from .format import Format
+from .mxfp4 import from_mxfp4, to_mxfp4
+from .registry import FORMATS, QUANT_TYPES, as_quant_state, code_table, find_format
+from .state import NESTED_BLOCKSIZE, QuantState, packed_bytes
+
+__all__ = [
+    "BLOCKSIZES",
+    "FORMATS",
+    "NESTED_BLOCKSIZE",
+    "QUANT_TYPES",
+    "AbsmaxFormat",
+    "Format",
+    "QuantState",
+    "as_quant_state",
+    "code_table",
+    "dynamic_code",
+    "find_format",
+    "from_mxfp4",
+    "packed_bytes",
+    "quantize_bounds",
+    "to_mxfp4",
+]
+
+# Pickles name the module of a class: QuantState goes on naming this one.
+QuantState.__module__ = __name__
