@@ -1,5 +1,4 @@
-"""The project's own measurements: which shapes, where the results lie, how to compare them.
+"""The project's own measurements: its shapes, its results, and programs that compare them.
 
-The measuring itself is `fastlora.cli.bench`, so that `fastlora bench` of an installed package and
-these figures are made by the same code.
+They measure with the code of `fastlora bench`, `fastlora.cli.bench`.
 """

@@ -1,4 +1,4 @@
-"""The suites: named sets of cases that the project's claims stand on."""
+"""The suites: named sets of cases behind the project's claims."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ UP, DOWN = (11008, 4096), (4096, 11008)
 GATE = (14336, 4096)
 
 TOKENS = (1, 4, 16, 64, 128, 512, 2048)
-LARGE_TOKENS = (64, 128, 512, 2048)
 DECODE_TOKENS = (1, 2, 4, 8, 16)
 TRAINING = ("forward", "step")
 
-# The baselines that a claim about a training step has to beat.
+# The baselines of a claim about a training step.
 RIVALS = ("frozen", "peft", "peft-cast", "addmm", "fastlora", "fastlora-cast", "fastlora-frozen")
 
 
@@ -30,9 +29,9 @@ class Suite:
 
     Args:
         what: one line, for the list of suites.
-        cases: makes them.
-        providers: who is measured.
-        memory: peak memory too.
+        cases: a function that returns them.
+        providers: names in PROVIDERS.
+        memory: measure the peak memory too.
     """
 
     what: str
@@ -65,7 +64,7 @@ SUITES = {
         (*RIVALS, "compile"),
     ),
     "quant": Suite(
-        "what a 4-bit base costs over a dense one",
+        "cost of a 4-bit base over a dense one",
         lambda: grid(_layers([ONE_B, ATTENTION, UP]), (16, 64, 128, 512, 2048), TRAINING),
         ("peft", "frozen-dense", "fastlora", "fastlora-frozen", "fastlora-dense"),
     ),

@@ -1,12 +1,12 @@
-"""Everything that has to be known about a GPU, in one command and under eight minutes.
+"""Verifies, tunes and measures on a GPU, in one command and under eight minutes.
 
     python -m benchmarks.measure.gpu --out DIR              verify, tune, measure
     python -m benchmarks.measure.gpu --out DIR --dry-run    the same, tiny, interpreted
 
 Writes verify.csv, tune.csv, layers.csv (the columns of `fastlora bench`) and summary.json into DIR,
-each row as soon as it is known, so that a run cut short leaves what it has. A stage whose time is
-up ends with the case that runs; what was left out stands in summary.json. Tuned choices go to
-DIR/cache, not to the user's own. Needs torch and Triton; PEFT and bitsandbytes add their columns.
+each row at once, so that an interrupted run keeps its rows. A stage whose time is up ends after the
+current case; summary.json lists what it left out. Tuned choices go to DIR/cache, not to the user's
+cache. Needs torch and Triton; PEFT and bitsandbytes are optional.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 from rich.console import Console
 
-# Shares of the time of each stage; measuring has what is left.
+# Shares of the time; measuring gets the rest.
 _VERIFY_SHARE, _TUNE_SHARE = 0.3, 0.3
 _BACKENDS = ("triton", "native")
 
@@ -35,12 +35,12 @@ class Plan:
     """What a run does.
 
     Args:
-        verify: (M, N, K, R) on which every op is checked, dtypes and bases all.
-        shapes: N = K of the layers that are tuned and measured; the first are the most telling.
+        verify: (M, N, K, R) on which every op is checked, with all dtypes and bases.
+        shapes: N = K of the layers to tune and measure, the most important first.
         tokens, few: M of training, and of decoding.
-        providers: names of `fastlora bench`, the columns.
-        compiled: more of them, for the first case alone.
-        candidates: tiles that are tuned for each problem; each takes a second to compile.
+        providers: names of `fastlora bench`.
+        compiled: more of them, for the first case only.
+        candidates: tiles to try for each problem; each takes a second to compile.
         rounds, sample_seconds: as in `fastlora bench`.
     """
 
@@ -92,7 +92,7 @@ DRY = Plan(
 
 @dataclass
 class Run:
-    """One run: where it writes, its clock, and what it has done.
+    """One run: its folder, its clock, and its findings.
 
     Args:
         out: folder of the results.
@@ -219,7 +219,7 @@ def tune(run: Run, until: float) -> dict[str, Any]:
 
 
 def measure(run: Run, until: float) -> dict[str, Any]:
-    """Frozen layer, PEFT, addmm and ours, the training sizes first; wrong results get no row."""
+    """Frozen layer, PEFT, addmm and fastlora, training sizes first; wrong results get no row."""
     from fastlora.cli.bench.case import Case, Layer
     from fastlora.cli.bench.measure import Bench
     from fastlora.cli.bench.plan import Budget
@@ -242,7 +242,7 @@ def measure(run: Run, until: float) -> dict[str, Any]:
     for case in cases:
         if run.elapsed() > until:
             break
-        # Compiling PEFT takes half a minute: once, at the case that is measured first.
+        # Compiling PEFT takes half a minute, so it is done for the first case only.
         compiled = plan.compiled if case == cases[0] else ()
         bench.providers = [PROVIDERS[name] for name in (*plan.providers, *compiled)]
         written = []
@@ -260,7 +260,7 @@ def measure(run: Run, until: float) -> dict[str, Any]:
 
 
 def _peak_mb(call: Callable[[], object]) -> str:
-    """Peak of one call above what was allocated before it, in MiB."""
+    """Memory that one call allocates at its peak, in MiB."""
     import torch
 
     torch.cuda.synchronize()
@@ -272,7 +272,7 @@ def _peak_mb(call: Callable[[], object]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the stages; 1 when a result was wrong or a stage failed, 2 without a GPU."""
+    """Runs the stages; 1 if a result was wrong or a stage failed, 2 without a GPU."""
     assert __doc__
     parser = argparse.ArgumentParser(prog="python -m benchmarks.measure.gpu", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter

@@ -1,10 +1,10 @@
-"""What merging a trained adapter does to a model: perplexity and divergence, way by way.
+"""How ways of merging a trained adapter change a model: perplexity and divergence.
 
     fastlora demo --steps 60 --backend fastlora --out ADAPTER
     python -m benchmarks.measure.merging --adapter ADAPTER    # appends to results/merging.csv
     python -m benchmarks.measure.merging --docs               # the table in docs/peft.md
 
-Model and text are those of `fastlora demo`; the examples that its training held out are the test.
+Model and text are those of `fastlora demo`; it tests on the examples that the demo held out.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fastlora.integrations.peft.merge.moments import InputMoments
 RESULTS = Path(__file__).parents[1] / "results" / "merging.csv"
 PAGE = Path(__file__).parents[2] / "docs" / "peft.md"
 COLUMNS = ("way", "perplexity", "kl", "size", "error", "kept", "lost", "output_error")
-# Windows as the demo trains on; every seventh of the training part calibrates.
+# Windows as in the demo; every seventh of the training part calibrates.
 _LENGTH, _EVAL_SPLIT, _BATCH = 256, 0.05, 4
 _CALIBRATION = slice(0, 420, 7)
 _SHOWN = {
@@ -46,7 +46,7 @@ _SHOWN = {
 
 
 def ways(folder: Path, calibration: list[Any]) -> dict[str, Callable[[Any], Any]]:
-    """What is done to the model."""
+    """Functions that merge, by name."""
 
     def ours(**options: Any) -> Callable[[Any], Any]:
         def merge(model: Any) -> Any:

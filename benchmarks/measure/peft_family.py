@@ -1,4 +1,4 @@
-"""Forward and backward of one layer, configuration by configuration, beside PEFT's own code.
+"""Times forward and backward of one layer for each of PEFT's configurations, beside PEFT.
 
     python -m benchmarks.measure.peft_family                # appends to results/peft_family.csv
     python -m benchmarks.measure.peft_family --only DoRA    # the rows whose name has that in it
@@ -39,7 +39,7 @@ RESULTS = Path(__file__).parents[1] / "results" / "peft_family.csv"
 PAGE = Path(__file__).parents[2] / "docs" / "peft.md"
 COLUMNS = ("configuration", "rounds", "peft_ms", "fastlora_ms", "lora_ms")
 COLUMNS += tuple(f"{what}_{p}" for what in ("ratio", "to_lora") for p in ("p20", "p50", "p80"))
-# Rows that compute something of their own; those of initial values alone compute what LoRA does.
+# Configurations with a computation of their own; the others only initialise LoRA differently.
 MEASURED = (
     "LoRA",
     "LoRA on NF4",
@@ -64,7 +64,7 @@ _TOLERANCE = 0.02
 
 
 class Layers(nn.Module):
-    """What a configuration may target, by the names that the table's models have."""
+    """Layers that a configuration may target, named as in the models of the table."""
 
     def __init__(self, four_bit: bool) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Layers(nn.Module):
 
 
 def layer_of(case: Case) -> nn.Module:
-    """A layer of PEFT with the case's configuration, nothing in it zero."""
+    """A PEFT layer with the case's configuration and no zero parameters."""
     torch.manual_seed(0)
     model = Layers(case.four_bit)
     if not case.four_bit:
@@ -124,7 +124,7 @@ class Step:
 
 
 def check(fast: Step, stock: Step) -> None:
-    """Raises RuntimeError where the two differ; dropout is off meanwhile."""
+    """Raises RuntimeError if the two differ without dropout."""
     dropouts = [m for s in (fast, stock) for m in s.layer.modules() if type(m) is nn.Dropout]
     rates = [m.p for m in dropouts]
     for module in dropouts:

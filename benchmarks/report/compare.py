@@ -1,8 +1,8 @@
-"""Shows what became slower from one file of results to another; exits with 1 when something did.
+"""Compares two files of results; exits with 1 if something became slower.
 
-A row is compared by its ratio to the baseline of its rounds where it has one, so that a machine
-that is slower today does not count, and by its time otherwise. It is slower when it is off by more
-than the threshold and the middle 60 % of the two measurements don't overlap.
+A row is compared by its ratio to the baseline of its rounds if it has one, because the machine may
+be slower today, and by its time otherwise. It is slower if it differs by more than the threshold
+and the middle 60 % of the two measurements don't overlap.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Change:
 
 
 def changes(before: Iterable[Row], after: Iterable[Row], by: str = "ratio") -> list[Change]:
-    """What is in both, the largest slow-down first; of repeated measurements the newest counts.
+    """Changes of rows in both, the largest slow-down first; the newest of repeated rows counts.
 
     Args:
         before, after: rows of two files.
-        by: "ratio" (where there is one) or "time".
+        by: "ratio" (if there is one) or "time".
     """
     old, new = _newest(before), _newest(after)
     found = [_change(old[key], new[key], by) for key in old.keys() & new.keys()]
@@ -85,8 +85,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("after", type=Path)
     parser.add_argument("--threshold", type=float, default=1.1, help="slow-down allowed (1.1)")
     parser.add_argument("--by", choices=("ratio", "time"), default="ratio")
-    parser.add_argument("--provider", default="fastlora", help="names that begin so (fastlora)")
-    parser.add_argument("--all", action="store_true", help="show what did not change, too")
+    parser.add_argument("--provider", default="fastlora", help="prefix of their names (fastlora)")
+    parser.add_argument("--all", action="store_true", help="show unchanged rows too")
     args = parser.parse_args(argv)
     before, after = read(args.before), read(args.after)
     found = [
@@ -123,7 +123,7 @@ def _table(shown: list[Change], threshold: float) -> Table:
     for change in shown:
         row = change.after
         worse = change.slower(threshold)
-        # Within the noise it has no colour.
+        # Changes within the noise have no colour.
         colour = "red" if worse else "green" if change.slowdown < 1 / threshold else ""
         table.add_row(
             row["provider"],

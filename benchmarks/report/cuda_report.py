@@ -36,7 +36,7 @@ def figures() -> str:
 
 
 def faults() -> str:
-    """A line for each planted fault: where it is, and what must notice it."""
+    """A line for each planted fault: its place, and the check that must notice it."""
     words = {
         "race": "the race detector",
         "deadlock": "the scheduler: lanes that never meet",

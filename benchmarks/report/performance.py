@@ -34,13 +34,13 @@ Group = Mapping[str, Row]
 
 
 def limit_ms(row: Row) -> float:
-    """The least time of a fastlora row, in ms: arithmetic at its peak, or memory, what is more.
+    """A lower bound for the time of a fastlora row, in ms: arithmetic or memory at its peak rate.
 
         base   2 M N K a product at PEAK_BF16, two of them in a step
         LoRA   2 M R (N + K) for its two products at PEAK_FP32, three times that in a step
         memory the weight once a product, at BANDWIDTH
 
-    LoRA's products count at fp32's rate: fp32 adapters ask for sums that bf16 operands can't give.
+    LoRA's products count at the fp32 rate: bf16 operands would lose the adapters' precision.
     """
     M, N, K, R = (int(row[name]) for name in "MNKR")
     products, lora = (2, 3) if row["mode"] == "step" else (1, 1)
@@ -175,7 +175,7 @@ def tables(rows: list[Row]) -> dict[str, str]:
 
 
 def dirty(rows: Iterable[Row]) -> str | None:
-    """How many rows come from files that no commit holds, in one sentence; None without any."""
+    """A sentence about rows that were measured on uncommitted changes; None without any."""
     rows = list(rows)
     commits = Counter(row["commit"] for row in rows if row["commit"].endswith("-dirty"))
     if not commits:

@@ -1,4 +1,4 @@
-"""What the compiler makes of every Triton kernel on every class of GPU, without a GPU.
+"""Compiles every Triton kernel for every class of GPU, without a GPU, and checks the result.
 
     python -m benchmarks.report.static_report            compile and print the table
     python -m benchmarks.report.static_report --check    compare with the gates; 1 on a breach
@@ -6,7 +6,7 @@
     python -m benchmarks.report.static_report --docs     write the tables of docs/gpu.md
 
 The gate file has rows for each version of Triton that is tested. To check another version than the
-installed one, put it beside: `pip install --no-deps --target DIR triton==3.6.0`, then
+installed one: `pip install --no-deps --target DIR triton==3.6.0`, then
 `PYTHONPATH=DIR python -m benchmarks.report.static_report --check`.
 """
 

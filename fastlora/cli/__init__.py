@@ -22,8 +22,7 @@ _COMMANDS = (info, verify, bench, tune, spectrum, finetune, merge, demo)
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status.
 
-    0: done, or every check passed. 1: a check failed, or an unforeseen error. 2: an argument is
-        wrong.
+    0: done, or every check passed. 1: a check failed, or an unexpected error. 2: a wrong argument.
     130: interrupted.
     """
     args = _parser().parse_args(argv)
@@ -40,8 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fastlora {args.command}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # `fastlora info | head`: nobody reads the rest, and the interpreter must not complain
-        # either.
+        # `fastlora info | head`: nobody reads the rest. The interpreter must not complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
@@ -56,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the page of usage before it."""
+    """Reports an error in one line, without a page of usage before it."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")

@@ -1,7 +1,7 @@
-"""The error that a person at the terminal can mend."""
+"""An error that the user can fix."""
 
 from __future__ import annotations
 
 
 class CliError(Exception):
-    """Something that the user gave is wrong: shown as one line, which names the argument."""
+    """The user gave something wrong. It is shown as one line that names the argument."""

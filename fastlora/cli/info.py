@@ -1,4 +1,4 @@
-"""`fastlora info`: what an issue about fastlora needs to say about the machine, ready to paste."""
+"""`fastlora info`: versions, kernels and the machine, ready to paste into an issue."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import Any
 from ..backends.machine.cpu import cpuinfo
 from ..version import __version__
 
-# Ours and our peers', in the order in which a report is read.
+# In the order of the report.
 _PACKAGES = ("triton", "transformers", "peft", "bitsandbytes", "accelerate", "trl", "numpy")
-# What kernels here and in oneDNN choose by; the rest of /proc/cpuinfo is noise.
+# The flags by which kernels here and in oneDNN are chosen.
 _CPU_FLAGS = (
     *("avx2", "fma", "f16c", "bmi2", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"),
     *("avx512_bf16", "avx512_fp16", "avx512vbmi", "amx_tile", "amx_bf16", "amx_int8"),
@@ -127,7 +127,7 @@ def _memory() -> str:
 
 
 def _allocator() -> str:
-    """Which malloc runs: large temporaries cost page faults under glibc's defaults."""
+    """The malloc in use. With glibc's defaults, large temporaries cause page faults."""
     try:
         maps = Path("/proc/self/maps").read_text()
     except OSError:
@@ -175,12 +175,12 @@ def _repacking() -> dict[str, Any]:
     """Whether an evaluation here would rewrite 4-bit weights; see integrations/bitsandbytes.py."""
     if version_of("bitsandbytes") == "not installed":
         return {"repacks weights in eval mode": "bitsandbytes is not installed"}
-    # It warns of kernels that it can't fetch, in the middle of the report.
+    # It would warn about kernels that it can't fetch, in the middle of the report.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import bitsandbytes as bnb
     except Exception as error:
-        # A broken installation raises whatever its loader raises, and this report is for just that.
+        # A broken installation can raise anything, and this report has to show it.
         return {
             "repacks weights in eval mode": f"can't be imported ({type(error).__name__}: {error})"
         }

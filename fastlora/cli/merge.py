@@ -1,4 +1,4 @@
-"""`fastlora merge`: an adapter into the weights of its model, and what rounding makes of it."""
+"""`fastlora merge`: merges an adapter into its model, and reports the rounding error."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="merge an adapter into its model, dense or 4-bit, with the rounding error",
         description=(
             "Merges a PEFT adapter into a causal LM and writes the merged model. Sums are in fp32 "
-            "and rounded once; a table says for each layer how much rounding takes."
+            "and rounded once. A table shows how much of the update rounding loses."
         ),
     )
     parser.add_argument("--model", metavar="FOLDER", required=True, help="model, dense or 4-bit")
@@ -45,13 +45,13 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--base",
         metavar="FOLDER",
-        help="16-bit weights that a 4-bit --model was made from; a dense --model has them itself",
+        help="16-bit weights that a 4-bit --model was quantised from; not for a dense --model",
     )
     parser.add_argument(
         "--calibrate",
         metavar="FILE",
-        help="text or JSONL: --into 4bit of a 4-bit --model then rounds with the model's inputs on "
-        "it in mind, where the 16-bit weights are not at hand",
+        help="text or JSONL: --into 4bit of a 4-bit --model then minimises the error on the "
+        "model's inputs for this text; use it if the 16-bit weights are not available",
     )
     parser.add_argument(
         "--examples", type=positive, default=32, metavar="N", help=f"of {_LENGTH} tokens (32)"
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise CliError(str(error)) from error
     with warnings.catch_warnings():
-        # Everything is merged; that is what it would warn of.
+        # It would warn that everything is merged already.
         warnings.simplefilter("ignore")
         model = model.merge_and_unload()
     if args.into == "dense":
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace, out: Path) -> None:
-    """Everything that is wrong before a model is loaded."""
+    """Finds wrong arguments before a model is loaded."""
     if out.exists():
         raise CliError(f"--out: {out} exists; nothing is overwritten")
     for flag, folder, file in (
@@ -119,7 +119,7 @@ def _check(args: argparse.Namespace, out: Path) -> None:
     if args.calibrate and (args.base or not _is_stored_in_4bit(args.model)):
         raise CliError(
             "--calibrate: with 16-bit weights, those of --base or a dense --model, plain rounding "
-            "makes the better model"
+            "gives a better model"
         )
     if args.base and not list(Path(args.base).glob("*.safetensors")):
         raise CliError(f"--base: expected a folder with *.safetensors files, got {args.base}")
@@ -132,7 +132,7 @@ def _is_stored_in_4bit(folder: str) -> bool:
 
 
 def _load(args: argparse.Namespace) -> tuple[Any, str | None]:
-    """The model, and where the weights lie that its 4-bit layers were made from."""
+    """The model, and the folder of the weights that its 4-bit layers were quantised from."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -199,20 +199,20 @@ def _moments(args: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
 
 
 def _write(model: Any, tokenizer: Any, out: Path) -> None:
-    """The folder appears by one rename, whole or not at all."""
+    """Writes to a temporary folder, which is renamed when it is complete."""
     from ..integrations.transformers import make_savable
 
     make_savable(model)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        # mkdtemp's folder is for its owner alone.
+        # Only the owner can read mkdtemp's folder.
         partial.chmod(0o755)
         model.save_pretrained(partial, safe_serialization=True)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         if out.exists():
-            raise CliError(f"--out: {out} has appeared meanwhile; nothing is overwritten")
+            raise CliError(f"--out: {out} was created in the meantime; nothing is overwritten")
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

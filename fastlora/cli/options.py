@@ -1,4 +1,4 @@
-"""Names, argument types and options that several commands share."""
+"""Names, argument types and options shared by several commands."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ Event = tuple[str, dict[str, Any]]
 
 
 class Emit(Protocol):
-    """Is told of events."""
+    """Takes an event."""
 
     def __call__(self, event: str, **fields: Any) -> None: ...
 
@@ -192,7 +192,7 @@ class Worker:
 def run(
     name: str, module: str, request: Any, emit: Emit, environment: Mapping[str, str] | None = None
 ) -> Any:
-    """Does a request in one worker and returns its result; `emit` is told of all other events.
+    """Does a request in one worker and returns its result; `emit` gets all other events.
 
     Raises:
         CliError, KeyboardInterrupt, RuntimeError: as in `Worker.events`.

@@ -1,4 +1,4 @@
-"""`fastlora spectrum`: which layers of a model are worth an adapter."""
+"""`fastlora spectrum`: ranks the layers of a model as targets for adapters."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="rank a model's layers by signal-to-noise, as targets for adapters",
         description=(
             "Ranks the linear layers of a model by the signal-to-noise ratio of their singular "
-            "values (Spectrum, arXiv:2406.06623), each kind for itself, and prints the top share "
-            "of each as target_modules for PEFT. Reads one weight at a time."
+            "values (Spectrum, arXiv:2406.06623), each kind of layer separately, and prints the "
+            "top share of each kind as target_modules for PEFT. Reads one weight at a time."
         ),
     )
     parser.add_argument("--model", metavar="FOLDER", required=True, help="model folder")
     parser.add_argument(
-        "--share", type=float, metavar="P", default=0.25, help="of each kind to choose (0.25)"
+        "--share", type=float, metavar="P", default=0.25, help="share of each kind to choose (0.25)"
     )
-    parser.add_argument("--json", action="store_true", help="every layer and figure, as JSON")
+    parser.add_argument("--json", action="store_true", help="print every layer and figure as JSON")
     return parser
 
 

@@ -160,7 +160,7 @@ def test_a_4_bit_model(
     [
         (
             {"--calibrate": "x.txt", "--into": "4bit"},
-            r"--calibrate: with 16-bit weights, .* plain rounding makes the better model",
+            r"--calibrate: with 16-bit weights, .* plain rounding gives a better model",
         ),
         ({"--out": "."}, r"--out: \. exists; nothing is overwritten"),
         ({"--adapter": "/nowhere"}, r"--adapter: expected a folder with adapter_config\.json"),

@@ -17,8 +17,8 @@ def base_module(setup: Setup, index: int, repack: bool = False) -> nn.Module:
     """The frozen layer: nn.Linear, or bitsandbytes' Linear4bit on the same bytes.
 
     Args:
-        repack: lets bitsandbytes rewrite the weight in eval mode, as it does by default. It then
-            gets bytes of its own. In training this drops gradients, so it is off elsewhere.
+        repack: let bitsandbytes rewrite a copy of the weight in eval mode, as it does by default.
+            This drops gradients in training, so it is off elsewhere.
     """
     layer = setup.layer
     weight, state = setup.weights[index]
@@ -40,7 +40,7 @@ def base_module(setup: Setup, index: int, repack: bool = False) -> nn.Module:
 
 
 class _OneLayer(nn.Module):
-    """What PEFT puts its adapter into."""
+    """A model of one layer, for PEFT's adapter."""
 
     def __init__(self, linear: nn.Module, quantized: bool) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ def peft_layer(setup: Setup, index: int, dtype: torch.dtype, repack: bool = Fals
 
 
 def built(module: nn.Module) -> Built:
-    """A module as what is timed; its adapter is what trains in it."""
+    """Wraps a module; its trainable parameters are its adapter."""
     adapter = tuple(p for p in module.parameters() if p.requires_grad)
     return Built(module, adapter, module.train)
 
@@ -95,9 +95,9 @@ def bnb_packed(setup: Setup, index: int) -> Built:
 
 
 def compile(setup: Setup, index: int) -> Built:
-    # Timing the backward alone runs it more than once on the same graph.
+    # "backward" mode runs the same graph's backward more than once.
     torch._functorch.config.donated_buffer = False
-    # What was compiled for other sizes counts against a limit, above which torch gives up.
+    # Earlier compilations count towards a limit above which torch gives up.
     torch._dynamo.reset()
     module = peft_layer(setup, index, torch.float32)
     compiled = torch.compile(module, dynamic=False)

@@ -1,4 +1,4 @@
-"""What is measured: one mode of one layer in one size."""
+"""A measurement: one mode of one layer in one size."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ MODEL_MODES = {
     "train-checkpointed": "the same with gradient checkpointing",
     "decode": "one more token, with the others in the cache",
 }
-# What the ratios of a mode are taken to.
+# The baseline of a mode's ratios.
 BASELINES = dict.fromkeys(MODES, "peft") | {"dequantize": "bitsandbytes"}
-# With this factor and inputs of unit variance the LoRA term is as large as the base's.
+# With inputs of unit variance this makes the LoRA term as large as the base's.
 SCALING = 2.0
 
 
@@ -36,7 +36,7 @@ class Layer:
         quant: "none", "nf4" or "fp4".
         nested: absmax of a 4-bit weight in 8 bits as well.
         dropout: probability, on the adapter's input.
-        adapter_dtype: of A and B where a provider leaves the choice.
+        adapter_dtype: of A and B, for providers that don't fix it.
     """
 
     N: int
@@ -50,7 +50,7 @@ class Layer:
 
     @property
     def quant_name(self) -> str:
-        """As tables and CSV files name it: "none", "nf4", "nf4 nested", ..."""
+        """The name in tables and CSV files: "none", "nf4", "nf4 nested", ..."""
         return f"{self.quant} nested" if self.nested and self.quant != "none" else self.quant
 
     @property
@@ -86,9 +86,9 @@ class Case:
 
 
 def grid(layers: Iterable[Layer], tokens: Iterable[int], modes: Iterable[str]) -> list[Case]:
-    """Every mode at every M, layer by layer: what shares weights stands together.
+    """Every mode at every M, layer by layer, so that cases with the same weights are adjacent.
 
-    Dequantising has no tokens, no rank and no dropout: it is there once for each 4-bit weight.
+    "dequantize" has no tokens, rank or dropout: there is one case for each 4-bit weight.
     """
     tokens, modes = list(tokens), list(modes)
     cases: dict[Case, None] = {}

@@ -25,9 +25,9 @@ from .plan import Budget, ModelPlan, Plan
 
 _DEFAULT_PROVIDERS = ("frozen", "peft", "peft-cast", "addmm", "fastlora", "fastlora-frozen")
 _QUICK_PROVIDERS = ("frozen", "peft", "fastlora")
-# These have a mode of their own.
+# These only run in "dequantize" mode.
 _DEQUANTIZERS = ("bitsandbytes", "fastlora-fresh", "fastlora-out", "write")
-# Left out of `all`: one takes seconds to compile for each size, the other seconds to run.
+# Not part of `all`: they take seconds to compile or to run.
 _SLOW_PROVIDERS = ("compile", "reference", "fastlora-triton")
 
 
@@ -37,10 +37,10 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "bench",
         help="time a LoRA layer of your size: PEFT, plain torch and fastlora in turn",
         description=(
-            "Times one LoRA layer with PEFT, plain torch and fastlora. All of them run once in "
-            "every round, a ratio is taken round by round, and the table shows the median of the "
-            "ratios with the 20th and 80th percentile. A result is checked before it is timed: a "
-            "wrong one gets no row."
+            "Times one LoRA layer with PEFT, plain torch and fastlora. Each runs once in every "
+            "round. Ratios are taken round by round; the table shows their median with the 20th "
+            "and 80th percentile. Results are checked before they are timed: a wrong one gets "
+            "no row."
         ),
     )
     add_options(parser)
@@ -48,7 +48,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The arguments that `python -m benchmarks.measure.run` has as well."""
+    """The arguments, also of `python -m benchmarks.measure.run`."""
     layer = parser.add_argument_group("layer")
     add_sizes(layer, tokens="1,16,64,512", quant="nf4")
     layer.add_argument(
@@ -78,7 +78,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--model",
         metavar="PATH",
         help="time a whole model, PEFT and fastlora in turn: a folder, a GGUF file, or a folder "
-        "with config.json alone, for random weights",
+        "with only a config.json, for random weights",
     )
     model.add_argument("--batch-size", type=positive, default=1, metavar="N", help="(1)")
     model.add_argument(
@@ -94,8 +94,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--allocators",
         type=several(one_of((*ALLOCATORS, "current"))),
         metavar="NAME,...",
-        help="glibc | tcmalloc | current (current): glibc's default pays page faults for large "
-        "temporaries, which a preloaded tcmalloc spares",
+        help="glibc | tcmalloc | current (current): by default, glibc causes page faults for large "
+        "temporaries; a preloaded tcmalloc avoids them",
     )
     add_timing(how)
     how.add_argument("--threads", type=positive, metavar="N", help="of torch")
@@ -103,12 +103,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--memory",
         action="store_true",
-        help="peak memory of step and inference too, at the largest M: some seconds a provider",
+        help="also measure the peak memory of step and inference at the largest M (some seconds "
+        "for each provider)",
     )
     out = parser.add_argument_group("what to write")
     out.add_argument("--csv", type=Path, metavar="FILE", help="append the rows to this file")
-    out.add_argument("--markdown", type=Path, metavar="FILE", help="the tables as Markdown")
-    out.add_argument("--plot", type=Path, metavar="FOLDER", help="plots as PNG")
+    out.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables as Markdown")
+    out.add_argument("--plot", type=Path, metavar="FOLDER", help="write plots as PNG")
     out.add_argument(
         "--compare",
         type=several(_couple),
@@ -119,7 +120,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures, prints the tables; 1 when a result was wrong."""
+    """Measures, prints the tables; 1 if a result was wrong."""
     if args.providers == "list":
         return _list_providers()
     output = output_of(args)
@@ -133,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def cases_of(args: argparse.Namespace) -> list[Case]:
-    """The cases that the layer arguments ask for."""
+    """The cases of the layer arguments."""
     quick = args.quick
     layers = _layers(args, args.shape or [(2048, 2048) if quick else (4096, 4096)])
     if wrong := [mode for mode in args.mode or [] if mode not in MODES]:
@@ -143,7 +144,7 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
 
 
 def model_plan_of(args: argparse.Namespace) -> ModelPlan:
-    """What --model asks for."""
+    """The plan of --model."""
     modes = args.mode or list(MODEL_MODES)
     if wrong := [mode for mode in modes if mode not in MODEL_MODES]:
         raise CliError(f"--mode: {wrong[0]} is a layer's; --model has {', '.join(MODEL_MODES)}")
@@ -163,7 +164,7 @@ def model_plan_of(args: argparse.Namespace) -> ModelPlan:
 
 
 def plan_of(args: argparse.Namespace, cases: list[Case]) -> Plan:
-    """`cases` with the options that say how to measure them."""
+    """The plan for `cases`."""
     return Plan(
         cases,
         _providers(args),
@@ -175,7 +176,7 @@ def plan_of(args: argparse.Namespace, cases: list[Case]) -> Plan:
 
 
 def output_of(args: argparse.Namespace) -> Output:
-    """What the options say about where results go."""
+    """The outputs of the arguments."""
     from .providers import PROVIDERS
 
     comparisons = args.compare or COMPARISONS

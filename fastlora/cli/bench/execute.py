@@ -20,7 +20,7 @@ from .case import Case, Layer
 from .plan import ModelPlan, Plan
 from .rows import Row
 
-# What a table compares when nothing is asked for: (who, with whom).
+# Comparisons by default: (provider, baseline).
 COMPARISONS = (
     ("fastlora", "peft"),
     ("fastlora-fresh", "bitsandbytes"),
@@ -30,7 +30,7 @@ COMPARISONS = (
 
 @dataclass
 class Results:
-    """What the workers sent: rows, and who was refused in which row and why."""
+    """Rows of the workers, and providers that were refused, with the reason."""
 
     rows: list[Row] = field(default_factory=list)
     refused: list[tuple[Row, str]] = field(default_factory=list)
@@ -39,14 +39,14 @@ class Results:
 
 @dataclass(frozen=True)
 class Output:
-    """Where results go, beside the terminal.
+    """Where the results go, besides the terminal.
 
     Args:
-        csv: rows are appended to it.
-        markdown: the tables.
+        csv: file to which rows are appended.
+        markdown: file for the tables.
         plot: folder for PNG files.
-        comparisons: pairs (who, with whom), a table each.
-        times: tables of milliseconds too.
+        comparisons: pairs (provider, baseline), a table each.
+        times: show tables of milliseconds too.
     """
 
     csv: Path | None = None
@@ -59,12 +59,12 @@ class Output:
 def execute(
     plans: Sequence[Plan | ModelPlan], output: Output, console: Console | None = None
 ) -> int:
-    """Measures, writes and prints; returns 1 when a result was wrong, else 0.
+    """Measures, writes and prints; returns 1 if a result was wrong, else 0.
 
-    Rows reach the CSV file after every plan and allocator, and when the run is interrupted.
+    Rows are written to the CSV file after every plan and allocator, also after an interruption.
 
     Raises:
-        CliError: an allocator is not there. RuntimeError: a worker failed.
+        CliError: an allocator is missing. RuntimeError: a worker failed.
     """
     console = console or wide_console()
     for plan in plans:
@@ -143,7 +143,7 @@ def _memory_tasks(
 
 
 def _largest(cases: Sequence[Case]) -> list[Case]:
-    """Of every layer and mode whose memory is measured, the case with most tokens."""
+    """The case with most tokens of each layer, in the modes whose memory is measured."""
     largest: dict[tuple[Layer, str], Case] = {}
     for case in sorted(cases, key=lambda case: case.M):
         if case.mode in ("step", "inference"):

@@ -15,11 +15,11 @@ from ... import ops, reference
 from ...quant import QuantState
 from .case import DTYPES, Layer
 
-# All copies of a weight together are larger than any last-level cache in use, so that weights come
-# from memory as they do in a model.
+# All copies of a weight together exceed the last-level cache, so that weights come from memory as
+# they do in a model.
 _COLD_BYTES = 96 * 2**20
 _MOST_COPIES = 16
-# Above so many tokens the weight's way from memory no longer shows.
+# Above this many tokens, reading the weight from memory no longer matters.
 ROTATE_UP_TO = 256
 
 
@@ -30,7 +30,7 @@ class Built:
     Args:
         call: x [M, K] -> y [M, N].
         adapter: (A, B), which get gradients; empty for a frozen layer.
-        train: switches dropout on or off.
+        train: switches dropout on and off.
     """
 
     call: Callable[[Tensor], Tensor]
@@ -42,12 +42,12 @@ class Built:
 class Setup:
     """The inputs of every provider: the same values, drawn once.
 
-    `weights` holds copies of one weight, dense or packed, in memory of their own.
+    `weights` holds separate copies of one weight, dense or packed.
 
     Args:
-        layer: what is drawn.
-        copies: of the weight; when None, so many that they don't fit into a cache.
-        device: where the tensors lie; their values don't depend on it.
+        layer: sizes and dtypes.
+        copies: of the weight; None means more than fit into a cache.
+        device: of the tensors; their values don't depend on it.
     """
 
     layer: Layer
@@ -94,7 +94,7 @@ class Setup:
         weight, state = self.weights[0]
         if state is None:
             return [weight for weight, _ in self.weights]
-        # By the reference: what is timed is compared with it.
+        # Decoded by the reference, because the timed results are compared with it.
         decoded = reference.dequantize_4bit(weight, state, self.dtype)
         size = decoded.numel() * decoded.element_size()
         copies = min(len(self.weights), -(-_COLD_BYTES // size))
@@ -102,19 +102,19 @@ class Setup:
 
     @cached_property
     def output(self) -> Tensor:
-        """Memory for a dense weight that calls share."""
+        """A buffer for a dense weight, shared by all calls."""
         return torch.zeros(self.layer.N, self.layer.K, dtype=self.dtype, device=self.device)
 
     @cached_property
     def exact_weight(self) -> Tensor:
-        """The weight in float64, as it is after rounding to x's dtype."""
+        """The weight in float64, after rounding to x's dtype."""
         return self.dense[0].double()
 
     def adapter(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A and B as leaves of their own."""
+        """New leaves A and B."""
         A, B = (t.to(dtype, copy=True).requires_grad_() for t in (self.lora_A, self.lora_B))
         return A, B
 
 
 def no_modes(training: bool) -> None:
-    """For a layer without dropout, which is the same in training and in eval mode."""
+    """`Built.train` of a layer without dropout."""

@@ -24,8 +24,8 @@ from .plan import Budget, Plan
 from .providers import PROVIDERS, Provider
 from .rows import Row, case_row, machine, timed_row
 
-# A sample during which the system took a core away is taken again, up to so many times, unless it
-# is so long that the next one would fare no better.
+# A sample that the system interrupted is repeated, up to this many times, unless it is so long that
+# a repetition would be interrupted too.
 _RETRIES = 2
 _TOO_LONG_TO_RETRY = 0.2
 
@@ -40,7 +40,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Refused:
-    """A provider that was not timed: it can't run the case, or its result is wrong."""
+    """A provider that was not timed: it can't run the case, or its result was wrong."""
 
     reason: str
     wrong: bool
@@ -82,7 +82,7 @@ class Bench:
         self.providers = [PROVIDERS[name] for name in providers]
         self.budget = budget
         self.device = device
-        # What the last case timed, by provider.
+        # The calls of the last case, by provider.
         self.timed: dict[str, Calls] = {}
         self._setup: Setup | None = None
         self._built: dict[str, list[Built]] = {}
@@ -102,7 +102,7 @@ class Bench:
     def rows(
         self, case: Case, shared: Row, tick: Callable[[], None] = lambda: None
     ) -> Iterator[tuple[Row, Refused | None]]:
-        """Runs a case; for each provider its row, or what it was refused for.
+        """Runs a case; yields each provider's row and, if it was refused, the refusal.
 
         Args:
             case, tick: as in `run`.
@@ -119,11 +119,11 @@ class Bench:
                 yield timed_row(shared | what, outcome.seconds, outcome.calls, baseline), None
 
     def calls(self, case: Case) -> dict[str, Calls | Refused]:
-        """By provider: what to time, one call for each copy of the weight. Checked."""
+        """The checked calls to time, by provider, one for each copy of the weight."""
         if self._setup is None or self._setup.layer != case.layer:
             self._built.clear()
             if self._setup is not None:
-                # Calls that someone keeps hold the setup, but check nothing more.
+                # Calls that are still in use keep the setup alive, but need no more checks.
                 self._setup.__dict__.pop("exact_weight", None)
             self._setup = None
             gc.collect()
@@ -148,12 +148,12 @@ class Bench:
 
 
 def waits_for(device: str) -> Callable[[], None]:
-    """A call that returns when `device` has done what it was given."""
+    """A function that waits until `device` has finished its work."""
     return torch.cuda.synchronize if device == "cuda" else lambda: None
 
 
 def _call(built: Built, setup: Setup, case: Case) -> Callable[[], object]:
-    """What one call of `case` is."""
+    """The call to time."""
     x, dy = setup.tokens(case.M)
     call, adapter = built.call, built.adapter
     built.train(case.mode != "inference")
@@ -187,11 +187,11 @@ def interleave(
     """Times all of `timed` in rounds; each round runs each once, in a rotated order.
 
     Args:
-        timed: name -> calls that do the same on different copies of the weight, taken in turn.
+        timed: name -> calls that do the same on different copies of the weight, used in turn.
         budget: how long to measure.
         tick: called after every sample.
-        switch: called with the name before each sample, and not timed.
-        wait: returns when the device has done what it was given; ends each sample.
+        switch: called with the name before each sample; not timed.
+        wait: waits until the device has finished; ends each sample.
     """
     enabled = gc.isenabled()
     gc.collect()
@@ -220,7 +220,7 @@ def interleave(
 def _calls(
     turn: Iterator[Callable[[], object]], copies: int, budget: Budget, wait: Callable[[], None]
 ) -> int:
-    """Calls of a sample, after every copy was called once (the first call may prepare things)."""
+    """The number of calls in a sample, after one call of each copy to warm up."""
     for _ in range(copies):
         next(turn)()
     wait()
@@ -231,7 +231,7 @@ def _calls(
 
 
 def _sample(turn: Iterator[Callable[[], object]], calls: int, wait: Callable[[], None]) -> float:
-    """Seconds a call; of a few tries, the one that was interrupted least."""
+    """Seconds a call, from the try that was interrupted least."""
     tries: list[tuple[int, float]] = []
     for _ in range(_RETRIES + 1):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw

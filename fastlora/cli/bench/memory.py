@@ -63,13 +63,13 @@ def measure(case: Case, provider: str) -> dict[str, float]:
     dy = torch.randn(case.M, layer.N if len(setups) == 1 else layer.K).to(setups[0].dtype)
     x = setups[0].tokens(case.M)[0]
 
-    # A first step on few tokens loads code and starts threads.
+    # The first step, on few tokens, loads code and starts threads.
     _step(chain, x[:2], dy[:2], case.mode)
     device = torch.device("cpu")
     release_free_memory()
     reset_peak_memory(device)
     before = peak_memory(device)
-    # More than one: what a step leaves behind in the allocator adds to the next.
+    # Several: what one step leaves in the allocator adds to the next.
     for _ in range(_STEPS):
         _step(chain, x, dy, case.mode)
     peak = peak_memory(device) - before
@@ -92,7 +92,7 @@ def _step(chain: list[Built], x: Tensor, dy: Tensor, mode: str) -> None:
 
 
 def _saved_bytes(chain: list[Built], setups: Iterable[Setup], x: Tensor, dy: Tensor) -> int:
-    """Bytes of all memory that saved tensors hold on to, each counted once."""
+    """Bytes of all storage that saved tensors keep alive, each counted once."""
     import torch
 
     held: dict[int, int] = {}
@@ -102,7 +102,7 @@ def _saved_bytes(chain: list[Built], setups: Iterable[Setup], x: Tensor, dy: Ten
         held[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    # Both passes inside: a tensor that is freed must not make room for another at its address.
+    # No tensor may be freed here: another could take its address.
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = x.detach().requires_grad_()
         for built in chain:
@@ -126,7 +126,7 @@ def _constants(setup: Setup) -> list[Tensor]:
 
 
 def release_free_memory() -> None:
-    """Gives memory that tcmalloc keeps back to the system; glibc's is trimmed with the reset."""
+    """Returns free memory of tcmalloc to the system; `reset_peak_memory` does so for glibc."""
     release = getattr(ctypes.CDLL(None), "MallocExtension_ReleaseFreeMemory", None)
     if release is not None:
         release()

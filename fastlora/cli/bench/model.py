@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     import torch
 
 MODEL_PROVIDERS = ("peft", "fastlora")
-# The second model of a run, whose weights bitsandbytes may repack.
+# A second model, whose weights bitsandbytes may repack.
 _PACKED = "bnb-packed"
-# The two sets of gradients differ by the rounding of a bf16 network, a few per cent of their norm;
-# one wrong layer turns them by more than this.
+# Rounding in a bf16 network changes the gradients by a few per cent of their norm; a wrong layer
+# changes them by more than this.
 _GRADIENTS_MAY_DIFFER = 0.2
 _LOSSES_MAY_DIFFER = 0.02
 
@@ -70,7 +70,7 @@ def work(request: dict[str, Any], leader: Leader) -> dict[str, float] | None:
 
 
 class _Model:
-    """A causal LM with an adapter on every linear layer, and what to call for each mode."""
+    """A causal LM with an adapter on every linear layer, and the call to time for each mode."""
 
     def __init__(self, plan: ModelPlan) -> None:
         import torch
@@ -102,7 +102,7 @@ class _Model:
         cast_adapter(self._model, torch_dtype(layer.adapter_dtype))
         for name, parameter in self._model.named_parameters():
             if "lora_B" in name:
-                # It starts at zero, which would hide A's gradient from the check.
+                # B starts at zero, which would make A's gradient zero.
                 parameter.data.normal_(0, 0.02)
         self._trained = [p for p in self._model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(self._trained, lr=1e-5)
@@ -120,7 +120,7 @@ class _Model:
         return bool(has_avx512bf16())
 
     def switch(self, provider: str) -> None:
-        """Makes the layers PEFT's own, or fastlora's."""
+        """Puts the layers on PEFT's code or on fastlora's."""
         from ...integrations.bitsandbytes import disable_cpu_repacking
         from ...integrations.peft import accelerate, restore
 
@@ -131,7 +131,7 @@ class _Model:
             disable_cpu_repacking(self._model)
 
     def call(self, mode: str, provider: str) -> Callable[[], object]:
-        """What one call of `mode` is; `switch` goes before it."""
+        """The call to time in `mode`; `switch` must come first."""
         if mode == "decode":
             return self._decoding(provider)
         self._prepare(mode)
@@ -185,12 +185,12 @@ class _Model:
         return decode
 
     def fault(self, mode: str) -> str | None:
-        """What is wrong with fastlora's loss and gradients, or None; without dropout."""
+        """The first error of fastlora's loss and gradients without dropout, or None."""
         import torch
 
         losses, gradients = [], []
         self._prepare(mode)
-        # Dropout off, and everything else as it is timed.
+        # Only dropout is off; everything else is as timed.
         for module in self._model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.eval()
@@ -230,7 +230,7 @@ class _Model:
 
 
 def _with_weights(path: Path, scratch: Path, dtype: str) -> Path:
-    """`path`, or where it has a config alone, a model in `scratch` with random weights."""
+    """`path`, or if it only has a config, a model with random weights in `scratch`."""
     if not path.is_dir() or any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
         return path
     from tokenizers import Tokenizer

@@ -12,7 +12,7 @@ from .providers import PROVIDERS
 from .rows import Row, ratio, together
 from .table import PASSES, is_model, layer_title
 
-# Ours in reds, what the others offer in greys and blues, limits in green.
+# fastlora in reds, others in greys and blues, limits in green.
 _COLOURS = {
     "peft": "#6c757d",
     "peft-cast": "#adb5bd",
@@ -39,11 +39,11 @@ _LONGEST_BAR = 3.0
 
 
 def write_plots(rows: Iterable[Row], folder: Path) -> list[Path]:
-    """Writes all plots that the rows give; returns their paths.
+    """Writes all plots that the rows allow; returns their paths.
 
     Args:
-        rows: where a cell was measured more than once, the newest counts.
-        folder: is created where it is missing.
+        rows: of repeated measurements the newest counts.
+        folder: created if it is missing.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -68,7 +68,7 @@ def write_plots(rows: Iterable[Row], folder: Path) -> list[Path]:
 
 
 def _bars(groups: list[dict[str, Row]], title: str, path: Path) -> list[Path]:
-    """Time of every provider over that of the frozen layer alone, at each M."""
+    """Time of every provider over that of the frozen layer, at each M."""
     from matplotlib import pyplot
 
     groups = [group for group in groups if _FLOOR in group]
@@ -236,7 +236,7 @@ def _modes(groups: list[dict[str, Row]]) -> list[str]:
 
 
 def _ordered(names: Iterable[str]) -> list[str]:
-    """In the order of _COLOURS; names that this version does not know are left out."""
+    """In the order of _COLOURS, without unknown names."""
     known = set(names)
     return [name for name in _COLOURS if name in known]
 

@@ -1,4 +1,4 @@
-"""A result as a row of a CSV file, and ratios between rows."""
+"""Results as rows of a CSV file, and ratios between rows."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ COLUMNS = (
     *("dropout", "adapter_dtype", "ms_p20", "ms_p50", "ms_p80", "ratio_p20", "ratio_p50"),
     *("ratio_p80", "peak_mb", "saved_bytes", "calls", "samples_ms"),
 )
-# Together with the provider these say what a row is a measurement of.
+# With the provider, these identify what a row measures.
 CASE_COLUMNS = ("op", "mode", "M", "N", "K", "R", "dtype", "quant", "dropout")
-# Rows of one run on one machine, whose samples were taken in the same rounds.
+# Rows with the same values here were measured in the same rounds.
 _ROUND_COLUMNS = ("date", "commit", "device", "cpu_isa", "threads", "allocator", *CASE_COLUMNS)
 
 Row = dict[str, str]
 
 
 def machine() -> dict[str, str]:
-    """The columns that are the same for all rows of a process."""
+    """The columns shared by all rows of a process."""
     import torch
 
     from .. import info
@@ -49,7 +49,7 @@ def machine() -> dict[str, str]:
 
 
 def _commit() -> str:
-    """The commit that the package was run from, with -dirty after it; "" outside a checkout."""
+    """The commit of the package, with "-dirty" for uncommitted changes; "" outside a checkout."""
     package = Path(__file__).resolve().parents[2]
     if not (package.parent / ".git").exists():
         return ""

@@ -28,7 +28,7 @@ _ALLOCATOR_ORDER = ("glibc", "tcmalloc")
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure, and what stands in small print after it."""
+    """A figure, with a note in small print."""
 
     text: str
     note: str = ""
@@ -39,7 +39,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """A table: a line a label, a column a number of tokens."""
+    """A table, with labelled lines and columns."""
 
     title: str
     columns: list[str]
@@ -53,7 +53,7 @@ class Grid:
         return "\n".join(out) + "\n"
 
     def show(self, console: Console) -> None:
-        """Prints it to a terminal; small print goes below its figure."""
+        """Prints it; notes go below their figures."""
         table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
         table.add_column("")
         for column in self.columns:
@@ -77,9 +77,8 @@ def ratios(rows: Iterable[Row], provider: str = "fastlora", baseline: str = "pef
     Median over the rounds, with the 20th and 80th percentile as small print.
 
     Args:
-        rows: of one or more runs; where a cell was measured more than once, the newest counts.
-        provider: above 1 it is the faster one.
-        baseline: what it is compared with.
+        rows: of one or more runs; of repeated measurements the newest counts.
+        provider, baseline: above 1, the provider is faster.
     """
     tables = Tables()
     for group in together(rows):
@@ -143,7 +142,7 @@ def models(rows: Iterable[Row]) -> list[Grid]:
 
 
 def is_model(row: Row) -> bool:
-    """Whether a whole model was measured, not a layer."""
+    """Whether the row measures a whole model."""
     return row["op"].startswith("model ")
 
 
@@ -164,7 +163,7 @@ def short(value: float) -> str:
 
 
 class Tables:
-    """Cells by table, line and number of tokens, in the order in which they came."""
+    """Cells by table, line and number of tokens, in insertion order."""
 
     def __init__(self) -> None:
         self._cells: dict[str, dict[str, dict[int, Cell]]] = {}

@@ -23,7 +23,7 @@ from .report import CSV_FILE, PLOT_FILE, print_comparison, print_result, write_c
 from .terminal import TerminalObserver
 from .training import train
 
-# These may differ between a run and its resumption: they change nothing but rounding.
+# These may differ when a run is resumed: they change at most the rounding.
 _FREE_ON_RESUME = ("out", "save_every", "threads", "cache_dir")
 _WRITTEN = (
     *BACKENDS,
@@ -39,20 +39,20 @@ _WRITTEN = (
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
-    """The command's arguments. Those that are not given stay absent, so that --resume can tell."""
+    """The command's arguments. Arguments that are not given stay absent, which --resume needs."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "finetune",
-        help="LoRA or QLoRA on your model, with PEFT beside it if you like",
+        help="fine-tune your model with LoRA or QLoRA, also side by side with PEFT",
         description=(
             "Fine-tunes a causal LM with LoRA (--quant none) or QLoRA through the\n"
-            "Transformers Trainer, and writes an adapter that plain PEFT loads."
+            "Transformers Trainer, and writes an adapter that PEFT can load."
         ),
         argument_default=argparse.SUPPRESS,
         usage="fastlora finetune --model PATH --data FILE --out FOLDER [options]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=(
-            "--backend both runs PEFT and fastlora from the same seed, adapter and data, a\n"
-            "step of one and a step of the other in turn, and prints time, memory and loss."
+            "--backend both runs PEFT and fastlora with the same seed, adapter and data, one\n"
+            "step each in turn, and compares time, memory and loss."
         ),
     )
     files = parser.add_argument_group("what to train")
@@ -62,16 +62,21 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         metavar="FILE",
         help='text, or JSONL with "text", "prompt" and "completion", or "messages"',
     )
-    files.add_argument("--out", metavar="FOLDER", help="where adapter, checkpoints and log go")
+    files.add_argument("--out", metavar="FOLDER", help="for adapter, checkpoints and log")
     again = files.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="go on from the last save in --out")
+    again.add_argument("--resume", action="store_true", help="continue from the last save in --out")
     again.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out")
     files.add_argument(
         "--cache-dir", metavar="FOLDER", help="for converted GGUF files (~/.cache/fastlora)"
     )
 
     model = parser.add_argument_group("model")
-    _add(model, "--backend", "whose LoRA layers", choices=("fastlora", "peft", "both"))
+    _add(
+        model,
+        "--backend",
+        "who runs the LoRA layers",
+        choices=("fastlora", "peft", "both"),
+    )
     _add(model, "--quant", "of the frozen weights", choices=("nf4", "fp4", "none"))
     _add(model, "--double-quant", "absmax in 8 bits as well", action=argparse.BooleanOptionalAction)
     _add(
@@ -129,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
     given = {k: v for k, v in vars(args).items() if k in fields}
     for name in ("model", "data", "out"):
         if name in given:
-            # A run may be resumed from another folder.
+            # A run can be resumed from another working directory.
             given[name] = str(Path(given[name]).expanduser().resolve())
     resume = getattr(args, "resume", False)
     if "out" not in given:
@@ -139,7 +144,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def execute(job: Job, *, resume: bool, overwrite: bool, console: Console | None = None) -> int:
-    """Runs a job that stands; returns the exit status."""
+    """Runs a job; returns the exit status."""
     console = console or Console()
     out = Path(job.out)
     if not resume:
@@ -229,7 +234,7 @@ def _resumed(given: dict[str, Any]) -> Job:
 
 
 def _check_free(out: Path, overwrite: bool) -> None:
-    """Makes sure that a new run may write to `out`."""
+    """Checks that a new run may write to `out`."""
     if out.exists() and not out.is_dir():
         raise CliError(f"--out: {out} is a file")
     if not out.is_dir() or not any(out.iterdir()):
@@ -243,7 +248,7 @@ def _check_free(out: Path, overwrite: bool) -> None:
 
 
 def _clear(out: Path) -> None:
-    """Removes what earlier runs wrote to `out`, and nothing else."""
+    """Removes the files of earlier runs from `out`, and nothing else."""
     for pattern in _WRITTEN:
         for path in out.glob(pattern):
             if path.is_dir():
@@ -253,7 +258,7 @@ def _clear(out: Path) -> None:
 
 
 def _check(job: Job, console: Console) -> None:
-    """Finds what is wrong with model and data before anything is written; converts a GGUF file."""
+    """Checks model and data before anything is written; converts a GGUF file."""
     if not Path(job.data).is_file():
         raise CliError(f"--data: no such file: {job.data}")
     if not Path(job.model).exists():
@@ -271,7 +276,7 @@ def _check(job: Job, console: Console) -> None:
 
 
 def _announce_conversion(job: Job, console: Console) -> None:
-    """Says why the first run with a GGUF file takes a minute longer."""
+    """Explains why the first run with a GGUF file takes a minute longer."""
     from ...integrations.transformers import gguf_cache_folder, is_gguf
 
     if is_gguf(job.model):
@@ -294,7 +299,7 @@ def _check_packages(job: Job) -> None:
     if missing:
         raise CliError(
             f"missing: {', '.join(missing)}; in fastlora's source folder, "
-            "`pip install '.[finetune]'` brings what it takes"
+            "`pip install '.[finetune]'` installs it"
         )
 
 

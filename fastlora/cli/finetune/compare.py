@@ -59,7 +59,7 @@ def compare(job: Job, observer: Observer, *, resume: bool) -> dict[str, Any]:
 
 
 def work(request: dict[str, Any], leader: Leader) -> dict[str, Any] | None:
-    """One run, in a worker. After a request to stop it sends "stopped" and has no result."""
+    """One run, in a worker. A stopped run sends "stopped" and returns None."""
     try:
         return train(Job(**request["job"]), leader, resume=request["resume"])
     except Stopped as stopped:
@@ -102,7 +102,7 @@ def ratio(out: Path) -> dict[str, float] | None:
 
 @dataclass
 class _Run:
-    """A worker, and what it has told so far."""
+    """A worker, and what it has reported so far."""
 
     backend: str
     worker: Worker
@@ -119,7 +119,7 @@ class _Run:
         self.worker.go()
 
     def note(self, event: str, fields: dict[str, Any]) -> None:
-        """Keeps what an event tells."""
+        """Notes what an event reports."""
         match event:
             case "gate":
                 self.gate, self.step = fields["name"], fields["step"]

@@ -1,4 +1,4 @@
-"""Text and JSONL files as training examples: token ids, and labels where the loss counts."""
+"""Reads text and JSONL files as training examples: token ids, and labels for the loss."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 IGNORED = -100
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 _FORMS = '{"text": ...}, {"prompt": ..., "completion": ...} or {"messages": [...]}'
-# The split must not move with --seed: runs with other seeds are compared on the same held-out text.
+# The split doesn't depend on --seed: all seeds are compared on the same held-out text.
 _SPLIT_SEED = 0
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row: token ids, and the same ids as labels, IGNORED where the loss does not count."""
+    """One row: token ids, and the same ids as labels, or IGNORED."""
 
     input_ids: list[int]
     labels: list[int]
@@ -33,7 +33,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Data:
-    """Examples to train on and to hold out, and one line that says what they are."""
+    """Examples to train on and to hold out, and a description in one line."""
 
     train: list[Example]
     held_out: list[Example]
@@ -82,15 +82,15 @@ def load_data(
 ) -> Data:
     """Reads and tokenises `path`.
 
-    A text file is cut into windows of seq_len tokens. A JSONL file gives one example a line, cut at
-    seq_len: the whole of "text"; the completion of "prompt" and "completion"; what the assistant
-    says in "messages", laid out by the tokenizer's chat template.
+    A text file is cut into windows of seq_len tokens. A JSONL file has one example a line, cut at
+    seq_len. The loss counts all of "text"; of "prompt" and "completion", the completion; of
+    "messages", rendered by the tokenizer's chat template, those of the assistant.
 
     Args:
         path: UTF-8 text, or JSONL by its suffix.
         tokenizer: the model's.
-        seq_len: tokens in an example, at most.
-        eval_split: share of the examples that is held out, 0 to 0.5.
+        seq_len: most tokens in an example.
+        eval_split: share of the examples to hold out, 0 to 0.5.
 
     Raises:
         CliError: the file is missing, empty, not UTF-8 or malformed, or gives too few examples.
@@ -143,8 +143,7 @@ def _windows(
     path: str, text: str, tokenizer: PreTrainedTokenizerBase, seq_len: int
 ) -> list[Example]:
     ids = _ids(tokenizer, text)
-    # A remainder shorter than half a window is left out: padded rows would cost as much as full
-    # ones.
+    # Drops a remainder shorter than half a window: a padded row costs as much as a full one.
     starts = [s for s in range(0, len(ids), seq_len) if len(ids) - s >= max(2, seq_len // 2)]
     if not starts:
         raise CliError(
@@ -154,7 +153,7 @@ def _windows(
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False) -> list[int]:
-    # verbose=False: a text longer than the model's window is no mistake, it is cut afterwards.
+    # verbose=False: the text may be longer than the model's window, it is cut afterwards.
     return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 
@@ -176,7 +175,7 @@ def _jsonl_examples(
             raise CliError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
         ids, labels = _record(record, tokenizer, where)
         ids, labels = ids[:seq_len], labels[:seq_len]
-        # The first label has nothing before it. A prompt of seq_len tokens leaves nothing to learn.
+        # Nothing predicts the first label. A prompt of seq_len tokens leaves nothing to learn.
         if any(label != IGNORED for label in labels[1:]):
             examples.append(Example(ids, labels))
     if not examples:
@@ -232,8 +231,8 @@ def _messages(
             if message["role"] != "assistant":
                 continue
             before, upto = render(i, prompt=True), render(i + 1, prompt=False)
-            # A template that rewrites earlier turns (dropping their reasoning, say) gives no
-            # stretch of the whole that this turn's tokens could be found in.
+            # If a template rewrites earlier turns (to drop their reasoning, say), this turn's
+            # tokens can't be located in the whole.
             if ids[: len(upto)] != upto or upto[: len(before)] != before:
                 raise CliError(
                     f"{where}: the chat template rewrites earlier turns, so the assistant's tokens "
@@ -243,7 +242,7 @@ def _messages(
     except CliError:
         raise
     except Exception as error:
-        # Templates are programs: they raise what they like, for roles in the wrong order mostly.
+        # Templates are programs and can raise anything, mostly for roles in the wrong order.
         raise CliError(f"{where}: the chat template refuses it: {error}") from error
     return ids, labels
 

@@ -1,4 +1,4 @@
-"""`fastlora demo`: QLoRA on a small real model, PEFT beside fastlora, in a few minutes."""
+"""`fastlora demo`: QLoRA on a small model, PEFT and fastlora side by side, in a few minutes."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     """The command's arguments."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "demo",
-        help="QLoRA on SmolLM2-135M, PEFT beside fastlora",
+        help="QLoRA on SmolLM2-135M, PEFT and fastlora side by side",
         description=(
-            "Fine-tunes SmolLM2-135M-Instruct on the Python manual's topics (both come from "
-            "packages, nothing is fetched from a hub) with QLoRA, PEFT beside fastlora."
+            "Fine-tunes SmolLM2-135M-Instruct on the Python manual with QLoRA, PEFT and fastlora "
+            "side by side. Model and text come from packages; nothing is fetched from a hub."
         ),
     )
     parser.add_argument(
-        "--out", metavar="FOLDER", default=_OUT, help=f"where adapters and figures go ({_OUT})"
+        "--out", metavar="FOLDER", default=_OUT, help=f"for adapters and figures ({_OUT})"
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an earlier run in another --out"
@@ -72,16 +72,16 @@ def run(args: argparse.Namespace) -> int:
         warmup_steps=3,
         cache_dir=args.cache_dir,
     )
-    # The demo's own folder holds nothing but earlier demos.
+    # The demo's default folder only holds earlier demos.
     overwrite = args.overwrite or args.out == _OUT
     return finetune.execute(job, resume=False, overwrite=overwrite, console=console)
 
 
 def smollm2() -> Path:
-    """The GGUF file in the installed package, checked; the package itself is not imported.
+    """The GGUF file of the installed package, verified. The package itself is not imported.
 
     Raises:
-        CliError: it is not installed, or its file is not the one known.
+        CliError: it is not installed, or its file is not the expected one.
     """
     from ...integrations.transformers import file_sha256
 

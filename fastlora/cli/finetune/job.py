@@ -1,4 +1,4 @@
-"""What a fine-tuning run is asked to do, and who watches it."""
+"""The settings of a fine-tuning run, and the interface of its observers."""
 
 from __future__ import annotations
 

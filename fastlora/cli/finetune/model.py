@@ -1,4 +1,4 @@
-"""The model of a run: its adapter, and whose kernels run it."""
+"""The model of a run: its adapter, and the kernels that run it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a fine-tuning run leaves behind for a reader: the table, the CSV and the plot."""
+"""The results of a fine-tuning run: a table, a CSV file and a plot."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _COLOURS = {"peft": "#8c8c8c", "fastlora": "#d1495b"}
 
 
 def print_result(console: Console, backend: str, result: dict[str, Any]) -> None:
-    """The table of a single run."""
+    """Prints the table of a single run."""
     table = _table()
     table.add_column(_LABELS[backend], justify="right")
     for label, value in _rows(result):
@@ -31,7 +31,7 @@ def print_result(console: Console, backend: str, result: dict[str, Any]) -> None
 
 
 def print_comparison(console: Console, results: dict[str, Any]) -> None:
-    """The table of PEFT beside fastlora."""
+    """Prints the table that compares PEFT and fastlora."""
     table = _table()
     for backend in BACKENDS:
         table.add_column(_LABELS[backend], justify="right")
@@ -83,7 +83,7 @@ def _notes(
 
 
 def write_csv(out: Path) -> Path:
-    """One row a step: loss, seconds and their ratio, of both backends."""
+    """Writes a row for each step: loss, seconds and their ratio, of both backends."""
     rows = [
         {
             "step": peft["step"],
@@ -109,12 +109,12 @@ def write_csv(out: Path) -> Path:
 
 
 def write_plot(path: Path, logs: dict[str, list[dict[str, Any]]], title: str) -> Path | None:
-    """The loss against the step and against the time, a line a backend. None without matplotlib.
+    """Plots the loss against steps and against time, a line a backend. None without matplotlib.
 
     Args:
-        path: where the PNG goes.
+        path: of the PNG.
         logs: the entries of `log.jsonl`, by backend.
-        title: over the plot.
+        title: of the plot.
     """
     try:
         import matplotlib
@@ -131,11 +131,11 @@ def write_plot(path: Path, logs: dict[str, list[dict[str, Any]]], title: str) ->
         style = {
             "label": f"{_LABELS[backend]}, {summarise(entries)['seconds_per_step']:.3g} s a step",
             "color": _COLOURS[backend],
-            # PEFT below and wide, so that two curves that agree are both seen.
+            # PEFT's line is wider and below, so that both are visible where they agree.
             "linewidth": 3.5 if backend == "peft" and len(logs) > 1 else 1.5,
         }
         losses = [entry["loss"] for entry in entries]
-        # The first step warms up (threads start, memory is touched): the clock starts after it.
+        # The clock starts after the first step, which warms up.
         elapsed = list(itertools.accumulate(seconds[1:], initial=0.0))
         by_step.plot([entry["step"] for entry in entries], losses, **style)
         by_time.plot(elapsed, losses, **style)

@@ -1,4 +1,4 @@
-"""What a run looks like in a terminal, and in a log file."""
+"""Shows a run in a terminal or in a log file."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
-# Without a terminal a run prints about so many lines of steps, however long it is.
+# Without a terminal, a run prints about this many lines of steps.
 _LOG_LINES = 20
 
 
 def gib(megabytes: float) -> str:
-    """1234.5 (MiB) as 1.21 GiB; less than a tenth of a GiB in MiB."""
+    """Formats MiB: 1234.5 as 1.21 GiB, less than 0.1 GiB in MiB."""
     return f"{megabytes:.0f} MiB" if megabytes < 102.4 else f"{megabytes / 1024:.2f} GiB"
 
 
 class _Status(ProgressColumn):
-    """What a run does now: loading, or the figures of its last step."""
+    """The current status: loading, or the figures of the last step."""
 
     def render(self, task: Task) -> Text:
         return Text(task.fields["status"], no_wrap=True, overflow="ellipsis")
 
 
 class TerminalObserver:
-    """Shows one line a backend that moves, or plain lines where the output is no terminal.
+    """Shows a progress line for each backend, or plain lines if the output is no terminal.
 
     Use it as a context manager, around the run.
 
     Args:
-        console: where to.
-        backends: which runs will report.
+        console: where to print.
+        backends: the runs that will report.
     """
 
     def __init__(self, console: Console, backends: Sequence[str]) -> None:
@@ -73,7 +73,7 @@ class TerminalObserver:
         self._progress.stop()
 
     def gate(self, name: str, step: int) -> None:
-        """A single run waits for nobody."""
+        """Does nothing: a single run need not wait."""
 
     def emit(self, event: str, backend: str | None = None, **fields: Any) -> None:
         """Shows one event of `training.train`."""

@@ -1,4 +1,4 @@
-"""The Transformers Trainer of a run: its settings, and callbacks that report, wait and stop."""
+"""The Transformers Trainer of a run: its settings, and callbacks that wait, report and stop."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def make_trainer(
     """The Trainer for `job`.
 
     Args:
-        examples, collator: what to train on, and what makes batches of it.
+        examples, collator: the training data, and how to batch it.
         log: gets an entry for each step.
-        observer: is told of every step and holds its gates.
+        observer: gets every step, and opens its gate.
         stop: asked after every step.
     """
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments

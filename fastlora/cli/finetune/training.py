@@ -22,7 +22,7 @@ def train(job: Job, observer: Observer, *, resume: bool) -> dict[str, Any]:
 
     Args:
         job: what to do; `job.backend` is "peft" or "fastlora".
-        observer: told of every step.
+        observer: gets every step.
         resume: continue from the newest complete checkpoint in `job.out`, if there is one.
 
     Raises:

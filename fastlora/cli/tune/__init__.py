@@ -1,3 +1,3 @@
-"""`fastlora tune`: measures the kernels for your layers and keeps the fastest."""
+"""`fastlora tune`: times the kernels on your layers and keeps the fastest choices."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tunes the C++ CPU kernels: tile sizes that are faster than the defaults on given layers."""
+"""Tunes the C++ CPU kernels: searches for tile sizes that are faster on given layers."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ MODES = ("forward", "step")
 
 Sizes = Mapping[str, int]
 
-# A candidate is taken when it gains this much over all cases and loses no more than this on any:
-# less can't be told from noise.
+# A candidate wins if it gains this much over all cases and loses at most this much on any. Less
+# can't be told from noise.
 _GAIN, _LOSS = 1.01, 0.97
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Time with one set of sizes / time with another, for each case: the median of the rounds."""
+    """Time with one set of sizes / time with another, for each case; medians of the rounds."""
 
     ratios: dict[Case, float]
 
@@ -46,17 +46,17 @@ class Comparison:
 
     @property
     def wins(self) -> bool:
-        """Whether the other sizes are worth taking."""
+        """Whether the other sizes are better."""
         return self.gain >= _GAIN and self.worst >= _LOSS
 
 
-# Times sizes against candidates, which have names: one comparison for each.
+# Times sizes against named candidates: one comparison for each.
 Compare = Callable[[Sizes, Mapping[str, Sizes]], dict[str, Comparison]]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One size that was tried in place of another, all else being equal."""
+    """A value that was tried for one size, with all other sizes unchanged."""
 
     name: str
     before: int
@@ -65,7 +65,7 @@ class Trial:
 
 
 def run(args: argparse.Namespace, shapes: Sequence[tuple[int, int]]) -> int:
-    """Measures, keeps what is faster, prints what it found; 1 when a result was wrong."""
+    """Measures, keeps faster sizes, prints the result; 1 if a result was wrong."""
     from ... import _C
 
     library = _C
@@ -118,13 +118,13 @@ def climb(
     Args:
         name: of the size to change.
         sizes: to start from.
-        compare: measures.
-        accepts: whether the kernels can use some sizes.
+        compare: times candidates.
+        accepts: whether the kernels can use given sizes.
     """
     best = dict(sizes)
 
     def usable(**values: int) -> dict[str, dict[str, int]]:
-        # A size of 0, half or double, is 0 again.
+        # Half or double of 0 is 0 again.
         tried = {step: {**best, name: value} for step, value in values.items()}
         return {step: each for step, each in tried.items() if each != best and accepts(each)}
 
@@ -140,7 +140,7 @@ def climb(
 
 
 def _recorded(compare: Compare, name: str, trials: list[Trial]) -> Compare:
-    """`compare`, which adds what it has found for size `name` to `trials`."""
+    """`compare`, which also adds its findings for size `name` to `trials`."""
 
     def recorded(sizes: Sizes, candidates: Mapping[str, Sizes]) -> dict[str, Comparison]:
         found = compare(sizes, candidates)
@@ -154,7 +154,7 @@ def _recorded(compare: Compare, name: str, trials: list[Trial]) -> Compare:
 
 
 def _accepted(use: Callable[..., None]) -> Callable[[Sizes], bool]:
-    """Whether the kernels take some sizes; they have them then, until the next are set."""
+    """Whether the kernels accept given sizes. Accepted sizes stay set."""
 
     def accepts(sizes: Sizes) -> bool:
         try:
@@ -170,9 +170,9 @@ class _Timer:
     """Times cases under different tile sizes.
 
     Args:
-        cases: what to time; results are checked when it is made.
+        cases: what to time; their results are checked first.
         budget: how long.
-        use: makes the kernels use some sizes.
+        use: sets the kernels' sizes.
 
     Raises:
         CliError: a case can't run, or its result is wrong.
@@ -199,7 +199,7 @@ class _Timer:
         return {name: Comparison(ratios) for name, ratios in found.items()}
 
     def fault(self, sizes: Sizes) -> str | None:
-        """What is wrong with the results under `sizes`, by the error policy, or None."""
+        """The first error of the results under `sizes`, by the error policy, or None."""
         self._use(**sizes)
         try:
             for case in self._calls:

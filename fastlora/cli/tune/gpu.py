@@ -1,7 +1,7 @@
-"""`fastlora tune`: measures the kernels on your layers and keeps the fastest.
+"""`fastlora tune`: times the kernels on your layers and keeps the fastest choices.
 
-On a GPU these are tiles of the Triton kernels for each op and size, measured here; on a CPU the
-tile sizes of the C++ kernels, measured by tune_cpu.
+This module tunes the tiles of the Triton kernels for each op and size; on a CPU, `cpu` tunes the
+tile sizes of the C++ kernels.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _OPS = ("lora_linear_fwd", "lora_linear_bwd", "qlora_linear_fwd", "qlora_linear_bwd")
 _PLAIN = "addmm"
-# Candidates that are no tiles.
+# Candidates other than tiles.
 _NAMES = {"vendor": "vendor's product", "native": "native backend"}
 
 
@@ -37,17 +37,16 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "tune",
         help="measure the kernels on your sizes and keep the fastest",
         description=(
-            "Times candidates, checks their results, and keeps the fastest on disk for later runs "
-            "($FASTLORA_CACHE, else ~/.cache/fastlora). On a GPU: tiles for each product of a "
-            "layer, beside the plain addmm sequence; what is slower than that is never kept. On a "
-            "CPU: one set of tile sizes for all layers, beside the sizes in use; it is kept if it "
-            "is 1 % faster over all of them and no more than 3 % slower on any: less is noise. "
-            "Without this command fastlora takes "
-            "defaults for the class of the device; nothing is tuned while training."
+            "Times candidates, checks their results, and stores the fastest for later runs "
+            "($FASTLORA_CACHE, else ~/.cache/fastlora). On a GPU it tunes tiles for each product "
+            "of a layer, and keeps only those that beat the plain addmm sequence. On a CPU it "
+            "tunes one set of tile sizes for all layers, and keeps it if it is 1 % faster overall "
+            "and at most 3 % slower on any layer: less is noise. Without this command fastlora "
+            "uses defaults for the class of the device; it never tunes while training."
         ),
     )
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="(cuda where there is one)")
-    parser.add_argument("--model", metavar="PATH", help="every linear layer of a folder's model")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="(cuda, if available)")
+    parser.add_argument("--model", metavar="PATH", help="tune for all linear layers of a model")
     add_sizes(parser, tokens="cuda: 16,256,2048,8192; cpu: 1,16,128,512", quant="none,nf4")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="(bf16)")
     parser.add_argument("--dropout", type=share(), default=0.1, metavar="P", help="(0.1)")
@@ -57,7 +56,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures, prints a line a problem; 1 when a candidate's result was wrong."""
+    """Measures, prints a line for each problem; 1 if a candidate's result was wrong."""
     shapes = args.shape or ([] if args.model else [(4096, 4096)])
     if args.model:
         shapes = [*shapes, *_shapes_of(args.model)]
@@ -94,12 +93,12 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What tuning one problem found.
+    """The result of tuning one problem.
 
     Args:
-        problem: what was tuned.
+        problem: of which layer.
         seconds: median of each candidate that ran, by name, and of addmm.
-        kept: name of the candidate that was stored; None where addmm was the fastest.
+        kept: name of the candidate that was stored; None if addmm was the fastest.
         left_out: candidates that don't compile here, with the reason.
         wrong: candidates with a wrong result; they are not timed.
     """
@@ -129,12 +128,12 @@ class Outcome:
 def tune(
     problem: Problem, device: str, rounds: int, sample_seconds: float, most: int | None = None
 ) -> Outcome:
-    """Measures the candidates of `problem` in turn with addmm, and stores the fastest that wins.
+    """Times the candidates of `problem` in turn with addmm, and stores those that beat it.
 
     Args:
         device: "cuda", or "cpu" in Triton's interpreter.
         rounds, sample_seconds: as in `fastlora bench`.
-        most: so many candidates at most; those that are no tiles and the default come first.
+        most: try at most this many candidates, first the default and those other than tiles.
     """
     import torch
 
@@ -160,13 +159,13 @@ def tune(
 def _checked(
     trial: Trial, choices: dict[str, Any]
 ) -> tuple[list[str], list[str], list[str]]:  # fmt: skip
-    """Names of the candidates to time, then of those left out, then of those that are wrong."""
+    """The candidates to time, those left out, and those that are wrong, by name."""
     ready, left_out, wrong = [], [], []
     for name, choice in choices.items():
         try:
             fault = trial.fault(choice)
         except Exception as error:
-            # A tile that this GPU's compiler or shared memory refuses is no candidate.
+            # Too large for this GPU's compiler or shared memory.
             left_out.append(f"{name}: {type(error).__name__}: {error}")
             continue
         if fault is None:
@@ -183,10 +182,10 @@ def _name(choice: Any) -> str:
 
 
 def _device(wanted: str | None) -> str:
-    """What is tuned: Triton on "cuda", Triton's interpreter on "cpu", or "native", the C++ kernels.
+    """What to tune: "cuda" (Triton), "cpu" (Triton's interpreter) or "native" (the C++ kernels).
 
     Raises:
-        CliError: the kernels can't run here; it says why.
+        CliError: the kernels can't run here.
     """
     from ...backends import BACKENDS
     from ...backends.contract import Request

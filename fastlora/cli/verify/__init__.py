@@ -1,4 +1,4 @@
-"""`fastlora verify`: every kernel that runs on this machine, checked against the definition."""
+"""`fastlora verify`: checks every kernel that runs on this machine against the reference."""
 
 from __future__ import annotations
 
@@ -20,13 +20,12 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     """The command's arguments."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "verify",
-        help="check every kernel on this machine against the definition",
+        help="check every kernel on this machine against the reference",
         description=(
             "Runs every op of every backend, in every dtype, on dense, nf4, fp4 and mxfp4 weights, "
-            "with and without dropout, forward and all gradients, on odd sizes. A result may be "
-            "off from a float64 reference by twice as much as plain torch in the same dtypes is; "
-            "4-bit quantisation has to match bit for bit. Exits with 1 when anything is off by "
-            "more."
+            "with and without dropout, forward and all gradients, on odd sizes. The error against "
+            "a float64 reference may be twice that of plain torch in the same dtypes; 4-bit "
+            "quantisation must match bit for bit. Exits with 1 if any error is larger."
         ),
     )
     parser.add_argument(
@@ -35,13 +34,13 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"lower the instruction set first: {' | '.join(ISAS)} | all (each in turn)",
     )
-    parser.add_argument("--backend", metavar="NAME", help="this backend alone")
+    parser.add_argument("--backend", metavar="NAME", help="only this backend")
     parser.add_argument("--quick", action="store_true", help="fewer sizes")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    """Checks, prints a table a backend, returns 1 on a failure."""
+    """Checks, prints a table for each backend, returns 1 on a failure."""
     if args.isa:
         return _with_isa(args)
     from ...backends import BACKENDS
@@ -62,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
                 able.append(backend)
             else:
                 console.print(f"{backend} on {device}: not checked. {reason}\n", highlight=False)
-                # Asked for by name, a backend that can't run is a failure.
+                # A backend that was named and can't run is a failure.
                 not_run |= bool(args.backend)
         for backend, results in check(able, device, quick=args.quick, console=console).items():
             failed += show(console, f"{backend} on {device}", results)

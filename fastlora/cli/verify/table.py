@@ -1,4 +1,4 @@
-"""The table of what `check` found."""
+"""The table of the results of `check`."""
 
 from __future__ import annotations
 
