@@ -5,6 +5,7 @@ Each case says which code path it hits. B is never zero: with B = 0 the LoRA ter
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor
 
 from fastlora import reference
+from fastlora.layer import Layer
 from fastlora.quant import QuantState
+from fastlora.reference import plain
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class Base:
             return "dense, turned" if self.turned else "dense"
         return f"{self.quant_type}-{self.blocksize}{'-nested' if self.nested else ''}"
 
-    def fit(self, case: Case) -> Case:
+    def fit(self, case: Any) -> Any:
         """The case, K rounded up to what the format can store: MXFP4 has whole blocks in a row."""
         return replace(case, K=-(-case.K // 32) * 32) if self.quant_type == "mxfp4" else case
 
@@ -112,19 +115,28 @@ class Inputs:
     seed: Tensor
     scaling: float
     compute_dtype: torch.dtype | None
+    dropout_p: float = 0.0
+
+    @property
+    def layer(self) -> Layer:
+        """The layer that the call is of."""
+        return Layer(
+            self.weight,
+            self.lora_A,
+            self.lora_B,
+            self.scaling,
+            self.bias,
+            self.quant_state,
+            self.compute_dtype,
+            self.dropout_p,
+            self.seed,
+        )
 
     def exact_weight(self) -> Tensor:
         """W in fp64: the dense values, or code * absmax as the fp32 product that defines it."""
         if self.quant_state is None:
             return self.weight.double()
         return reference.dequantize_4bit(self.weight, self.quant_state, torch.float64)
-
-    def working_weight(self) -> Tensor:
-        """W as a plain sequence uses it: decoded and rounded to the compute dtype."""
-        if self.quant_state is None:
-            return self.weight
-        dtype = self.compute_dtype or self.x.dtype
-        return reference.dequantize_4bit(self.weight, self.quant_state, dtype)
 
 
 def make_inputs(case: Case, base: Base, dtypes: tuple[Any, Any, Any]) -> Inputs:
@@ -155,6 +167,7 @@ def make_inputs(case: Case, base: Base, dtypes: tuple[Any, Any, Any]) -> Inputs:
         seed=torch.tensor([0x1234_5678_9ABC_DEF]),
         scaling=1.5,
         compute_dtype=compute_dtype,
+        dropout_p=case.dropout_p,
     )
 
 
@@ -186,17 +199,16 @@ def exact_results(case: Case, inputs: Inputs) -> Results:
 
 def plain_results(case: Case, inputs: Inputs) -> Results:
     """PEFT's own sequence of torch ops in the working dtypes, under torch's autograd."""
-    leaves = [inputs.x, inputs.lora_A, inputs.lora_B]
-    x, A, B = (t.detach().clone().requires_grad_() for t in leaves)
-    bias = None if inputs.bias is None else inputs.bias.detach().clone().requires_grad_()
-    dtype = inputs.compute_dtype or x.dtype
-    base_bias = None if bias is None else bias.to(dtype)
-    result = torch.nn.functional.linear(x.to(dtype), inputs.working_weight(), base_bias).to(x.dtype)
-    kept = x.to(A.dtype)
-    if case.dropout_p > 0.0:
-        _, scale = reference.dropout_threshold(case.dropout_p)
-        mask = reference.dropout_mask(*x.shape, case.dropout_p, inputs.seed)
-        kept = kept * (mask * scale).to(A.dtype)
-    y = (result + kept @ A.T @ B.T * inputs.scaling).to(x.dtype)
-    y.backward(inputs.dy)
+    layer = inputs.layer._replace(dropout_p=case.dropout_p)
+    return autograd_results(plain.lora_linear, inputs.x, layer, inputs.dy)
+
+
+def autograd_results(
+    function: Callable[[Tensor, Layer], Tensor], x: Tensor, layer: Layer, dy: Tensor
+) -> Results:
+    """`function(x, layer)` on fresh leaves, and torch's gradients for dy."""
+    x, A, B = (t.detach().clone().requires_grad_() for t in (x, layer.lora_A, layer.lora_B))
+    bias = None if layer.bias is None else layer.bias.detach().clone().requires_grad_()
+    y = function(x, layer._replace(lora_A=A, lora_B=B, bias=bias))
+    y.backward(dy.to(y.dtype))
     return Results(y.detach(), x.grad, A.grad, B.grad, None if bias is None else bias.grad)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
+
+from fastlora.reference import plain
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,8 @@ def peft_results(case: Case, inputs: Inputs, dtype: torch.dtype | None = None) -
     )
     if dtype is not None:
         weight, dy = weight.to(dtype), dy.to(dtype)
-    base = embedding(inputs.ids, weight) * case.weight_scale
-    term = embedding(inputs.ids, A.T, padding_idx=case.padding_idx) @ B.T * case.scaling
-    y = (base + term).to(weight.dtype)
+    y = plain.lora_embedding(
+        inputs.ids, weight, A, B, case.scaling, case.weight_scale, case.padding_idx
+    )
     dA, dB = torch.autograd.grad(y, (A, B), dy)
     return {"y": y.detach(), "dA": dA, "dB": dB}

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastlora import grouped_lora_linear, lora_embedding, lora_linear, ops, reference
 from fastlora.autograd.dora import dora_linear
 from fastlora.autograd.shared import shared_linear
 from fastlora.backends import BACKENDS, native
-from fastlora.reference import Projection
+from fastlora.layer import Layer
+from fastlora.reference import Projection, plain
 from fastlora.tolerance import exceeds
 
 SCALING, DROPOUT = 1.5, 0.1
@@ -27,21 +27,6 @@ SCALING, DROPOUT = 1.5, 0.1
 # the sake of the policy, which compares the errors of many sums with those of as many others.
 SIZES = ((1, 67, 131, 509), (7, 96, 65, 73), (129, 35, 192, 3))
 DTYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float16,) * 2)
-
-
-def plain(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    kept: Tensor,
-    dropout_p: float = DROPOUT,
-) -> Tensor:
-    """PEFT's sequence: `x W^T + bias + scaling * (drop(x) A^T) B^T`, each product rounded."""
-    _, scale = reference.dropout_threshold(dropout_p)
-    S = F.linear((x * kept * scale).to(lora_A.dtype), lora_A)
-    return F.linear(x, weight, bias) + (F.linear(S, lora_B) * SCALING).to(x.dtype)
 
 
 def leaves(inputs: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -72,7 +57,6 @@ def check_layer(
     weight, state = (torch.randn(N, K) / K**0.5).to(x_dtype), None
     if quantized:
         weight, state = reference.quantize_4bit(weight, 64, "nf4", compress_statistics=True)
-    dense = weight if state is None else reference.dequantize_4bit(weight, state, x_dtype)
     inputs = {
         "x": torch.randn(M, K).to(x_dtype),
         "bias": torch.randn(N).to(x_dtype),
@@ -80,13 +64,17 @@ def check_layer(
         "lora_B": (torch.randn(N, R) / R**0.5).to(adapter_dtype),
     }
     dy, seed = torch.randn(M, N).to(x_dtype), torch.tensor([M])
-    kept = reference.dropout_mask(M, K, DROPOUT, seed)
     mine, usual, wide = leaves(inputs), leaves(inputs), leaves(inputs, torch.float64)
     how: dict[str, Any] = {"quant_state": state, "dropout_p": DROPOUT, "seed": seed}
     y = lora_linear(weight=weight, scaling=SCALING, backend=backend, **mine, **how)
     out = results(y, dy, mine)
-    exact = results(plain(weight=dense.double(), kept=kept, **wide), dy, wide)
-    base = results(plain(weight=dense, kept=kept, **usual), dy, usual)
+
+    def sequence(layer: Layer, x: Tensor, **trained: Tensor) -> Tensor:
+        return plain.lora_linear(x, layer._replace(**trained))
+
+    layer = Layer(weight, inputs["lora_A"], inputs["lora_B"], SCALING, **how)
+    exact = results(sequence(plain.widened(layer, x_dtype), **wide), dy, wide)
+    base = results(sequence(layer, **usual), dy, usual)
     for name in out:
         report = exceeds(out[name], exact[name], base[name])
         assert report.ok, f"{name}, {size}, {dtypes}, quantized={quantized}: {report}"
@@ -108,9 +96,7 @@ def check_shared(
         weight, state = (torch.randn(rows, K) / K**0.5).to(x_dtype), None
         if quantized:
             weight, state = reference.quantize_4bit(weight, 64, "nf4", compress_statistics=True)
-        seed = torch.tensor([M + i])
-        kept = reference.dropout_mask(M, K, dropout_p, seed)
-        layers.append((weight, state, dropout_p, seed, kept))
+        layers.append((weight, state, dropout_p, torch.tensor([M + i])))
         dys.append(torch.randn(M, rows).to(x_dtype))
         inputs |= {
             f"bias{i}": torch.randn(rows).to(x_dtype),
@@ -121,11 +107,14 @@ def check_shared(
     def own(named: dict[str, Tensor], i: int) -> tuple[Tensor, Tensor, Tensor]:
         return named[f"bias{i}"], named[f"lora_A{i}"], named[f"lora_B{i}"]
 
-    def usual(named: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    def usual(named: dict[str, Tensor], exactly: bool) -> dict[str, Tensor]:
         ys = []
-        for i, (weight, state, dropout_p, _, kept) in enumerate(layers):
-            dense = weight if state is None else reference.dequantize_4bit(weight, state, x_dtype)
-            ys.append(plain(named["x"], dense.to(dtype), *own(named, i), kept, dropout_p))
+        for i, (weight, state, dropout_p, seed) in enumerate(layers):
+            bias, A, B = own(named, i)
+            layer = Layer(weight, A, B, SCALING, bias, state, None, dropout_p, seed)
+            if exactly:
+                layer = plain.widened(layer, x_dtype)
+            ys.append(plain.lora_linear(named["x"], layer))
         return results(torch.cat(ys, dim=1), torch.cat(dys, dim=1), named)
 
     mine = leaves(inputs)
@@ -133,13 +122,13 @@ def check_shared(
         mine["x"],
         [
             Projection(weight, *own(mine, i), SCALING, dropout_p, seed, state)
-            for i, (weight, state, dropout_p, seed, _) in enumerate(layers)
+            for i, (weight, state, dropout_p, seed) in enumerate(layers)
         ],
         backend=backend,
     )
     out = results(torch.cat(ys, dim=1), torch.cat(dys, dim=1), mine)
-    exact = usual(leaves(inputs, torch.float64), torch.float64)
-    base = usual(leaves(inputs), x_dtype)
+    exact = usual(leaves(inputs, torch.float64), exactly=True)
+    base = usual(leaves(inputs), exactly=False)
     for name in out:
         report = exceeds(out[name], exact[name], base[name])
         assert report.ok, f"shared {name}, {size}, {dtypes}, quantized={quantized}: {report}"
@@ -152,31 +141,25 @@ def check_experts(quantized: bool, backend: str) -> None:
     weight, state = torch.randn(3, N, K) / K**0.5, None
     if quantized:
         weight, state = reference.quantize_4bit(weight, 64, "nf4", compress_statistics=True)
-    dense = weight if state is None else reference.dequantize_4bit(weight, state, torch.float32)
     inputs = {
         "x": torch.randn(M, K),
         "lora_A": torch.randn(3, R, K) / K**0.5,
         "lora_B": torch.randn(3, N, R) / R**0.5,
     }
     dy, seed = torch.randn(M, N), torch.tensor([M])
-    kept = reference.dropout_mask(M, K, DROPOUT, seed)
     mine, usual, wide = leaves(inputs), leaves(inputs), leaves(inputs, torch.float64)
 
-    def by_expert(weight: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-        bias = torch.zeros(N, dtype=x.dtype)
-        parts = [
-            plain(x[begin:end], weight[e], bias, lora_A[e], lora_B[e], kept[begin:end])
-            for e, begin, end in reference.segments(ends)
-        ]
-        return torch.cat([*parts, x.new_zeros(M - int(ends[-1]), N)])
+    def by_expert(layer: Layer, x: Tensor, **trained: Tensor) -> Tensor:
+        return plain.grouped_lora_linear(x, layer._replace(**trained))
 
     how: dict[str, Any] = {"quant_state": state, "dropout_p": DROPOUT, "seed": seed}
     y = grouped_lora_linear(
         weight=weight, offsets=ends, scaling=SCALING, backend=backend, **mine, **how
     )
     out = results(y, dy, mine)
-    exact = results(by_expert(dense.double(), **wide), dy, wide)
-    base = results(by_expert(dense, **usual), dy, usual)
+    layer = Layer(weight, inputs["lora_A"], inputs["lora_B"], SCALING, offsets=ends, **how)
+    exact = results(by_expert(plain.widened(layer, torch.float32), **wide), dy, wide)
+    base = results(by_expert(layer, **usual), dy, usual)
     for name in out:
         report = exceeds(out[name], exact[name], base[name])
         assert report.ok, f"{name} of experts, quantized={quantized}: {report}"
@@ -195,14 +178,10 @@ def check_embedding(size: tuple[int, int, int, int], dtypes: tuple[torch.dtype, 
     dy, padding = torch.randn(M, N).to(dtype), int(ids[0]) if M > 1 else None
     mine, usual, wide = leaves(inputs), leaves(inputs), leaves(inputs, torch.float64)
 
-    def sequence(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-        S = F.embedding(ids, lora_A.T, padding)
-        return (weight[ids] + S @ lora_B.T * SCALING).to(weight.dtype)
-
-    y = lora_embedding(ids, weight, scaling=SCALING, padding_idx=padding, **mine)
-    out = results(y, dy, mine)
-    exact = results(sequence(weight.double(), **wide), dy, wide)
-    base = results(sequence(weight, **usual), dy, usual)
+    how: dict[str, Any] = {"scaling": SCALING, "padding_idx": padding}
+    out = results(lora_embedding(ids, weight, **mine, **how), dy, mine)
+    exact = results(plain.lora_embedding(ids, weight.double(), **wide, **how), dy, wide)
+    base = results(plain.lora_embedding(ids, weight, **usual, **how), dy, usual)
     for name in out:
         report = exceeds(out[name], exact[name], base[name])
         assert report.ok, f"embedding {name}, {size}, {dtypes}: {report}"
@@ -225,7 +204,7 @@ def check_dora(size: tuple[int, int, int, int], dtypes: tuple[torch.dtype, ...])
         ),
     ):
         exact, base = (
-            torch.linalg.norm(W.to(wide) + SCALING * (B.to(wide) @ A.to(wide)), dim=1)
+            plain.dora_norm(W.to(wide), A.to(wide), B.to(wide), SCALING)
             for wide in (torch.float64, torch.float32)
         )
         report = exceeds(norms, exact, base)
@@ -233,23 +212,32 @@ def check_dora(size: tuple[int, int, int, int], dtypes: tuple[torch.dtype, ...])
 
     inputs = {
         "x": torch.randn(M, K).to(dtype),
-        "lora_A": A / K**0.5,
-        "lora_B": B,
+        "lora_A": (A / K**0.5).to(adapter_dtype),
+        # Below the weight's size: factor's gradient sums a product that is rounded with both.
+        "lora_B": (B / R**0.5).to(adapter_dtype),
         "factor": torch.rand(N) + 0.5,
     }
     dy, seed = torch.randn(M, N).to(dtype), torch.tensor([M])
     mine, usual, wide = leaves(inputs), leaves(inputs), leaves(inputs, torch.float64)
 
-    def sequence(x: Tensor, lora_A: Tensor, lora_B: Tensor, factor: Tensor) -> Tensor:
-        mask = reference.dropout_mask(M, K, DROPOUT, seed)
-        dropped = torch.where(mask, x * reference.dropout_threshold(DROPOUT)[1], 0)
-        W = weight.to(x.dtype)
-        lora = (dropped.to(lora_A.dtype) @ lora_A.T @ lora_B.T * SCALING).to(x.dtype)
-        return factor.to(x.dtype) * (dropped @ W.T + lora) + (x - dropped) @ W.T
+    layer = Layer(weight, A, B, SCALING, dropout_p=DROPOUT, seed=seed)
+
+    def sequence(
+        layer: Layer,
+        x: Tensor,
+        factor: Tensor,
+        product_dtype: torch.dtype | None = None,
+        **trained: Tensor,
+    ) -> Tensor:
+        return plain.dora_linear(x, layer._replace(**trained), factor, product_dtype)
 
     y = dora_linear(weight=weight, bias=None, scaling=SCALING, dropout_p=DROPOUT, seed=seed, **mine)
     out = results(y, dy, mine)
-    exact, base = results(sequence(**wide), dy, wide), results(sequence(**usual), dy, usual)
+    exact = results(sequence(plain.widened(layer), **wide), dy, wide)
+    base = results(sequence(layer, **usual), dy, usual)
+    # PEFT takes drop(x) W^T in the adapter's dtype, fastlora in x's: factor's gradient shows it.
+    usual = leaves(inputs)
+    base["dfactor"] = results(sequence(layer, product_dtype=dtype, **usual), dy, usual)["dfactor"]
     for name in out:
         report = exceeds(out[name], exact[name], base[name])
         assert report.ok, f"DoRA's {name}, {size}, {dtypes}: {report}"

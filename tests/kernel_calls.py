@@ -151,12 +151,10 @@ def layer_calls(case: Case, base: Base, dtypes: str) -> Iterator[Call]:
     inputs = make_inputs(case, base, DTYPES[dtypes])
     exact, plain = exact_results(case, inputs), plain_results(case, inputs)
     x_dtype, adapter_dtype = inputs.x.dtype, inputs.lora_A.dtype
-    x, A = inputs.x.double(), inputs.lora_A.double()
-    kept = reference.dropout_mask(case.M, case.K, case.dropout_p, inputs.seed)
-    S = (x * kept * reference.dropout_threshold(case.dropout_p)[1]) @ A.T
-    plain_S = (inputs.x.float() * kept * reference.dropout_threshold(case.dropout_p)[1]) @ (
-        inputs.lora_A.float().T
-    )
+    # The kernels keep S in fp32, so it is held to plain torch in fp32.
+    in_fp32 = inputs.layer._replace(lora_A=inputs.lora_A.float())
+    S = reference.plain.shrink(inputs.x.double(), reference.plain.widened(inputs.layer))
+    plain_S = reference.plain.shrink(inputs.x.float(), in_fp32)
 
     def check_forward(outputs: list[Tensor]) -> None:
         y, got_S = outputs
@@ -342,7 +340,7 @@ def norm_call(case: Case, base: Base, dtypes: str) -> Call:
     if state is not None:
         W = reference.dequantize_4bit(W, state, inputs.compute_dtype or inputs.x.dtype)
     exact, plain = (
-        torch.linalg.norm(W.to(t) + inputs.scaling * (B.to(t) @ A.to(t)), dim=1)
+        reference.plain.dora_norm(W.to(t), A.to(t), B.to(t), inputs.scaling)
         for t in (torch.float64, torch.float32)
     )
     record = Record()
@@ -388,7 +386,7 @@ def dora_calls(M: int, N: int, dtype: torch.dtype, rest_rows: int) -> Iterator[C
     forward.array(rest)
     forward.integers(N if rest_rows > 1 else 0, 1)
     added = rest if rest_rows else z.new_zeros(1, N)
-    y = pair(lambda z, f, rest: f.to(z.dtype) * z + rest, z, factor, added)
+    y = pair(reference.plain.dora_magnitude, z, factor, added)
     yield call("dora_magnitude_fwd", (dtype,), y)
     backward.rows(dy)
     backward.rows(z)
@@ -397,28 +395,26 @@ def dora_calls(M: int, N: int, dtype: torch.dtype, rest_rows: int) -> Iterator[C
     yield call(
         "dora_magnitude_bwd",
         (dtype, torch.float32, torch.float32),
-        pair(lambda dy, f: f.to(dy.dtype) * dy, dy, factor),
+        pair(reference.plain.dora_magnitude, dy, factor),
         pair(lambda dy, z: (dy * z).sum(0), dy, z),
         pair(lambda dy: dy.sum(0), dy),
     )
-    mask = reference.dropout_mask(M, N, p, seed)
-    scale = reference.dropout_threshold(p)[1]
     records["dora_dropout_fwd"].rows(z)
     records["dora_dropout_fwd"].dropout(p, seed)
     records["dora_dropout_fwd"].integers(1, 1)
-    kept = pair(lambda x: torch.where(mask, x, 0), z)
-    yield call(
-        "dora_dropout_fwd",
-        (dtype,) * 2,
-        kept,
-        pair(lambda x: x - torch.where(mask, x * scale, 0), z),
-    )
+    exact, plain = (reference.plain.dora_dropout(x, p, seed) for x in (z.double(), z))
+    yield call("dora_dropout_fwd", (dtype,) * 2, *zip(exact, plain, strict=True))
     records["dora_dropout_bwd"].rows(z)
     records["dora_dropout_bwd"].rows(dy)
     records["dora_dropout_bwd"].dropout(p, seed)
     records["dora_dropout_bwd"].integers(1)
-    dx = pair(lambda a, b: torch.where(mask, a, 0) + (b - torch.where(mask, b * scale, 0)), z, dy)
-    yield call("dora_dropout_bwd", (dtype,), dx)
+
+    def dx(dkept: Tensor, drest: Tensor) -> Tensor:
+        x = torch.zeros_like(dkept).requires_grad_()
+        both = reference.plain.dora_dropout(x, p, seed)
+        return torch.autograd.grad(both, x, (dkept, drest))[0]
+
+    yield call("dora_dropout_bwd", (dtype,), pair(dx, z, dy))
 
 
 def make_calls() -> list[Call]:

@@ -193,7 +193,7 @@ def model_rows(folder: Path, modes: list[str]) -> tuple[list[rows.Row], list[str
         made.extend([fields["row"]] if event == "row" else [])
         refused.extend([fields["reason"]] if event == "refused" else [])
 
-    request = json.loads(json.dumps({"plan": plan.as_dict(), "allocator": "glibc"}))
+    request = json.loads(json.dumps({"plan": dataclasses.asdict(plan), "allocator": "glibc"}))
     assert ModelPlan.from_dict(request["plan"]) == plan
     model.work(request, SimpleNamespace(emit=take))  # type: ignore[arg-type]
     return made, refused
@@ -421,7 +421,7 @@ def test_environment_of_an_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_plan_survives_the_pipe() -> None:
     cases = grid([TINY], [1, 2], ["step", "dequantize"])
     plan = Plan(cases, ["peft"], ["glibc"], Budget(3, 0.01))
-    assert Plan.from_dict(json.loads(json.dumps(plan.as_dict()))) == plan
+    assert Plan.from_dict(json.loads(json.dumps(dataclasses.asdict(plan)))) == plan
 
 
 @pytest.mark.slow

@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from fastlora.backends.native_cuda import state_args
 from torch import Tensor
-from torch.nn.functional import linear
 
 from fastlora import ops, reference
 from fastlora.autograd.dora import dora_linear
 from fastlora.backends import BACKENDS, use_backend
+from fastlora.backends.native_cuda import state_args
+from fastlora.layer import Layer
 from fastlora.ops import dequantize_4bit, quantize_4bit
 from fastlora.quant import QuantState
-from fastlora.reference import dropout_mask, dropout_threshold
+from fastlora.reference import dropout_mask
 from tests.conftest import poisoned_memory
 from tests.test_double_backward import second_order
 from tests.tolerance import assert_close_to_exact
@@ -48,8 +48,7 @@ def spread(matrix: Tensor) -> Tensor:
 
 
 def norms_of(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """PEFT's `get_weight_norm`."""
-    return torch.linalg.norm(W + SCALING * (B @ A), dim=1)
+    return reference.plain.dora_norm(W, A, B, SCALING)
 
 
 @pytest.mark.parametrize("size", [0.1, 3.0], ids=["small", "large"])
@@ -102,12 +101,6 @@ def test_norm_of_nothing(sizes: tuple[int, int], backend: str) -> None:
 # ---- magnitude ---------------------------------------------------------------------------------
 
 
-def magnitude(z: Tensor, factor: Tensor, rest: Tensor | None) -> Tensor:
-    """Torch's own sequence in the working dtypes, as PEFT has it."""
-    y = factor.to(z.dtype) * z
-    return y if rest is None else y + rest.to(z.dtype)
-
-
 def make_magnitude(
     shape: tuple[int, int], dtype: torch.dtype, kind: str
 ) -> tuple[list[Tensor], Tensor]:
@@ -149,8 +142,8 @@ def test_magnitude(shape: tuple[int, int], dtype: torch.dtype, kind: str, backen
     inputs, dy = make_magnitude(shape, dtype, kind)
     with poisoned_memory():
         got = magnitude_op_results(inputs, dy, backend)
-    exact = magnitude_results(magnitude, inputs, dy, torch.float64)
-    plain = magnitude_results(magnitude, inputs, dy)
+    exact = magnitude_results(reference.plain.dora_magnitude, inputs, dy, torch.float64)
+    plain = magnitude_results(reference.plain.dora_magnitude, inputs, dy)
     for name, out in got.items():
         assert out.dtype == plain[name].dtype, name
         assert_close_to_exact(out, exact[name], plain[name], what=name)
@@ -191,12 +184,6 @@ def test_magnitude_layouts(backend: str) -> None:
 # ---- dropout -----------------------------------------------------------------------------------
 
 
-def dropout(x: Tensor, p: float = P) -> tuple[Tensor, Tensor]:
-    """Torch's own sequence: what is kept, and what PEFT's `x - drop(x)` leaves."""
-    mask, (_, scale) = dropout_mask(*x.shape, p, SEED), dropout_threshold(p)
-    return torch.where(mask, x, 0), x - torch.where(mask, x * scale, 0)
-
-
 def dropout_results(
     function: Callable[..., tuple[Tensor, Tensor]],
     x: Tensor,
@@ -225,8 +212,12 @@ def test_dropout(shape: tuple[int, int], dtype: torch.dtype, p: float, backend: 
     x, *dys = (torch.randn(shape).to(dtype) for _ in range(3))
     with poisoned_memory():
         got = op_results(x, p, (dys[0], dys[1]), backend)
-    exact = dropout_results(lambda x: dropout(x, p), x, (dys[0], dys[1]), torch.float64)
-    plain = dropout_results(lambda x: dropout(x, p), x, (dys[0], dys[1]))
+
+    def sequence(x: Tensor) -> tuple[Tensor, Tensor]:
+        return reference.plain.dora_dropout(x, p, SEED)
+
+    exact = dropout_results(sequence, x, (dys[0], dys[1]), torch.float64)
+    plain = dropout_results(sequence, x, (dys[0], dys[1]))
     assert torch.equal(got["kept"], plain["kept"])
     for name, out in got.items():
         assert out.dtype == dtype
@@ -260,8 +251,8 @@ NAMES = ("x", "bias", "lora_A", "lora_B", "factor")
 
 
 @dataclass
-class Layer:
-    """The tensors of a layer of DoRA; `weight` is what the base product multiplies with."""
+class Call:
+    """The tensors of a call of DoRA; `weight` is what the base product multiplies with."""
 
     leaves: list[Tensor]
     stored: Tensor
@@ -276,7 +267,7 @@ class Layer:
 
 def make_layer(
     kind: str, dtype: torch.dtype, adapter_dtype: torch.dtype, sizes: tuple[int, int, int, int]
-) -> Layer:
+) -> Call:
     M, N, K, R = sizes
     weight = (torch.randn(N, K) / K**0.5).to(dtype)
     stored, state = weight, None
@@ -288,25 +279,26 @@ def make_layer(
     B = (0.5 * torch.randn(N, R) / R**0.5).to(adapter_dtype)
     factor = torch.rand(N, dtype=torch.float64 if dtype == torch.float64 else FP32) + 0.5
     leaves = [torch.randn(M, K).to(dtype), torch.randn(N).to(dtype), A, B, factor]
-    return Layer(leaves, stored, state, weight, torch.randn(M, N).to(dtype))
+    return Call(leaves, stored, state, weight, torch.randn(M, N).to(dtype))
 
 
 def plain_layer(
-    weight: Tensor, x: Tensor, bias: Tensor, A: Tensor, B: Tensor, factor: Tensor, p: float = P
+    weight: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    factor: Tensor,
+    p: float = P,
+    product_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """PEFT's sequence, with the mask that fastlora makes."""
-    dropped = x
-    if p > 0:
-        mask, (_, scale) = dropout_mask(*x.shape, p, SEED), dropout_threshold(p)
-        dropped = torch.where(mask, x * scale, 0)
-    base = linear(dropped, weight)
-    lora = linear(linear(dropped.to(A.dtype), A), B)
-    delta = (factor - 1) * base + factor * lora * SCALING
-    return (linear(x, weight, bias) + delta).to(x.dtype)
+    layer = Layer(weight, A, B, SCALING, bias, dropout_p=p, seed=SEED)
+    return reference.plain.dora_linear(x, layer, factor, product_dtype)
 
 
 def layer_results(
-    function: Callable[..., Tensor], layer: Layer, dtype: torch.dtype | None = None
+    function: Callable[..., Tensor], layer: Call, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
     leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in layer.leaves]
     y = function(*leaves)
@@ -314,7 +306,7 @@ def layer_results(
     return {"y": y.detach(), **dict(zip(NAMES, grads, strict=True))}
 
 
-def run_layer(layer: Layer, *leaves: Tensor, backend: str | None = None, p: float = P) -> Tensor:
+def run_layer(layer: Call, *leaves: Tensor, backend: str | None = None, p: float = P) -> Tensor:
     x, bias, A, B, factor = leaves
     args = (x, layer.stored, bias, A, B, SCALING, factor)
     return dora_linear(*args, dropout_p=p, **layer.options, backend=backend)
@@ -340,6 +332,9 @@ def test_layer(
     weight = layer.weight
     exact = layer_results(lambda *t: plain_layer(weight.double(), *t, p=p), layer, torch.float64)
     plain = layer_results(lambda *t: plain_layer(weight, *t, p=p), layer)
+    # PEFT takes drop(x) W^T in the adapter's dtype, fastlora in x's: factor's gradient shows it.
+    narrow = layer_results(lambda *t: plain_layer(weight, *t, p=p, product_dtype=dtype), layer)
+    plain["factor"] = narrow["factor"]
     for name, out in got.items():
         assert out.dtype == plain[name].dtype, name
         assert_close_to_exact(out, exact[name], plain[name], what=name)
@@ -415,7 +410,7 @@ def test_a_bias_for_each_token(backend: str) -> None:
     got = layer_results(lambda *t: run_layer(layer, *t, backend=backend, p=0.0), layer)
     exact, plain = (
         layer_results(
-            lambda x, b, *t, W=W: plain_layer(W, x, torch.zeros(66).to(W.dtype), *t, p=0.0) + b,
+            lambda x, b, *t, W=W: plain_layer(W, x, None, *t, p=0.0) + b,
             layer,
             dtype,
         )

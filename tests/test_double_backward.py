@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastlora import grouped_lora_linear, lora_linear
+from fastlora import grouped_lora_linear, lora_linear, reference
 from fastlora.autograd.shared import shared_linear
-from fastlora.reference import Projection, dropout_mask, dropout_threshold
+from fastlora.layer import Layer
+from fastlora.reference import Projection
 
 M, N, K, R, SCALING, P = 12, 10, 14, 3, 1.5, 0.25
 SEED = torch.tensor([5])
@@ -19,9 +20,11 @@ ENDS = torch.tensor([5, 5, 12])
 Run = Callable[..., Tensor | Sequence[Tensor]]
 
 
-def plain(x: Tensor, W: Tensor, A: Tensor, B: Tensor, p: float = 0.0) -> Tensor:
-    dropped = x * dropout_mask(*x.shape, p, SEED) * dropout_threshold(p)[1]
-    return x @ W.T + SCALING * dropped @ A.T @ B.T
+def plain(
+    x: Tensor, W: Tensor, A: Tensor, B: Tensor, p: float = 0.0, bias: Tensor | None = None
+) -> Tensor:
+    layer = Layer(W, A, B, SCALING, bias, dropout_p=p, seed=SEED)
+    return reference.plain.lora_linear(x, layer)
 
 
 def second_order(run: Run, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -74,7 +77,7 @@ def test_one_layer(p: float) -> None:
     W, bias = randn(N, K), torch.randn(N)
     check(
         lambda x, A, B, b: lora_linear(x, W, b, A, B, SCALING, dropout_p=p, seed=SEED),
-        lambda x, A, B, b: plain(x, W, A, B, p) + b,
+        lambda x, A, B, b: plain(x, W, A, B, p, b),
         *(torch.randn(M, K), randn(R, K), randn(N, R), bias),
     )
 
@@ -99,8 +102,7 @@ def test_experts(transposed: bool) -> None:
     stored = W.mT.contiguous() if transposed else W
 
     def experts(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        parts = zip(x.tensor_split(ENDS[:-1]), W, A, B, strict=True)
-        return torch.cat([plain(rows, *layer) for rows, *layer in parts])
+        return reference.plain.grouped_lora_linear(x, Layer(W, A, B, SCALING, offsets=ENDS))
 
     check(
         lambda x, A, B: grouped_lora_linear(x, stored, ENDS, A, B, SCALING, transposed=transposed),

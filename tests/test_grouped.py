@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fastlora import backends, grouped_lora_linear, ops, reference
 from fastlora.backends import grouped, native
+from fastlora.layer import Layer
 from fastlora.quant import QuantState
-from tests.cases import DTYPES, Base
+from tests.cases import DTYPES, Base, autograd_results
 from tests.conftest import poisoned_memory
 from tests.tolerance import assert_close_to_exact
 
@@ -46,7 +47,7 @@ CASES = (
 )
 
 
-BASES = (Base(), Base("nf4", 64, nested=True), Base("fp4", 256))
+BASES = (Base(), Base("nf4", 64, nested=True), Base("fp4", 256), Base("mxfp4", 32))
 
 
 @dataclass
@@ -111,32 +112,23 @@ def run(
 
 
 def segment_results(case: Case, inputs: Inputs, exactly: bool) -> dict[str, Tensor]:
-    """PEFT's sequence of torch ops, expert by expert, under torch's autograd: in fp64 or as is."""
-    x_dtype = torch.float64 if exactly else inputs.x.dtype
-    A_dtype = torch.float64 if exactly else inputs.lora_A.dtype
-    compute = torch.float64 if exactly else inputs.compute or inputs.x.dtype
-    W = inputs.weight
-    if inputs.state is not None:
-        W = reference.dequantize_4bit(inputs.weight, inputs.state, compute)
-    x = inputs.x.detach().to(x_dtype).requires_grad_()
-    A, B = (t.detach().to(A_dtype).requires_grad_() for t in (inputs.lora_A, inputs.lora_B))
-    kept = x.to(A_dtype)
-    if case.dropout_p > 0.0:
-        _, scale = reference.dropout_threshold(case.dropout_p)
-        mask = reference.dropout_mask(*x.shape, case.dropout_p, inputs.seed)
-        kept = kept * (mask * scale).to(A_dtype)
-    parts, begin = [], 0
-    for e, end in enumerate(case.ends):
-        rows = slice(begin, end)
-        base = (x[rows].to(compute) @ W[e].to(compute).T).to(x_dtype)
-        term = kept[rows] @ A[e].T @ B[e].T * inputs.scaling
-        parts.append((base + term).to(x_dtype))
-        begin = end
-    parts.append(x.new_zeros(case.M - begin, case.N))
-    y = torch.cat(parts)
-    y.backward(inputs.dy.to(x_dtype))
-    assert x.grad is not None and A.grad is not None and B.grad is not None
-    return {"y": y.detach(), "dx": x.grad, "dA": A.grad, "dB": B.grad}
+    """The plain sequence, expert by expert, under torch's autograd: in fp64 or as is."""
+    layer = Layer(
+        inputs.weight,
+        inputs.lora_A,
+        inputs.lora_B,
+        inputs.scaling,
+        quant_state=inputs.state,
+        compute_dtype=inputs.compute,
+        dropout_p=case.dropout_p,
+        seed=inputs.seed,
+        offsets=inputs.offsets,
+    )
+    x = inputs.x
+    if exactly:
+        layer, x = reference.plain.widened(layer), x.double()
+    results = autograd_results(reference.plain.grouped_lora_linear, x, layer, inputs.dy)
+    return {name: out for name, out in results.items() if out is not None}
 
 
 @pytest.fixture(params=["native", "reference"])
@@ -152,6 +144,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 def test_against_definition(case: Case, base: Base, dtypes: str, backend: str) -> None:
     if base.quant_type is None and DTYPES[dtypes][2] is not None:
         pytest.skip("a dense weight has no compute dtype of its own")
+    case = base.fit(case)
     if case.N * case.K % base.blocksize:
         pytest.skip("experts would share blocks, which the op refuses")
     inputs = make_inputs(case, base, DTYPES[dtypes])
@@ -418,14 +411,8 @@ def test_function_against_plain_torch(
     dy = torch.randn(M, N).to(x_dtype)
 
     def plain(x: Tensor, A: Tensor, B: Tensor, W: Tensor) -> Tensor:
-        """PEFT's: the low-rank product added to the whole stack."""
-        delta = A.mT @ B.mT if transposed else B @ A
-        adapted = W + 1.5 * delta.to(W.dtype)
-        parts = [
-            x[begin:end] @ (adapted[e] if transposed else adapted[e].T)
-            for e, begin, end in reference.segments(torch.tensor(ends))
-        ]
-        return torch.cat([*parts, x.new_zeros(M - ends[-1], N)])
+        layer = Layer(W.mT if transposed else W, A, B, 1.5, offsets=torch.tensor(ends))
+        return reference.plain.grouped_lora_linear(x, layer)
 
     results = []
     for way in ("fast", "exact", "plain"):

@@ -15,6 +15,7 @@ from tolerance import assert_close_to_exact
 from torch import Tensor
 
 from fastlora import dequantize_4bit, lora_linear, quantize_4bit, reference
+from fastlora.layer import Layer
 from fastlora.quant import BLOCKSIZES, QuantState, code_table, dynamic_code
 
 hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is not installed")
@@ -248,15 +249,18 @@ def run_exact(case: Case, inputs: Inputs, seed: Tensor) -> dict[str, Tensor | No
 def run_plain(case: Case, inputs: Inputs, seed: Tensor) -> dict[str, Tensor | None]:
     """PEFT's sequence in the working dtypes."""
     x = inputs.x.detach().requires_grad_(case.needs[0])
-    compute_dtype = inputs.dense.dtype
-    bias = None if inputs.bias is None else inputs.bias.to(compute_dtype)
-    y = torch.nn.functional.linear(x.to(compute_dtype), inputs.dense, bias).to(case.dtype)
-    z = x.to(case.adapter_dtype)
-    if case.training and case.p > 0.0:
-        mask = reference.dropout_mask(x.numel() // case.K, case.K, case.p, seed)
-        z = z * mask.view(x.shape) * reference.dropout_threshold(case.p)[1]
-    y = y + ((z @ inputs.A.T @ inputs.B.T) * case.scaling).to(case.dtype)
-    return gradients(y, x, inputs.dy, inputs)
+    layer = Layer(
+        inputs.weight,
+        inputs.A,
+        inputs.B,
+        case.scaling,
+        inputs.bias,
+        inputs.state,
+        None if case.quant is None else case.quant.compute_dtype,
+        case.p if case.training else 0.0,
+        seed,
+    )
+    return gradients(reference.plain.lora_linear(x, layer), x, inputs.dy, inputs)
 
 
 @settings(max_examples=150)

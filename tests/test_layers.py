@@ -19,6 +19,7 @@ PACKAGE = ROOT / "fastlora"
 LEVELS = (
     ("version",),
     ("quant", "tolerance", "tuning"),
+    ("layer",),
     ("reference",),
     ("backends",),
     ("ops",),

@@ -14,6 +14,7 @@ import torch
 
 from fastlora import backends, lora_linear, ops, reference
 from fastlora.backends import native, native_cuda, triton
+from fastlora.layer import Layer
 from tests import every_op, test_backends
 from tests.cases import BASES, CASES, DTYPES, Base, Case, make_inputs
 
@@ -96,10 +97,9 @@ def test_one_launch_shrinks_for_several_adapters(p: float) -> None:
     seeds = torch.tensor([11, -7, 2**40])
     S = shrink(launcher(x), x, A, p, seeds if p else None)
     for one, lora_A, seed in zip(S, A, seeds, strict=True):
-        lora = (None, lora_A, torch.ones(5, 5), 1.0, p, seed)
-        plain = reference.lora_linear_fwd(x, A[0], *lora)[1]
-        wide = (x.double(), A[0].double(), None, lora_A.double(), torch.ones(5, 5).double())
-        exact = reference.lora_linear_fwd(*wide, 1.0, p, seed)[1]
+        layer = Layer(x, lora_A, torch.ones(5, 5), 1.0, dropout_p=p, seed=seed)
+        plain = reference.plain.shrink(x, layer)
+        exact = reference.plain.shrink(x.double(), reference.plain.widened(layer))
         test_backends.assert_close_to_exact(one, exact, plain, what="S")
     recorder = Recorder("sm_90", 132)
     many = torch.empty(8192, 200, device="meta")

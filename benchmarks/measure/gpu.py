@@ -12,7 +12,6 @@ DIR/cache, not to the user's own. Needs torch and Triton; PEFT and bitsandbytes 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import platform
@@ -127,13 +126,9 @@ class Run:
 
     def write(self, name: str, row: dict[str, Any]) -> None:
         """Appends a row to a CSV file, at once."""
-        path = self.out / name
-        new = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, list(row), lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        from fastlora.cli.bench.rows import append
+
+        append(self.out / name, [row], list(row))
 
 
 def environment(run: Run, until: float) -> dict[str, Any]:
@@ -225,14 +220,14 @@ def tune(run: Run, until: float) -> dict[str, Any]:
 
 def measure(run: Run, until: float) -> dict[str, Any]:
     """Frozen layer, PEFT, addmm and ours, the training sizes first; wrong results get no row."""
-    from fastlora.cli.bench import rows
     from fastlora.cli.bench.case import Case, Layer
     from fastlora.cli.bench.measure import Bench
     from fastlora.cli.bench.plan import Budget
     from fastlora.cli.bench.providers import PROVIDERS
+    from fastlora.cli.bench.rows import append, machine
 
     plan = run.plan
-    machine = rows.machine() | {"device": run.summary["environment"]["device"], "cpu_isa": ""}
+    facts = machine() | {"device": run.summary["environment"]["device"], "cpu_isa": ""}
     cases = [
         Case(Layer(width, width, quant=quant, dropout=dropout), M, mode)
         for width in plan.shapes
@@ -251,7 +246,7 @@ def measure(run: Run, until: float) -> dict[str, Any]:
         compiled = plan.compiled if case == cases[0] else ()
         bench.providers = [PROVIDERS[name] for name in (*plan.providers, *compiled)]
         written = []
-        for row, reason in bench.rows(case, machine):
+        for row, reason in bench.rows(case, facts):
             name = row["provider"]
             if reason is not None:
                 refused[name] = reason.reason
@@ -259,7 +254,7 @@ def measure(run: Run, until: float) -> dict[str, Any]:
             else:
                 peak = _peak_mb(bench.timed[name][0]) if run.device == "cuda" else ""
                 written.append(row | {"peak_mb": peak})
-        rows.append(run.out / "layers.csv", written)
+        append(run.out / "layers.csv", written)
         done += 1
     return {"cases": done, "of": len(cases), "left_out": refused, "wrong": wrong}
 

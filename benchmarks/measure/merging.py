@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 import fastlora
-from benchmarks.report.document import fill
-from fastlora.cli.bench.rows import machine
+from benchmarks.report.document import fill, markdown
+from fastlora.cli.bench.rows import append, machine
 from fastlora.cli.console import quiet_libraries
 from fastlora.cli.finetune.data import Collator, batches, load_data
 from fastlora.cli.finetune.demo import smollm2, topics
@@ -70,7 +70,7 @@ def ways(folder: Path, calibration: list[Any]) -> dict[str, Callable[[Any], Any]
 def measure(adapter: str) -> list[dict[str, str]]:
     """A row for each way."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
     folder = hf.model_folder(smollm2())
     tokenizer = hf.load_tokenizer(folder)
@@ -84,12 +84,7 @@ def measure(adapter: str) -> list[dict[str, str]]:
     reference: list[torch.Tensor] = []
     rows = []
     for way, merge in ways(folder, calibration).items():
-        config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
+        config = hf.four_bit("nf4", True, torch.bfloat16)
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.bfloat16, quantization_config=config, device_map={"": "cpu"}
         )
@@ -128,17 +123,11 @@ def table() -> str:
     with RESULTS.open(newline="") as file:
         rows = list(csv.DictReader(file))
     latest = [row for row in rows if row["date"] == rows[-1]["date"]]
-    lines = [
-        "| weights | perplexity | KL to unmerged | kept of the update | error in outputs |",
-        "|---|---|---|---|---|",
-    ]
-    for row in latest:
-        cells = (
-            _SHOWN[row["way"]],
-            *(row[c] for c in ("perplexity", "kl", "kept", "output_error")),
-        )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    shown = ("perplexity", "kl", "kept", "output_error")
+    return markdown(
+        ("weights", "perplexity", "KL to unmerged", "kept of the update", "error in outputs"),
+        ((_SHOWN[row["way"]], *(row[name] for name in shown)) for row in latest),
+    )
 
 
 def main() -> None:
@@ -153,13 +142,7 @@ def main() -> None:
     quiet_libraries()
     warnings.simplefilter("ignore")
     facts = machine()
-    rows = [facts | row for row in measure(args.adapter)]
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, (*facts, *COLUMNS), restval="")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    append(RESULTS, [facts | row for row in measure(args.adapter)], (*facts, *COLUMNS))
 
 
 if __name__ == "__main__":

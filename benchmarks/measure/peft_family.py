@@ -15,7 +15,6 @@ import argparse
 import copy
 import csv
 import statistics
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -28,8 +27,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import fastlora
-from benchmarks.report.document import fill
-from fastlora.cli.bench.rows import machine
+from benchmarks.report.document import fill, markdown
+from fastlora.cli.bench.measure import interleave
+from fastlora.cli.bench.plan import Budget
+from fastlora.cli.bench.rows import append, machine, quantiles
 from fastlora.integrations.peft.plan.plan import LAST_REASON
 from tests.integrations.models import gradients, linear4bit, lora_layers
 from tests.integrations.peft_table import CASES, Case
@@ -116,12 +117,6 @@ class Step:
         y.backward(self.dy.to(y.dtype))
         return y.detach()
 
-    def timed(self) -> float:
-        """Milliseconds."""
-        begin = time.perf_counter()
-        self()
-        return (time.perf_counter() - begin) * 1e3
-
     def results(self) -> dict[str, Tensor]:
         """The result and every gradient."""
         found = {"y": self(), **gradients(self.layer)}
@@ -152,29 +147,19 @@ def measure(name: str, rounds: int) -> dict[str, str]:
     stock, fast, lora = layer_of(case), layer_of(case), layer_of(plain)
     for layer in (fast, lora):
         fastlora.accelerate(layer, verbose=False)
-    steps = [Step(stock, case), Step(fast, case), Step(lora, plain)]
-    check(steps[1], steps[0])
+    steps = {"peft": Step(stock, case), "fastlora": Step(fast, case), "lora": Step(lora, plain)}
+    check(steps["fastlora"], steps["peft"])
     reason = fast.__dict__.get(LAST_REASON)
     if reason:
         raise RuntimeError(f"{name} ran on PEFT's code: {reason}")
-    for step in steps:
-        step()
-    samples = [[step.timed() for step in steps] for _ in range(rounds)]
-    peft_ms, fast_ms, lora_ms = zip(*samples, strict=True)
-    row = {
-        "configuration": name,
-        "rounds": str(rounds),
-        "peft_ms": f"{statistics.median(peft_ms):.2f}",
-        "fastlora_ms": f"{statistics.median(fast_ms):.2f}",
-        "lora_ms": f"{statistics.median(lora_ms):.2f}",
-    }
-    for what, above, below in (("ratio", peft_ms, fast_ms), ("to_lora", fast_ms, lora_ms)):
-        ratios = [a / b for a, b in zip(above, below, strict=True)]
-        tenths = statistics.quantiles(ratios, n=10)
-        values = (tenths[1], statistics.median(ratios), tenths[7])
-        row |= {
-            f"{what}_{p}": f"{v:.3f}" for p, v in zip(("p20", "p50", "p80"), values, strict=True)
-        }
+    timings = interleave({who: [step] for who, step in steps.items()}, Budget(rounds))
+    row = {"configuration": name, "rounds": str(rounds)}
+    for who, timing in timings.items():
+        row[f"{who}_ms"] = f"{statistics.median(timing.seconds) * 1e3:.2f}"
+    for what, above, below in (("ratio", "peft", "fastlora"), ("to_lora", "fastlora", "lora")):
+        pairs = zip(timings[above].seconds, timings[below].seconds, strict=True)
+        values = zip(("p20", "p50", "p80"), quantiles([a / b for a, b in pairs]), strict=True)
+        row |= {f"{what}_{p}": f"{value:.3f}" for p, value in values}
     return row
 
 
@@ -187,16 +172,23 @@ def table() -> str:
         low, middle, high = (f"{float(row[f'{what}_{p}']):.2f}" for p in ("p20", "p50", "p80"))
         return f"{middle} ({low}-{high})"
 
-    lines = [
-        "| configuration | PEFT, ms | fastlora, ms | PEFT / fastlora | fastlora / its plain LoRA |",
-        "|---|---:|---:|---:|---:|",
-    ]
+    lines = []
     for name in MEASURED:
         row = rows[name]
-        times = " | ".join(f"{float(row[which]):.3g}" for which in ("peft_ms", "fastlora_ms"))
+        times = (f"{float(row[which]):.3g}" for which in ("peft_ms", "fastlora_ms"))
         to_lora = "" if name == "embedding" else cell(row, "to_lora")  # no linear layer
-        lines.append(f"| {name} | {times} | {cell(row, 'ratio')} | {to_lora} |")
-    return "\n".join(lines)
+        lines.append((name, *times, cell(row, "ratio"), to_lora))
+    return markdown(
+        (
+            "configuration",
+            "PEFT, ms",
+            "fastlora, ms",
+            "PEFT / fastlora",
+            "fastlora / its plain LoRA",
+        ),
+        lines,
+        numbers=True,
+    )
 
 
 def main() -> None:
@@ -210,17 +202,11 @@ def main() -> None:
         return
     warnings.simplefilter("ignore")
     facts = machine()
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, (*facts, *COLUMNS))
-        if new:
-            writer.writeheader()
-        for name in MEASURED:
-            if args.only in name:
-                row = measure(name, args.rounds)
-                print(row, flush=True)
-                writer.writerow(facts | row)
-                file.flush()
+    for name in MEASURED:
+        if args.only in name:
+            row = measure(name, args.rounds)
+            print(row, flush=True)
+            append(RESULTS, [facts | row], (*facts, *COLUMNS))
 
 
 if __name__ == "__main__":

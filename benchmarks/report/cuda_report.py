@@ -13,7 +13,7 @@ from pathlib import Path
 from tests.csrc import cuda_gates
 from tests.cuda_mutants import FAULTS
 
-from .document import fill
+from .document import fill, markdown
 
 DOCS = Path(__file__).parents[2] / "docs" / "gpu.md"
 
@@ -22,7 +22,7 @@ def figures() -> str:
     """A line for each kernel, a column for each architecture."""
     release, rows = cuda_gates.read_gates()
     archs = list(dict.fromkeys(row["arch"] for row in rows))
-    lines = [f"| nvcc {release} | {' | '.join(archs)} |", "|---" * (len(archs) + 1) + "|"]
+    lines = []
     cells = {(row["kernel"], row["arch"]): row for row in rows}
     for kernel in dict.fromkeys(row["kernel"] for row in rows):
         texts = []
@@ -31,13 +31,12 @@ def figures() -> str:
             names = ["registers", "stack", "spills", "instructions"]
             names += ["loop", "loop_per_8"] if row["loop"] else []
             texts.append(" / ".join(row[name] for name in names))
-        lines.append(f"| {kernel} | {' | '.join(texts)} |")
-    return "\n".join(lines)
+        lines.append((kernel, *texts))
+    return markdown((f"nvcc {release}", *archs), lines)
 
 
 def faults() -> str:
     """A line for each planted fault: where it is, and what must notice it."""
-    lines = ["| kernel | fault | noticed by |", "|---|---|---|"]
     words = {
         "race": "the race detector",
         "deadlock": "the scheduler: lanes that never meet",
@@ -47,8 +46,10 @@ def faults() -> str:
         "banks": "the count of bank conflicts",
         "wrong": "the error policy, or bits that differ",
     }
-    lines += [f"| {fault.unit} | {fault.name} | {words[fault.noticed]} |" for fault in FAULTS]
-    return "\n".join(lines)
+    return markdown(
+        ("kernel", "fault", "noticed by"),
+        ((fault.unit, fault.name, words[fault.noticed]) for fault in FAULTS),
+    )
 
 
 def tables() -> dict[str, str]:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from fastlora.cli.bench import table
 from fastlora.cli.bench.rows import Row, ratio, read, together
-from fastlora.cli.bench.table import PASSES, Cell, Grid, short
+from fastlora.cli.bench.table import PASSES, Cell, short
 
-from .document import fill
+from .document import fill, markdown
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "epyc-zen4-2core.csv"
@@ -53,11 +53,6 @@ def limit_ms(row: Row) -> float:
     return max(flop_ms, memory_ms)
 
 
-def newest(rows: Iterable[Row]) -> list[Group]:
-    """Groups of rows of the same rounds, the oldest first: what comes later counts."""
-    return sorted(together(rows), key=lambda group: next(iter(group.values()))["date"])
-
-
 def _grid(
     title: str,
     groups: Iterable[Group],
@@ -67,21 +62,14 @@ def _grid(
     keep: Callable[[Row], bool],
 ) -> str:
     """A table of one figure for each label and number of tokens, as Markdown."""
-    cells: dict[str, dict[int, Cell]] = {}
+    found = table.Tables()
     for group in groups:
         if all(name in group for name in needs):
             row = group[needs[0]]
             if not table.is_model(row) and keep(row):
-                cells.setdefault(label(row), {})[int(row["M"])] = cell(group)
-    tokens = sorted({M for line in cells.values() for M in line})
-    order = sorted(cells, key=_label_order)
-    lines = [(name, [cells[name].get(M, Cell("-")) for M in tokens]) for name in order]
-    return Grid(title, [f"M = {M}" for M in tokens], lines).markdown() if lines else ""
-
-
-def _label_order(label: str) -> tuple[int, str]:
-    N = int(label.split(" x ")[0]) * int(label.split(" x ")[1].split(",")[0])
-    return N, label
+                found.put(title, label(row), row, cell(group))
+    grids = found.grids(lambda row: (int(row["N"]) * int(row["K"]), label(row)))
+    return "".join(grid.markdown() for grid in grids)
 
 
 def _ratio_to(baseline: str, provider: str = "fastlora", invert: bool = False):  # type: ignore[no-untyped-def]
@@ -116,7 +104,7 @@ def _share(group: Group) -> Cell:
 
 def tables(rows: list[Row]) -> dict[str, str]:
     """Every table of docs/performance.md, by its mark."""
-    groups = newest(rows)
+    groups = together(rows)
 
     def versus(baseline: str, quant: str, title: str) -> str:
         needs = ("fastlora", baseline)
@@ -201,7 +189,7 @@ def dirty(rows: Iterable[Row]) -> str | None:
 def readme_tables(rows: list[Row]) -> dict[str, str]:
     """The table of README.md: time of PEFT / time of fastlora, under tcmalloc and under glibc."""
     cells: dict[tuple[str, int, int, str, int], dict[str, str]] = {}
-    for group in newest(rows):
+    for group in together(rows):
         row = group.get("fastlora")
         if row is None or "peft" not in group or table.is_model(row):
             continue
@@ -209,19 +197,15 @@ def readme_tables(rows: list[Row]) -> dict[str, str]:
             key = (row["quant"], int(row["N"]), int(row["K"]), row["mode"], int(row["M"]))
             middle = ratio(row, group["peft"])[1]
             cells.setdefault(key, {})[row["allocator"]] = f"{middle:.2f}"
-    lines = [
-        f"| base, size | pass | {' | '.join(f'M = {M}' for M in README_TOKENS)} |",
-        "|---" * (2 + len(README_TOKENS)) + "|",
-    ]
+    lines = []
     for quant, name in (("nf4 nested", "NF4 nested"), ("none", "dense bf16")):
         for N, K in README_SHAPES:
             for mode in ("forward", "step"):
                 found = [cells.get((quant, N, K, mode, M), {}) for M in README_TOKENS]
-                pairs = (
-                    f"{cell.get('tcmalloc', '-')} / {cell.get('glibc', '-')}" for cell in found
-                )
-                lines.append(f"| {name}, {N} x {K} | {PASSES[mode]} | {' | '.join(pairs)} |")
-    return {"measured": "\n".join(lines)}
+                pairs = (f"{c.get('tcmalloc', '-')} / {c.get('glibc', '-')}" for c in found)
+                lines.append((f"{name}, {N} x {K}", PASSES[mode], *pairs))
+    header = ("base, size", "pass", *(f"M = {M}" for M in README_TOKENS))
+    return {"measured": markdown(header, lines)}
 
 
 def main(argv: list[str] | None = None) -> int:

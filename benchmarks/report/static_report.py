@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .document import fill
+from .document import fill, markdown
 
 GATES = Path(__file__).parents[1] / "gates" / "triton.csv"
 DOCS = Path(__file__).parents[2] / "docs" / "gpu.md"
@@ -266,32 +266,25 @@ def write_gates(rows: list[Row], archs: list[str], kernels: str) -> None:
         archs, kernels: what was asked for.
     """
     gates = read_gates()
-    gone = {row.key for row in (*rows, *vanished(rows, gates, archs, kernels))}
-    kept = [row for row in gates if row.key not in gone]
-    GATES.parent.mkdir(exist_ok=True)
+    gone = {row.key for row in vanished(rows, gates, archs, kernels)}
+    new = {row.key: row for row in rows}
+    # Rows keep their places; new ones come after the others of their Triton.
+    written = [new.pop(row.key, row) for row in gates if row.key not in gone] + [*new.values()]
     with GATES.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
         writer.writeheader()
-        places = {row.key: place for place, row in enumerate(gates)}
-        # Rows keep their places; new ones stand behind the others of their Triton.
-        for row in sorted(
-            kept + rows, key=lambda row: (row.triton, places.get(row.key, len(places)))
-        ):
-            writer.writerow(asdict(row))
+        writer.writerows(asdict(row) for row in sorted(written, key=lambda row: row.triton))
 
 
-def markdown(rows: list[Row]) -> str:
-    """A table: a line for each kernel, a column for each class of GPU."""
+def table(rows: list[Row]) -> str:
+    """Markdown: a line for each kernel, a column for each class of GPU."""
     archs = list(dict.fromkeys(row.arch for row in rows))
-    lines = [f"| kernel, dtypes | {' | '.join(archs)} |", "|---" * (len(archs) + 1) + "|"]
-    cells = {(row.kernel, row.dtypes, row.arch): row for row in rows}
-    for kernel, dtypes in dict.fromkeys((row.kernel, row.dtypes) for row in rows):
-        texts = []
-        for arch in archs:
-            row = cells.get((kernel, dtypes, arch))
-            texts.append("" if row is None else row.cell)
-        lines.append(f"| {kernel}, {dtypes} | {' | '.join(texts)} |")
-    return "\n".join(lines)
+    cells = {(row.kernel, row.dtypes, row.arch): row.cell for row in rows}
+    names = dict.fromkeys((row.kernel, row.dtypes) for row in rows)
+    return markdown(
+        ("kernel, dtypes", *archs),
+        ((", ".join(name), *(cells.get((*name, arch), "") for arch in archs)) for name in names),
+    )
 
 
 def docs_text(text: str) -> str:
@@ -300,7 +293,7 @@ def docs_text(text: str) -> str:
 
     gates = read_gates()
     newest = max((row.triton for row in gates), key=lambda v: tuple(map(int, v.split("."))))
-    static = f"Triton {newest}.\n\n{markdown([row for row in gates if row.triton == newest])}"
+    static = f"Triton {newest}.\n\n{table([row for row in gates if row.triton == newest])}"
     return fill(text, {"static": static, "roofline": roofline.markdown()})
 
 

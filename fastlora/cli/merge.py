@@ -145,14 +145,10 @@ def _load(args: argparse.Namespace) -> tuple[Any, str | None]:
     if quant is not None:
         if stored:
             raise CliError(f"--quant: {args.model} is stored quantised already")
-        from transformers import BitsAndBytesConfig
+        from ..integrations.transformers import four_bit
 
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=quant,
-            bnb_4bit_use_double_quant=args.double_quant,
-            bnb_4bit_compute_dtype=_dtype(args.dtype) or _stored_dtype(args.model),
-        )
+        dtype = _dtype(args.dtype) or _stored_dtype(args.model)
+        options["quantization_config"] = four_bit(quant, args.double_quant, dtype)
         if args.into == "4bit":
             originals = originals or args.model
     elif args.base and not stored:

@@ -7,6 +7,7 @@ inputs) and each result is rounded once, at the end.
 from __future__ import annotations
 
 from ..quant.absmax import nested
+from . import plain
 from .dora import (
     dora_dropout_bwd,
     dora_dropout_fwd,
@@ -61,6 +62,7 @@ __all__ = [
     "lora_linear_fwd",
     "merge_weight",
     "nested",
+    "plain",
     "quantize_4bit",
     "segments",
     "shared_linear_bwd",

@@ -15,6 +15,7 @@ from fastlora.backends import use_backend
 from fastlora.integrations.peft.run import dora as peft_run
 from fastlora.integrations.peft.run.dora import expanded_norms, weight_norms
 from fastlora.quant import QuantState
+from fastlora.reference import plain
 from tests.integrations.models import gradients, last_reasons, linear4bit
 from tests.tolerance import assert_close_to_exact
 
@@ -27,8 +28,7 @@ class Owner:
 
 
 def norms_of(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """PEFT's `get_weight_norm`."""
-    return torch.linalg.norm(W + SCALING * (B @ A), dim=1)
+    return plain.dora_norm(W, A, B, SCALING)
 
 
 @pytest.mark.parametrize("size", [0.1, 3.0], ids=["small", "large"])

@@ -42,30 +42,31 @@ void begin(float* C, int64_t ldc, bool accumulate) {
 // One or two tiles of rows times one or two of columns, over o.units in steps of `step`.
 template <bool kTwoRows, bool kTwoColumns>
 void block(const TileProduct<uint32_t>& o, int64_t step) {
-  float* lower = o.C + kRows * o.ldc;
-  begin<0>(o.C, o.ldc, o.accumulate);
-  if constexpr (kTwoColumns) begin<1>(o.C + kUnits, o.ldc, o.accumulate);
-  if constexpr (kTwoRows) begin<2>(lower, o.ldc, o.accumulate);
-  if constexpr (kTwoRows && kTwoColumns) begin<3>(lower + kUnits, o.ldc, o.accumulate);
+  const auto [C, ldc, accumulate] = o.C;
+  float* lower = C + kRows * ldc;
+  begin<0>(C, ldc, accumulate);
+  if constexpr (kTwoColumns) begin<1>(C + kUnits, ldc, accumulate);
+  if constexpr (kTwoRows) begin<2>(lower, ldc, accumulate);
+  if constexpr (kTwoRows && kTwoColumns) begin<3>(lower + kUnits, ldc, accumulate);
   for (int64_t k = 0; k < o.units; k += step) {
-    const uint32_t* panel = o.panel + k * o.panel_stride;
-    tiles::load<4>(o.rows + k, o.row_stride * 4);
-    tiles::load<6>(panel, o.panel_stride * 4);
+    const uint32_t* panel = o.panel.data + k * o.panel.stride;
+    tiles::load<4>(o.rows.data + k, o.rows.stride * 4);
+    tiles::load<6>(panel, o.panel.stride * 4);
     tiles::multiply_add<0, 4, 6>();
     if constexpr (kTwoColumns) {
-      tiles::load<7>(panel + kUnits, o.panel_stride * 4);
+      tiles::load<7>(panel + kUnits, o.panel.stride * 4);
       tiles::multiply_add<1, 4, 7>();
     }
     if constexpr (kTwoRows) {
-      tiles::load<5>(o.rows + kRows * o.row_stride + k, o.row_stride * 4);
+      tiles::load<5>(o.rows.data + kRows * o.rows.stride + k, o.rows.stride * 4);
       tiles::multiply_add<2, 5, 6>();
     }
     if constexpr (kTwoRows && kTwoColumns) tiles::multiply_add<3, 5, 7>();
   }
-  tiles::store<0>(o.C, o.ldc * 4);
-  if constexpr (kTwoColumns) tiles::store<1>(o.C + kUnits, o.ldc * 4);
-  if constexpr (kTwoRows) tiles::store<2>(lower, o.ldc * 4);
-  if constexpr (kTwoRows && kTwoColumns) tiles::store<3>(lower + kUnits, o.ldc * 4);
+  tiles::store<0>(C, ldc * 4);
+  if constexpr (kTwoColumns) tiles::store<1>(C + kUnits, ldc * 4);
+  if constexpr (kTwoRows) tiles::store<2>(lower, ldc * 4);
+  if constexpr (kTwoRows && kTwoColumns) tiles::store<3>(lower + kUnits, ldc * 4);
 }
 
 }  // namespace
@@ -81,13 +82,13 @@ void multiply(const TileProduct<uint32_t>& p) {
     if (part.count == 0) continue;
     TileProduct<uint32_t> o = p;
     o.units = part.count;
-    o.accumulate = p.accumulate || part.first > 0;
+    o.C.accumulate = p.C.accumulate || part.first > 0;
     for (int64_t i = 0; i < p.nr; i += 2 * kRows) {
       configure(p.nr - i, part.step);
       for (int v = 0; v < p.mv; v += 2) {
-        o.rows = p.rows + i * p.row_stride + part.first;
-        o.panel = p.panel + part.first * p.panel_stride + v * kUnits;
-        o.C = p.C + i * p.ldc + v * kUnits;
+        o.rows.data = p.rows.data + i * p.rows.stride + part.first;
+        o.panel.data = p.panel.data + part.first * p.panel.stride + v * kUnits;
+        o.C.data = p.C.data + i * p.C.stride + v * kUnits;
         const bool two_rows = p.nr - i > kRows, two_columns = p.mv - v > 1;
         if (two_rows && two_columns) {
           block<true, true>(o, part.step);

@@ -20,23 +20,18 @@ struct MagnitudeBwd {
   float* products;  // [blocks][N], each tile's part of dfactor
   float* sums;      // [blocks][N], each tile's part of drest
 
-  MagnitudeBwd(const DoraMagnitudeBwd& params, float* parts)
+  explicit MagnitudeBwd(const DoraMagnitudeBwd& params)
       : p(params),
         strips(ceil_div(p.N, kStrip)),
         blocks(ceil_div(p.M, kTokens)),
-        products(parts),
-        sums(p.dfactor ? parts + blocks * p.N : parts) {}
-
-  static size_t shared_bytes(const DoraMagnitudeBwd& p) {
-    const int64_t wanted = (p.dfactor ? 1 : 0) + (p.drest ? 1 : 0);
-    return Pieces::bytes<float>(wanted * ceil_div(p.M, kTokens) * p.N);
-  }
+        products(nullptr),
+        sums(nullptr) {}
 
   void rows(int64_t tile) {
     const int64_t block = tile / strips, begin = block * kTokens, end = min(p.M, begin + kTokens);
     const int64_t first = tile % strips * kStrip, columns = min(kStrip, p.N - first);
-    float* product = products + block * p.N + first;
-    float* sum = sums + block * p.N + first;
+    float* product = p.dfactor ? products + block * p.N + first : nullptr;
+    float* sum = p.drest ? sums + block * p.N + first : nullptr;
     for (int64_t m = begin; m < end; m++) {
       const T* dy = static_cast<const T*>(p.dy) + m * p.lddy + first;
       if (p.dz) scale(dy, first, columns, static_cast<T*>(p.dz) + m * p.N + first);
@@ -82,6 +77,10 @@ struct MagnitudeBwd {
   }
 
   void run(const ParallelFor& parallel) {
+    on_scratch(Scratch::shared, [&](Pieces& pieces) {
+      if (p.dfactor) products = pieces.take<float>(blocks * p.N);
+      if (p.drest) sums = pieces.take<float>(blocks * p.N);
+    });
     for_each_tile(parallel, this, &MagnitudeBwd::rows, blocks * strips, strips);
     if (p.dfactor || p.drest) for_each_tile(parallel, this, &MagnitudeBwd::total, strips);
   }
@@ -92,8 +91,7 @@ struct MagnitudeBwd {
 void dora_magnitude_bwd(const DoraMagnitudeBwd& p, const Machine& machine) {
   with_type(p.dtype, [&](auto* type) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-    void* parts = scratch(Scratch::shared, MagnitudeBwd<T>::shared_bytes(p));
-    MagnitudeBwd<T>(p, static_cast<float*>(parts)).run(machine.parallel);
+    MagnitudeBwd<T>(p).run(machine.parallel);
   });
   trim_scratch(Scratch::shared);
 }

@@ -92,10 +92,6 @@ struct Norm {
         padded(round_up(params.R, kLanes)),
         A(panels) {}
 
-  static size_t shared_bytes(const DoraNorm& p) {
-    return Pieces::bytes<float>(ceil_div(p.weight.K, kPanel) * p.R * kPanel);
-  }
-
   void pack(int64_t panel) {
     const int64_t k = panel * kPanel;
     const Block<Adapter> block{static_cast<const Adapter*>(p.lora_A) + k, K, p.R,
@@ -106,13 +102,14 @@ struct Norm {
   void rows(int64_t tile) {
     using Unit = typename Compute::Unit;
     const int64_t n = tile * kRows, count = min(kRows, N - n), units = kColumns / Compute::kPerUnit;
-    Pieces pieces{
-        static_cast<char*>(scratch(Scratch::local, Pieces::bytes<float>(kRows * padded) +
-                                                       Pieces::bytes<float>(kRows * kLanes) +
-                                                       Pieces::bytes<Unit>(kRows * units)))};
-    float* B = pieces.take<float>(kRows * padded);
-    float* squares = pieces.take<float>(kRows * kLanes);
-    Unit* W = pieces.take<Unit>(kRows * units);
+    struct Memory {
+      float *B, *squares;
+      Unit* W;
+    };
+    const auto [B, squares, W] = on_scratch(Scratch::local, [&](Pieces& pieces) {
+      return Memory{pieces.take<float>(kRows * padded), pieces.take<float>(kRows * kLanes),
+                    pieces.take<Unit>(kRows * units)};
+    });
     const Block<Adapter> block{static_cast<const Adapter*>(p.lora_B) + n * p.R, p.R, count, p.R};
     pack_rows(F32{}, block, padded, B, padded);
     memset(squares, 0, static_cast<size_t>(kRows * kLanes) * sizeof(float));
@@ -164,12 +161,15 @@ template <class Compute, class Source>
 void norms_of(const DoraNorm& p, const ParallelFor& parallel) {
   with_type(p.adapter_dtype, [&](auto* adapter) {
     using Adapter = std::remove_const_t<std::remove_pointer_t<decltype(adapter)>>;
-    using Kernel = Norm<Compute, Source, Adapter>;
-    const int64_t blocks = is_nested(p.weight) ? blocks_of(p.weight) : 0;
-    const size_t bytes = Kernel::shared_bytes(p) + Pieces::bytes<float>(blocks);
-    Pieces pieces{static_cast<char*>(scratch(Scratch::shared, bytes))};
-    const float* absmax = plain_absmax(p.weight, parallel, pieces.take<float>(blocks));
-    Kernel(p, absmax, reinterpret_cast<float*>(pieces.next)).run(parallel);
+    struct Memory {
+      float *absmax, *A;
+    };
+    const Memory memory = on_scratch(Scratch::shared, [&](Pieces& pieces) {
+      return Memory{pieces.take<float>(is_nested(p.weight) ? blocks_of(p.weight) : 0),
+                    pieces.take<float>(ceil_div(p.weight.K, kPanel) * p.R * kPanel)};
+    });
+    const float* absmax = plain_absmax(p.weight, parallel, memory.absmax);
+    Norm<Compute, Source, Adapter>(p, absmax, memory.A).run(parallel);
   });
 }
 

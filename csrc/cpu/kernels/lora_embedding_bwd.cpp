@@ -20,12 +20,14 @@ template <class T, class Adapter>
 struct EmbeddingBwd {
   const LoraEmbeddingBwd& p;
   const int64_t panels;  // of ranks
-  float* B;              // [panels][N][kPanel], for dA
-  float* S;              // [panels][M][kPanel], for dB
-  float* dS;             // [panels][M][kPanel], not yet scaled, for dA
+  struct Memory {
+    float* B;   // [panels][N][kPanel], for dA
+    float* S;   // [panels][M][kPanel], for dB
+    float* dS;  // [panels][M][kPanel], not yet scaled, for dA
+  } memory;
 
   explicit EmbeddingBwd(const LoraEmbeddingBwd& params)
-      : p(params), panels(ceil_div(p.R, kPanel)), B(nullptr), S(nullptr), dS(nullptr) {}
+      : p(params), panels(ceil_div(p.R, kPanel)), memory{} {}
 
   int64_t ranks(int64_t panel) const { return min(kPanel, p.R - panel * kPanel); }
   int vectors(int64_t panel) const { return static_cast<int>(ceil_div(ranks(panel), kLanes)); }
@@ -38,7 +40,7 @@ struct EmbeddingBwd {
     for (int64_t panel = 0; panel < panels; panel++) {
       const Adapter* b = static_cast<const Adapter*>(p.lora_B) + n * p.R + panel * kPanel;
       pack_columns(Block<Adapter>{b, p.R, rows, ranks(panel)}, KeepRows{nullptr, 0}, 0,
-                   B + (panel * p.N + n) * kPanel);
+                   memory.B + (panel * p.N + n) * kPanel);
     }
   }
 
@@ -46,7 +48,7 @@ struct EmbeddingBwd {
     const int64_t begin = tile * kTokens, end = min(p.M, begin + kTokens);
     for (int64_t r = 0; r < panels * kPanel; r++) {
       const Adapter* row = static_cast<const Adapter*>(p.lora_A) + r * p.V;
-      float* out = S + r / kPanel * p.M * kPanel + r % kPanel;
+      float* out = memory.S + r / kPanel * p.M * kPanel + r % kPanel;
       for (int64_t m = begin; m < end; m++) {
         out[m * kPanel] = r < p.R ? to_float(row[p.ids[m]]) : 0.0f;
       }
@@ -55,15 +57,19 @@ struct EmbeddingBwd {
 
   void shrink(int64_t tile) {
     const int64_t begin = tile * kTokens, tokens = min(kTokens, p.M - begin);
-    float* rows =
-        static_cast<float*>(scratch(Scratch::local, Pieces::bytes<float>(kTokens * kColumns)));
+    float* rows = on_scratch(
+        Scratch::local, [&](Pieces& pieces) { return pieces.take<float>(kTokens * kColumns); });
     for (int64_t n = 0; n < p.N; n += kColumns) {
       const int64_t columns = min(kColumns, p.N - n);
       pack_rows(F32{}, gradient(begin, tokens, n, columns), round_up(columns, kLanes), rows,
                 kColumns);
       for (int64_t panel = 0; panel < panels; panel++) {
-        multiply<F32>(vectors(panel), tokens, rows, {kColumns, 1}, B + (panel * p.N + n) * kPanel,
-                      kPanel, columns, dS + (panel * p.M + begin) * kPanel, kPanel, n > 0);
+        multiply<F32>({.mv = vectors(panel),
+                       .nr = tokens,
+                       .units = columns,
+                       .rows = {rows, kColumns},
+                       .panel = {memory.B + (panel * p.N + n) * kPanel, kPanel},
+                       .C = {memory.dS + (panel * p.M + begin) * kPanel, kPanel, n > 0}});
       }
     }
   }
@@ -71,7 +77,7 @@ struct EmbeddingBwd {
   void scatter(int64_t r) {
     float* out = p.dA + r * p.V;
     memset(out, 0, static_cast<size_t>(p.V) * sizeof(float));
-    const float* in = dS + r / kPanel * p.M * kPanel + r % kPanel;
+    const float* in = memory.dS + r / kPanel * p.M * kPanel + r % kPanel;
     for (int64_t m = 0; m < p.M; m++) {
       if (p.ids[m] != p.padding_idx) out[p.ids[m]] += p.scaling * in[m * kPanel];
     }
@@ -79,18 +85,24 @@ struct EmbeddingBwd {
 
   void grad_B(int64_t tile) {
     const int64_t n = tile * kStrip, columns = min(kStrip, p.N - n);
-    Pieces pieces{static_cast<char*>(scratch(
-        Scratch::local,
-        Pieces::bytes<float>(kHeight * kStrip) + Pieces::bytes<float>(panels * kStrip * kPanel)))};
-    float* rows = pieces.take<float>(kHeight * kStrip);
-    float* sums = pieces.take<float>(panels * kStrip * kPanel);
+    struct Memory {
+      float *rows, *sums;
+    };
+    const auto [rows, sums] = on_scratch(Scratch::local, [&](Pieces& pieces) {
+      return Memory{pieces.take<float>(kHeight * kStrip),
+                    pieces.take<float>(panels * kStrip * kPanel)};
+    });
     memset(sums, 0, static_cast<size_t>(panels * kStrip * kPanel) * sizeof(float));
     for (int64_t m = 0; m < p.M; m += kHeight) {
       const int64_t tokens = min(kHeight, p.M - m);
       pack_rows(F32{}, gradient(m, tokens, n, columns), round_up(columns, kLanes), rows, kStrip);
       for (int64_t panel = 0; panel < panels; panel++) {
-        multiply<F32>(vectors(panel), columns, rows, {1, kStrip}, S + (panel * p.M + m) * kPanel,
-                      kPanel, tokens, sums + panel * kStrip * kPanel, kPanel, true);
+        multiply<F32>({.mv = vectors(panel),
+                       .nr = columns,
+                       .units = tokens,
+                       .rows = {rows, 1, kStrip},
+                       .panel = {memory.S + (panel * p.M + m) * kPanel, kPanel},
+                       .C = {sums + panel * kStrip * kPanel, kPanel, true}});
       }
     }
     for (int64_t i = 0; i < columns; i++) {
@@ -103,12 +115,10 @@ struct EmbeddingBwd {
 
   void run(const ParallelFor& parallel) {
     const int64_t tokens = panels * p.M * kPanel;
-    Pieces pieces{
-        static_cast<char*>(scratch(Scratch::shared, Pieces::bytes<float>(panels * p.N * kPanel) +
-                                                        2 * Pieces::bytes<float>(tokens)))};
-    B = pieces.take<float>(panels * p.N * kPanel);
-    S = pieces.take<float>(tokens);
-    dS = pieces.take<float>(tokens);
+    memory = on_scratch(Scratch::shared, [&](Pieces& pieces) {
+      return Memory{pieces.take<float>(panels * p.N * kPanel), pieces.take<float>(tokens),
+                    pieces.take<float>(tokens)};
+    });
     const int64_t blocks = ceil_div(p.M, kTokens);
     if (p.dA) {
       for_each_tile(parallel, this, &EmbeddingBwd::pack, ceil_div(p.N, kColumns));

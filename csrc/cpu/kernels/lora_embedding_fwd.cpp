@@ -36,11 +36,12 @@ struct EmbeddingFwd {
     const int64_t strips = ceil_div(panels, kStripPanels);
     const int64_t begin = tile / strips * kTokens, tokens = min(kTokens, p.M - begin);
     const int64_t first = tile % strips * kStripPanels;
-    Pieces pieces{
-        static_cast<char*>(scratch(Scratch::local, Pieces::bytes<float>(kTokens * p.R) +
-                                                       Pieces::bytes<float>(kTokens * kPanel)))};
-    float* S = pieces.take<float>(kTokens * p.R);
-    float* terms = pieces.take<float>(kTokens * kPanel);
+    struct Memory {
+      float *S, *terms;
+    };
+    const auto [S, terms] = on_scratch(Scratch::local, [&](Pieces& pieces) {
+      return Memory{pieces.take<float>(kTokens * p.R), pieces.take<float>(kTokens * kPanel)};
+    });
     // Along a row of A, so that one page of it is looked up for all tokens.
     for (int64_t r = 0; r < p.R; r++) {
       const Adapter* row = static_cast<const Adapter*>(p.lora_A) + r * p.V;
@@ -49,8 +50,12 @@ struct EmbeddingFwd {
     for (int64_t panel = first; panel < min(panels, first + kStripPanels); panel++) {
       const int64_t n = panel * kPanel, count = min(kPanel, p.N - n);
       const int mv = vectors(p.N - n);
-      multiply<F32>(mv, tokens, S, {p.R, 1}, columns + panel * padded * kPanel, mv * kLanes, p.R,
-                    terms, kPanel, false);
+      multiply<F32>({.mv = mv,
+                     .nr = tokens,
+                     .units = p.R,
+                     .rows = {S, p.R},
+                     .panel = {columns + panel * padded * kPanel, mv * kLanes},
+                     .C = {terms, kPanel, false}});
       for (int64_t i = 0; i < tokens; i++) {
         const T* e = static_cast<const T*>(p.weight) + p.ids[begin + i] * p.N + n;
         T* y = static_cast<T*>(p.y) + (begin + i) * p.N + n;
@@ -64,8 +69,9 @@ struct EmbeddingFwd {
   }
 
   void run(const ParallelFor& parallel) {
-    columns = static_cast<float*>(
-        scratch(Scratch::shared, Pieces::bytes<float>(panels * padded * kPanel)));
+    columns = on_scratch(Scratch::shared, [&](Pieces& pieces) {
+      return pieces.take<float>(panels * padded * kPanel);
+    });
     for_each_tile(parallel, this, &EmbeddingFwd::pack, panels, kStripPanels);
     const int64_t strips = ceil_div(panels, kStripPanels);
     for_each_tile(parallel, this, &EmbeddingFwd::rows, ceil_div(p.M, kTokens) * strips, strips);

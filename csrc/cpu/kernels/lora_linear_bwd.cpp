@@ -25,9 +25,7 @@ void lora_linear_bwd(const LayersOf<LoraLinearBwd>& layers, const Machine& machi
   with_weight(first.weight, first.x_dtype, [&](auto compute, auto* x, auto* source) {
     using X = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
     using Source = std::remove_const_t<std::remove_pointer_t<decltype(source)>>;
-    using Kernel = SharedBwd<decltype(compute), X, Source>;
-    const size_t bytes = Kernel::shared_bytes(layers);
-    Kernel(layers, machine).run(static_cast<char*>(scratch(Scratch::shared, bytes)));
+    SharedBwd<decltype(compute), X, Source>(layers, machine).run();
   });
   trim_scratch(Scratch::shared);
 }

@@ -25,13 +25,9 @@ void lora_linear_fwd(const LayersOf<LoraLinearFwd>& layers, const Machine& machi
     for (int64_t i = 0; few && i < layers.count; i++) {
       const LoraLinearFwd& p = layers.data[i];
       const Operand<Source> w = operand(p);
-      Few(p, w.source, machine.parallel)
-          .run(static_cast<char*>(scratch(Scratch::shared, Few::shared_bytes(p))));
+      Few(p, w.source, machine.parallel).run();
     }
-    if (few) return;
-    const int64_t tokens = min(first.M, Many::tokens_at_a_time(first));
-    const size_t bytes = Many::shared_bytes(layers, tokens);
-    Many(layers, machine).run(static_cast<char*>(scratch(Scratch::shared, bytes)), tokens);
+    if (!few) Many(layers, machine).run();
   });
   trim_scratch(Scratch::shared);
 }

@@ -35,38 +35,39 @@ class LinearBwd {
   const Source& w_;
   const int64_t M_, N_, K_, R_, R_lanes_;
   const bool repack_;
-  int64_t dy_ld_;  // in units
+  const int64_t dy_ld_;  // in units
   int64_t strip_, n_strips_, panel_units_, keep_words_;
-  Unit* dy_;
-  float* dS_;       // [M][R_lanes], times 1 / (1 - p)
-  float* A_;        // [R, K] in fp32
-  float* B_lanes_;  // [N][R_lanes] in fp32, zero past R
+
+  struct Memory {
+    float* absmax;   // nested statistics, decoded
+    Unit* dy;        // [M][dy_ld]
+    float* dS;       // [M][R_lanes], times 1 / (1 - p)
+    float* B_lanes;  // [N][R_lanes] in fp32, zero past R
+    float* A;        // [R, K] in fp32
+  };
+  const Memory memory_;
+  const Unit* dy_;  // dy itself, or memory_.dy
+  const float* A_;  // lora_A itself, or memory_.A
 
  public:
-  LinearBwd(const LoraLinearBwd& p, const float* absmax, PairProduct pair_product)
+  LinearBwd(const LoraLinearBwd& p, const Memory& memory, const Machine& machine)
       : p_(p),
         tiles_(p.tiles),
-        pair_product_(pair_product),
-        operand_(p.weight, absmax),
+        pair_product_(machine.pair_product),
+        operand_(p.weight,
+                 p.dx ? plain_absmax(p.weight, machine.parallel, memory.absmax) : nullptr),
         w_(operand_.source),
         M_(p.M),
         N_(p.weight.N),
         K_(p.weight.K),
         R_(p.R),
         R_lanes_(round_up(R_, kLanes)),
-        repack_(must_repack(p)) {}
-
-  void plan(Pieces& pieces) {
-    if (repack_) {
-      dy_ld_ = round_up(N_, kGroup) / kPer;
-      dy_ = pieces.take<Unit>(M_ * dy_ld_);
-    } else {
-      dy_ld_ = p_.lddy / kPer;
-      dy_ = static_cast<Unit*>(const_cast<void*>(p_.dy));
-    }
-    dS_ = pieces.take<float>(M_ * R_lanes_);
-    B_lanes_ = pieces.take<float>(N_ * R_lanes_);
-    read_adapters(pieces.take<float>(R_ * K_));
+        repack_(must_repack(p)),
+        dy_ld_(repack_ ? repacked_ld(p) : p.lddy / kPer),
+        memory_(memory),
+        dy_(repack_ ? memory.dy : static_cast<const Unit*>(p.dy)),
+        A_(p.adapter_dtype == DType::f32 ? static_cast<const float*>(p.lora_A) : memory.A) {
+    read_adapters();
     // Few tokens: wide strips, so that whole cache lines of W's rows are read in a run.
     const bool few = M_ <= tiles_.bwd_few_tokens;
     strip_ = tiles_.bwd_strip_columns * (few ? 2 : 1);
@@ -75,11 +76,12 @@ class LinearBwd {
     n_strips_ = p_.dB || p_.dbias ? ceil_div(N_, tiles_.bwd_strip_columns) : 0;
   }
 
-  static size_t shared_bytes(const LoraLinearBwd& p) {
+  static Memory lay_out(Pieces& pieces, const LoraLinearBwd& p) {
     const int64_t R_lanes = round_up(p.R, kLanes);
-    const int64_t units = must_repack(p) ? p.M * round_up(p.weight.N, kGroup) / kPer : 0;
-    return Pieces::bytes<Unit>(units) + Pieces::bytes<float>(p.M * R_lanes) +
-           Pieces::bytes<float>(p.weight.N * R_lanes) + Pieces::bytes<float>(p.R * p.weight.K);
+    return {pieces.take<float>(p.dx && is_nested(p.weight) ? blocks_of(p.weight) : 0),
+            pieces.take<Unit>(must_repack(p) ? p.M * repacked_ld(p) : 0),
+            pieces.take<float>(p.M * R_lanes), pieces.take<float>(p.weight.N * R_lanes),
+            pieces.take<float>(p.R * p.weight.K)};
   }
 
  private:
@@ -88,19 +90,19 @@ class LinearBwd {
     return sizeof(X) * kPer != sizeof(Unit) || p.weight.N % kPer != 0 || p.lddy % kPer != 0;
   }
 
-  void read_adapters(float* A) {
-    A_ = static_cast<float*>(const_cast<void*>(p_.lora_A));
+  static int64_t repacked_ld(const LoraLinearBwd& p) { return round_up(p.weight.N, kGroup) / kPer; }
+
+  void read_adapters() {
     with_type(p_.adapter_dtype, [&](auto* type) {
       const auto* B = static_cast<decltype(type)>(p_.lora_B);
       for (int64_t n = 0; n < N_; n++) {
         for (int64_t r = 0; r < R_lanes_; r += kLanes) {
-          store(B_lanes_ + n * R_lanes_ + r, load(B + n * R_ + r, R_ - r));
+          store(memory_.B_lanes + n * R_lanes_ + r, load(B + n * R_ + r, R_ - r));
         }
       }
       if (p_.adapter_dtype == DType::f32) return;
-      A_ = A;
-      const auto* source = static_cast<decltype(type)>(p_.lora_A);
-      for (int64_t i = 0; i < R_ * K_; i++) A[i] = to_float(source[i]);
+      const auto* A = static_cast<decltype(type)>(p_.lora_A);
+      for (int64_t i = 0; i < R_ * K_; i++) memory_.A[i] = to_float(A[i]);
     });
   }
 
@@ -108,14 +110,14 @@ class LinearBwd {
     const int64_t m = tile * tiles_.bwd_token_block, rows = min(tiles_.bwd_token_block, M_ - m);
     const X* dy = static_cast<const X*>(p_.dy) + m * p_.lddy;
     if (repack_) {
-      pack_rows(Compute{}, Block<X>{dy, p_.lddy, rows, N_}, round_up(N_, kGroup), dy_ + m * dy_ld_,
-                dy_ld_);
+      pack_rows(Compute{}, Block<X>{dy, p_.lddy, rows, N_}, round_up(N_, kGroup),
+                memory_.dy + m * dy_ld_, dy_ld_);
     }
     if (R_ == 0) return;
-    float* dS = dS_ + m * R_lanes_;
-    Pieces local{static_cast<char*>(scratch(
-        Scratch::local, Pieces::bytes<float>(tiles_.bwd_token_block * tiles_.bwd_shrink_columns)))};
-    float* widened = local.take<float>(tiles_.bwd_token_block * tiles_.bwd_shrink_columns);
+    float* dS = memory_.dS + m * R_lanes_;
+    float* widened = on_scratch(Scratch::local, [&](Pieces& pieces) {
+      return pieces.take<float>(tiles_.bwd_token_block * tiles_.bwd_shrink_columns);
+    });
     for (int64_t n = 0; n < N_; n += tiles_.bwd_shrink_columns) {
       const int64_t count = min(tiles_.bwd_shrink_columns, N_ - n);
       const float* dy_rows = widened;
@@ -129,8 +131,12 @@ class LinearBwd {
       }
       for (int64_t r = 0; r < R_lanes_; r += kPanel) {
         const int mv = static_cast<int>(min(kPanel, R_lanes_ - r) / kLanes);
-        multiply<F32>(mv, rows, dy_rows, {ld, 1}, B_lanes_ + n * R_lanes_ + r, R_lanes_, count,
-                      dS + r, R_lanes_, n > 0);
+        multiply<F32>({.mv = mv,
+                       .nr = rows,
+                       .units = count,
+                       .rows = {dy_rows, ld},
+                       .panel = {memory_.B_lanes + n * R_lanes_ + r, R_lanes_},
+                       .C = {dS + r, R_lanes_, n > 0}});
       }
     }
     const Vec factor = broadcast(p_.scaling * p_.dropout.scale);
@@ -153,9 +159,12 @@ class LinearBwd {
                     const uint32_t* bits, bool accumulate, float* C, float* T) const {
     float* out = drops() && accumulate ? T : C;
     for (int64_t q = 0; q * kPanel < count; q++) {
-      multiply<F32>(kPanelVectors, rows, dS_ + m * R_lanes_, {R_lanes_, 1},
-                    A_panels + q * R_ * kPanel, kPanel, R_, out + q * kPanel, strip_,
-                    accumulate && out == C);
+      multiply<F32>({.mv = kPanelVectors,
+                     .nr = rows,
+                     .units = R_,
+                     .rows = {memory_.dS + m * R_lanes_, R_lanes_},
+                     .panel = {A_panels + q * R_ * kPanel, kPanel},
+                     .C = {out + q * kPanel, strip_, accumulate && out == C}});
     }
     if (drops()) drop(bits + m * keep_words_, rows, out);
     if (out == C) return;
@@ -174,9 +183,12 @@ class LinearBwd {
       weight_panels(Compute{}, w_, n, n_rows, k, count, out);
       for (int64_t c = 0; c < count; c += kPanel) {
         const int mv = static_cast<int>(ceil_div(min(kPanel, count - c), kLanes));
-        multiply_base<Compute>(pair_product_, mv, rows, dy_ + m * dy_ld_ + n / kPer, dy_ld_,
-                               panels + c / kPanel * out.stride, kPanel, units, C + c, strip_,
-                               n > 0 || accumulate);
+        multiply_base<Compute>(pair_product_, {.mv = mv,
+                                               .nr = rows,
+                                               .units = units,
+                                               .rows = {dy_ + m * dy_ld_ + n / kPer, dy_ld_},
+                                               .panel = {panels + c / kPanel * out.stride, kPanel},
+                                               .C = {C + c, strip_, n > 0 || accumulate}});
       }
     }
   }
@@ -194,13 +206,13 @@ class LinearBwd {
   void strip_of_N(int64_t n) {
     const int64_t count = min(tiles_.bwd_strip_columns, N_ - n),
                   R_padded = round_up(max(R_, 1), kLanes);
-    Pieces local{static_cast<char*>(
-        scratch(Scratch::local, Pieces::bytes<float>(tiles_.bwd_grad_tokens * kPanel) +
-                                    Pieces::bytes<float>(R_padded * kPanel) +
-                                    Pieces::bytes<float>(kPanel)))};
-    float* panel = local.take<float>(tiles_.bwd_grad_tokens * kPanel);
-    float* C = local.take<float>(R_padded * kPanel);
-    float* total = local.take<float>(kPanel);
+    struct Memory {
+      float *panel, *C, *total;
+    };
+    const auto [panel, C, total] = on_scratch(Scratch::local, [&](Pieces& pieces) {
+      return Memory{pieces.take<float>(tiles_.bwd_grad_tokens * kPanel),
+                    pieces.take<float>(R_padded * kPanel), pieces.take<float>(kPanel)};
+    });
     const X* dy = static_cast<const X*>(p_.dy) + n;
     for (int64_t c = 0; c < count; c += kPanel) {
       const int64_t columns = min(kPanel, count - c);
@@ -210,8 +222,12 @@ class LinearBwd {
         pack_columns(Block<X>{dy + m * p_.lddy + c, p_.lddy, rows, columns}, KeepRows{nullptr, 0},
                      0, panel);
         if (p_.dB) {
-          multiply<F32>(kPanelVectors, R_, p_.S + m * R_, {1, R_}, panel, kPanel, rows, C, kPanel,
-                        m > 0);
+          multiply<F32>({.mv = kPanelVectors,
+                         .nr = R_,
+                         .units = rows,
+                         .rows = {p_.S + m * R_, 1, R_},
+                         .panel = {panel, kPanel},
+                         .C = {C, kPanel, m > 0}});
         }
         if (p_.dbias) add_rows(panel, rows, total);
       }
@@ -272,20 +288,15 @@ class SharedBwd {
   SharedBwd(const LayersOf<LoraLinearBwd>& layers, const Machine& machine)
       : params_(layers.data), count_(layers.count), machine_(machine) {}
 
-  void run(char* memory) {
-    Pieces pieces{memory};
-    layers_ = pieces.take<Layer>(count_);
+  void run() {
+    on_scratch(Scratch::shared, [&](Pieces& pieces) { lay_out(pieces); });
     int64_t n_strips = 0;
     bool needs_dx = false;
     needs_dA_ = false;
     R_ = 0;
     for (int64_t i = 0; i < count_; i++) {
       const LoraLinearBwd& p = params_[i];
-      float* decoded = pieces.take<float>(absmax_count(p));
-      const float* absmax = p.dx ? plain_absmax(p.weight, machine_.parallel, decoded) : nullptr;
-      Layer* layer = new (layers_ + i) Layer(p, absmax, machine_.pair_product);
-      layer->plan(pieces);
-      n_strips += layer->n_strips_;
+      n_strips += layers_[i].n_strips_;
       needs_dx |= p.dx != nullptr;
       needs_dA_ |= p.dA && p.R > 0;
       R_ += p.R;
@@ -296,18 +307,14 @@ class SharedBwd {
     for_each_tile(machine_.parallel, this, &SharedBwd::strip, k_strips_ + n_strips);
   }
 
-  static size_t shared_bytes(const LayersOf<LoraLinearBwd>& layers) {
-    size_t bytes = Pieces::bytes<Layer>(layers.count);
-    for (int64_t i = 0; i < layers.count; i++) {
-      const LoraLinearBwd& p = layers.data[i];
-      bytes += Pieces::bytes<float>(absmax_count(p)) + Layer::shared_bytes(p);
-    }
-    return bytes;
-  }
-
  private:
-  static int64_t absmax_count(const LoraLinearBwd& p) {
-    return p.dx && is_nested(p.weight) ? blocks_of(p.weight) : 0;
+  // Constructs the layers as soon as there is memory.
+  void lay_out(Pieces& pieces) {
+    layers_ = pieces.take<Layer>(count_);
+    for (int64_t i = 0; i < count_; i++) {
+      const auto memory = Layer::lay_out(pieces, params_[i]);
+      if (!pieces.only_counts()) new (layers_ + i) Layer(params_[i], memory, machine_);
+    }
   }
 
   void shrink(int64_t tile) { layers_[tile / token_blocks_].shrink(tile % token_blocks_); }
@@ -329,18 +336,20 @@ class SharedBwd {
     // For grad_A's tokens, one panel wide, and for base_product's units.
     const int64_t panel_floats = max(tiles.bwd_grad_tokens * kPanel, tiles.bwd_panel_units * strip);
     const int64_t tile_floats = max(tokens, R_) * strip;
-    const int buffers = count_ > 1 ? 2 : 1;  // one layer needs either kind of panel, and one tile
-    Pieces local{static_cast<char*>(
-        scratch(Scratch::local, Pieces::bytes<uint32_t>(count_ * keep_words) +
-                                    buffers * Pieces::bytes<float>(panel_floats) +
-                                    buffers * Pieces::bytes<float>(tile_floats) +
-                                    Pieces::bytes<float>(R_ * strip)))};
-    uint32_t* bits = local.take<uint32_t>(count_ * keep_words);
-    float* panels = local.take<float>(panel_floats);
-    float* dropped = count_ > 1 ? local.take<float>(panel_floats) : panels;
-    float* C = local.take<float>(tile_floats);
-    float* T = count_ > 1 ? local.take<float>(tile_floats) : nullptr;
-    float* A_panels = local.take<float>(R_ * strip);
+    const bool several = count_ > 1;  // one layer needs either kind of panel, and one tile
+    struct Memory {
+      uint32_t* bits;
+      float *panels, *dropped, *C, *T, *A_panels;
+    };
+    const auto [bits, panels, dropped, C, T, A_panels] =
+        on_scratch(Scratch::local, [&](Pieces& pieces) {
+          uint32_t* bits = pieces.take<uint32_t>(count_ * keep_words);
+          float* panels = pieces.take<float>(panel_floats);
+          float* dropped = several ? pieces.take<float>(panel_floats) : panels;
+          float* C = pieces.take<float>(tile_floats);
+          float* T = several ? pieces.take<float>(tile_floats) : nullptr;
+          return Memory{bits, panels, dropped, C, T, pieces.take<float>(R_ * strip)};
+        });
 
     for (int64_t i = 0; i < count_; i++) {
       const LoraLinearBwd& p = layers_[i].p_;
@@ -400,9 +409,12 @@ class SharedBwd {
             pack_columns(block, KeepRows{nullptr, 0}, c, whole);
             packed = true;
           }
-          multiply<F32>(kPanelVectors, layer.R_, layer.dS_ + m * layer.R_lanes_,
-                        {1, layer.R_lanes_}, layer.drops() ? dropped : whole, kPanel, rows, sum,
-                        kPanel, m > 0);
+          multiply<F32>({.mv = kPanelVectors,
+                         .nr = layer.R_,
+                         .units = rows,
+                         .rows = {layer.memory_.dS + m * layer.R_lanes_, 1, layer.R_lanes_},
+                         .panel = {layer.drops() ? dropped : whole, kPanel},
+                         .C = {sum, kPanel, m > 0}});
         }
       }
       float* sum = C;

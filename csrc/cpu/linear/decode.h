@@ -248,8 +248,12 @@ struct Dot<Compute, Transposed<T>> {
     for (int64_t k = 0; k < w.K; k += kStep) {
       const int64_t rows = min(kStep, w.K - k);
       weight_panels(Compute{}, Dense<T>{w.data, w.N}, k, rows, n, count, Panels<Unit>{panel, 0});
-      multiply<Compute>(mv, M, x + k / Compute::kPerUnit, {size(w.K), 1}, panel, kPanel,
-                        ceil_div(rows, Compute::kPerUnit), C, kPanel, k > 0);
+      multiply<Compute>({.mv = mv,
+                         .nr = M,
+                         .units = ceil_div(rows, Compute::kPerUnit),
+                         .rows = {x + k / Compute::kPerUnit, size(w.K)},
+                         .panel = {panel, kPanel},
+                         .C = {C, kPanel, k > 0}});
     }
   }
 };
@@ -268,9 +272,12 @@ class LinearDecode {
   const ParallelFor& parallel_;
   const int64_t N_, K_, R_, R_lanes_, K_lanes_;
   const int M_;
-  Unit* x_;        // as Rows::pack makes it
-  float* x_kept_;  // [M][K_lanes] in fp32, dropped elements zero, for S
-  float* S_;       // [M][R_lanes], scaled
+
+  struct Memory {
+    Unit* x;        // as Rows::pack writes it
+    float* x_kept;  // [M][K_lanes] in fp32, dropped elements zero, for S
+    float* S;       // [M][R_lanes], scaled
+  } memory_;
 
  public:
   LinearDecode(const LoraLinearFwd& p, const Source& w, const ParallelFor& parallel)
@@ -288,19 +295,13 @@ class LinearDecode {
   static bool serves(const LoraLinearFwd& p, const Source& w) {
     return p.M <= p.tiles.decode_tokens && Rows::serves(w);
   }
-  static size_t shared_bytes(const LoraLinearFwd& p) {
-    return Pieces::bytes<Unit>(p.M * Rows::size(p.weight.K)) +
-           Pieces::bytes<float>(p.M * round_up(p.weight.K, kLanes)) +
-           Pieces::bytes<float>(p.M * round_up(p.R, kLanes));
-  }
-
-  void run(char* memory) {
-    Pieces pieces{memory};
-    x_ = pieces.take<Unit>(M_ * Rows::size(K_));
-    x_kept_ = pieces.take<float>(M_ * K_lanes_);
-    S_ = pieces.take<float>(M_ * R_lanes_);
+  void run() {
+    memory_ = on_scratch(Scratch::shared, [&](Pieces& pieces) {
+      return Memory{pieces.take<Unit>(M_ * Rows::size(K_)), pieces.take<float>(M_ * K_lanes_),
+                    pieces.take<float>(M_ * R_lanes_)};
+    });
     const X* x = static_cast<const X*>(p_.x);
-    for (int m = 0; m < M_; m++) Rows::pack(x + m * p_.ldx, K_, m, M_, x_);
+    for (int m = 0; m < M_; m++) Rows::pack(x + m * p_.ldx, K_, m, M_, memory_.x);
     if (R_ > 0) {
       widen(x);
       each(R_lanes_, &LinearDecode::shrink);
@@ -327,7 +328,7 @@ class LinearDecode {
             keep_bits(p_.first_row + m, k / kDropoutBlock, p_.dropout, bits);
           v = keep(v, lane_bits(bits, k % kDropoutBlock));
         }
-        store(x_kept_ + m * K_lanes_ + k, v);
+        store(memory_.x_kept + m * K_lanes_ + k, v);
       }
     }
   }
@@ -335,13 +336,13 @@ class LinearDecode {
   // One column of S, for all tokens.
   void shrink(int64_t r) {
     if (r >= R_) {
-      for (int m = 0; m < M_; m++) S_[m * R_lanes_ + r] = 0;
+      for (int m = 0; m < M_; m++) memory_.S[m * R_lanes_ + r] = 0;
       return;
     }
     with_type(p_.adapter_dtype, [&](auto* type) {
       const auto* A = static_cast<decltype(type)>(p_.lora_A) + r * K_;
       for (int m = 0; m < M_; m++) {
-        const float* x = x_kept_ + m * K_lanes_;
+        const float* x = memory_.x_kept + m * K_lanes_;
         Vec even = zero(), odd = zero();
         int64_t k = 0;
         for (; k + 2 * kLanes <= K_; k += 2 * kLanes) {
@@ -352,21 +353,23 @@ class LinearDecode {
         const float total = sum(add(even, odd)) * p_.dropout.scale;
         p_.S[m * R_ + r] = total;
         // The lanes of the product are multiplied with factor() once more.
-        S_[m * R_lanes_ + r] = total * p_.scaling / Rows::factor();
+        memory_.S[m * R_lanes_ + r] = total * p_.scaling / Rows::factor();
       }
     });
   }
 
   void product(int64_t tile) {
     const int64_t n = tile * tiles_.decode_rows, rows = min(tiles_.decode_rows, N_ - n);
-    Pieces local{static_cast<char*>(
-        scratch(Scratch::local, Pieces::bytes<float>(absmax_count(w_, rows)) +
-                                    Pieces::bytes<float>(rows * ceil_div(K_, 64))))};
-    const Source w = with_absmax(w_, n, rows, local.take<float>(absmax_count(w_, rows)));
+    struct Memory {
+      float *absmax, *scales;
+    };
+    const auto [absmax, scale_memory] = on_scratch(Scratch::local, [&](Pieces& pieces) {
+      return Memory{pieces.take<float>(absmax_count(w_, rows)),
+                    pieces.take<float>(rows * ceil_div(K_, 64))};
+    });
+    const Source w = with_absmax(w_, n, rows, absmax);
     const float* scales = nullptr;
-    if constexpr (std::is_same_v<Source, FourBit>) {
-      scales = scales_of(w, n, rows, local.take<float>(rows * ceil_div(K_, 64)));
-    }
+    if constexpr (std::is_same_v<Source, FourBit>) scales = scales_of(w, n, rows, scale_memory);
     switch (M_) {
       case 1:
         return rows_of<1>(w, n, rows, scales);
@@ -416,7 +419,7 @@ class LinearDecode {
 #pragma GCC unroll 8
       for (int m = 0; m < M; m++) acc[i][m] = zero();
     }
-    Rows::template dot<R, M>(w, scales, n, x_, acc);
+    Rows::template dot<R, M>(w, scales, n, memory_.x, acc);
     if (R_ > 0) {
       with_type(p_.adapter_dtype, [&](auto* type) __attribute__((always_inline)) {
         const auto* B = static_cast<decltype(type)>(p_.lora_B) + n * R_;
@@ -426,7 +429,7 @@ class LinearDecode {
             const Vec b = load(B + i * R_ + r, R_ - r);
 #pragma GCC unroll 8
             for (int m = 0; m < M; m++) {
-              acc[i][m] = fma(b, load(S_ + m * R_lanes_ + r), acc[i][m]);
+              acc[i][m] = fma(b, load(memory_.S + m * R_lanes_ + r), acc[i][m]);
             }
           }
         }
@@ -446,19 +449,25 @@ class LinearDecode {
   // Rows [n, n + kPanel) of a W that is stored [K, N].
   void columns(int64_t tile) {
     const int64_t n = tile * kPanel, count = min(kPanel, N_ - n);
-    Pieces local{static_cast<char*>(
-        scratch(Scratch::local, Pieces::bytes<Unit>(Rows::kUnits * kPanel) +
-                                    Pieces::bytes<float>((R_ + M_ + 1) * kPanel)))};
-    Unit* panel = local.take<Unit>(Rows::kUnits * kPanel);
-    float* B = local.take<float>((R_ + M_ + 1) * kPanel);  // [R][kPanel], then C and the bias
-    float *C = B + R_ * kPanel, *bias = C + M_ * kPanel;
-    Rows::columns(w_, n, count, M_, x_, panel, C);
+    struct Memory {
+      Unit* panel;
+      float *B, *C, *bias;  // B is [R][kPanel]
+    };
+    const auto [panel, B, C, bias] = on_scratch(Scratch::local, [&](Pieces& pieces) {
+      return Memory{pieces.take<Unit>(Rows::kUnits * kPanel), pieces.take<float>(R_ * kPanel),
+                    pieces.take<float>(M_ * kPanel), pieces.take<float>(kPanel)};
+    });
+    Rows::columns(w_, n, count, M_, memory_.x, panel, C);
     if (R_ > 0) {
       with_type(p_.adapter_dtype, [&](auto* type) {
         copy_transposed(static_cast<decltype(type)>(p_.lora_B) + n * R_, R_, count, R_, B, kPanel);
       });
-      multiply<F32>(static_cast<int>(ceil_div(count, kLanes)), M_, S_, {R_lanes_, 1}, B, kPanel, R_,
-                    C, kPanel, true);
+      multiply<F32>({.mv = static_cast<int>(ceil_div(count, kLanes)),
+                     .nr = M_,
+                     .units = R_,
+                     .rows = {memory_.S, R_lanes_},
+                     .panel = {B, kPanel},
+                     .C = {C, kPanel, true}});
     }
     for (int64_t i = 0; i < kPanel; i++) bias[i] = i < count ? bias_of(n + i) : 0;
     for (int m = 0; m < M_; m++) {

@@ -41,13 +41,18 @@ class LinearFwd {
   int64_t m0_, tokens_, panels_, token_lanes_;
   int64_t split_, splits_;  // columns of one partial sum of S, and their number
   int64_t chunk_, strip_rows_, strip_units_;
-  Unit* x_panels_;
-  float* partial_;  // [splits][R][token_lanes]
-  float* S_lanes_;  // [panel][R][lanes], scaled
-  float* A_;        // [R, K] in fp32
+  const Unit* x_panels_;
+
+  struct Memory {
+    float* partial;  // [splits][R][token_lanes]
+    float* S_lanes;  // [panel][R][lanes], scaled
+    float* A;        // [R, K] in fp32
+  };
+  const Memory memory_;
+  const float* const A_;  // in fp32
 
  public:
-  LinearFwd(const LoraLinearFwd& p, PairProduct pair_product)
+  LinearFwd(const LoraLinearFwd& p, const Memory& memory, PairProduct pair_product)
       : p_(p),
         tiles_(p.tiles),
         pair_product_(pair_product),
@@ -56,22 +61,37 @@ class LinearFwd {
         N_(p.weight.N),
         K_(p.weight.K),
         R_(p.R),
-        units_(round_up(K_, 2 * kPanel) / kPer) {}
+        units_(units_of(p)),
+        memory_(memory),
+        A_(widened_A()) {}
 
-  static size_t shared_bytes(const LoraLinearFwd& p, int64_t tokens) {
+  // For at most `tokens` tokens at a time.
+  static Memory lay_out(Pieces& pieces, const LoraLinearFwd& p, int64_t tokens) {
     const int64_t lanes = round_up(tokens, kPanel);
-    return Pieces::bytes<float>(max_splits(p) * p.R * lanes) + Pieces::bytes<float>(p.R * lanes) +
-           Pieces::bytes<float>(p.R * p.weight.K);
+    return {pieces.take<float>(max_splits(p) * p.R * lanes), pieces.take<float>(p.R * lanes),
+            pieces.take<float>(p.R * p.weight.K)};
   }
 
  private:
+  static int64_t units_of(const LoraLinearFwd& p) {
+    return round_up(p.weight.K, 2 * kPanel) / kPer;
+  }
   static int64_t split_of(const LoraLinearFwd& p) {
     return max(2 * p.tiles.fwd_shrink_columns, round_up(p.weight.K / 8, 2 * kPanel));
   }
   static int64_t max_splits(const LoraLinearFwd& p) { return ceil_div(p.weight.K, split_of(p)); }
 
+  const float* widened_A() const {
+    if (p_.adapter_dtype == DType::f32) return static_cast<const float*>(p_.lora_A);
+    with_type(p_.adapter_dtype, [&](auto* type) {
+      const auto* source = static_cast<decltype(type)>(p_.lora_A);
+      for (int64_t i = 0; i < R_ * K_; i++) memory_.A[i] = to_float(source[i]);
+    });
+    return memory_.A;
+  }
+
   // For tokens [m0, m0 + tokens), packed in x_panels.
-  void plan(Pieces& pieces, Unit* x_panels, int64_t m0, int64_t tokens) {
+  void plan(const Unit* x_panels, int64_t m0, int64_t tokens) {
     m0_ = m0;
     tokens_ = tokens;
     x_panels_ = x_panels;
@@ -89,17 +109,6 @@ class LinearFwd {
       chunk_ = round_up(chunk_, kLine);
       strip_rows_ = round_up(strip_rows_, kLine);
     }
-    partial_ = pieces.take<float>(max_splits(p_) * R_ * token_lanes_);
-    S_lanes_ = pieces.take<float>(R_ * token_lanes_);
-    float* A = pieces.take<float>(R_ * K_);
-    A_ = p_.adapter_dtype == DType::f32 ? const_cast<float*>(static_cast<const float*>(p_.lora_A))
-                                        : A;
-    if (A_ == A) {
-      with_type(p_.adapter_dtype, [&](auto* type) {
-        const auto* source = static_cast<decltype(type)>(p_.lora_A);
-        for (int64_t i = 0; i < R_ * K_; i++) A[i] = to_float(source[i]);
-      });
-    }
   }
 
   int vectors(int64_t panel) const {
@@ -110,16 +119,20 @@ class LinearFwd {
   // Adds columns [k, k + count) of split `split` to S, for the tokens of a panel in fp32.
   void shrink(int64_t panel, int64_t split, int64_t k, int64_t count, const float* panel_data) {
     const int mv = vectors(panel);
-    float* S = partial_ + split * R_ * token_lanes_ + panel * kPanel;
-    multiply<F32>(mv, R_, A_ + k, {K_, 1}, panel_data, mv * kLanes, count, S, token_lanes_,
-                  k > split * split_);
+    float* S = memory_.partial + split * R_ * token_lanes_ + panel * kPanel;
+    multiply<F32>({.mv = mv,
+                   .nr = R_,
+                   .units = count,
+                   .rows = {A_ + k, K_},
+                   .panel = {panel_data, mv * kLanes},
+                   .C = {S, token_lanes_, k > split * split_}});
   }
 
   // S = sum of the partial sums; kept once as it is, for the backward, and once scaled, in lanes.
   void reduce(int64_t panel) {
     const int mv = vectors(panel);
     const Vec unscaled = broadcast(p_.dropout.scale), scaling = broadcast(p_.scaling);
-    float* lanes = S_lanes_ + panel * kPanel * R_;
+    float* lanes = memory_.S_lanes + panel * kPanel * R_;
     for (int v = 0; v < mv; v++) {
       const int64_t token = panel * kPanel + v * kLanes;
       for (int64_t r0 = 0; r0 < R_; r0 += kLanes) {
@@ -129,7 +142,7 @@ class LinearFwd {
           block[i] = zero();
           if (r >= R_) continue;
           for (int64_t s = 0; s < splits_; s++) {
-            block[i] = add(block[i], load(partial_ + (s * R_ + r) * token_lanes_ + token));
+            block[i] = add(block[i], load(memory_.partial + (s * R_ + r) * token_lanes_ + token));
           }
           block[i] = mul(block[i], unscaled);
           store(lanes + (r * mv + v) * kLanes, mul(block[i], scaling));
@@ -146,16 +159,16 @@ class LinearFwd {
   void product(int64_t tile) {
     const int64_t n0 = tile * chunk_, rows = min(chunk_, N_ - n0);
     const int64_t ld = strip_units_ + kLanes;  // off the power of two: rows share no cache set
-    Pieces local{static_cast<char*>(scratch(
-        Scratch::local,
-        Pieces::bytes<Unit>(strip_rows_ * ld) + Pieces::bytes<float>(chunk_ * token_lanes_) +
-            Pieces::bytes<float>(chunk_ * R_) + Pieces::bytes<float>(chunk_ + kLanes) +
-            Pieces::bytes<float>(absmax_count(w_, rows))))};
-    Unit* strip = local.take<Unit>(strip_rows_ * ld);
-    float* C = local.take<float>(chunk_ * token_lanes_);
-    float* B = local.take<float>(chunk_ * R_);
-    float* bias = local.take<float>(chunk_ + kLanes);
-    const Source w = with_absmax(w_, n0, rows, local.take<float>(absmax_count(w_, rows)));
+    struct Memory {
+      Unit* strip;
+      float *C, *B, *bias, *absmax;
+    };
+    const auto [strip, C, B, bias, absmax] = on_scratch(Scratch::local, [&](Pieces& pieces) {
+      return Memory{pieces.take<Unit>(strip_rows_ * ld), pieces.take<float>(chunk_ * token_lanes_),
+                    pieces.take<float>(chunk_ * R_), pieces.take<float>(chunk_ + kLanes),
+                    pieces.take<float>(absmax_count(w_, rows))};
+    });
+    const Source w = with_absmax(w_, n0, rows, absmax);
 
     const int64_t step = strip_units_ * kPer;
     for (int64_t i = 0; i < rows; i += strip_rows_) {
@@ -172,9 +185,13 @@ class LinearFwd {
         }
         for (int64_t panel = 0; panel < panels_; panel++) {
           const int mv = vectors(panel);
-          multiply_base<Compute>(pair_product_, mv, strip_rows, rows_data, row_stride,
-                                 x_panel(panel) + k / kPer * mv * kLanes, mv * kLanes, units,
-                                 C + i * token_lanes_ + panel * kPanel, token_lanes_, k > 0);
+          multiply_base<Compute>(
+              pair_product_, {.mv = mv,
+                              .nr = strip_rows,
+                              .units = units,
+                              .rows = {rows_data, row_stride},
+                              .panel = {x_panel(panel) + k / kPer * mv * kLanes, mv * kLanes},
+                              .C = {C + i * token_lanes_ + panel * kPanel, token_lanes_, k > 0}});
         }
       }
     }
@@ -204,8 +221,12 @@ class LinearFwd {
     }
     for (int64_t panel = 0; panel < panels_; panel++) {
       const int mv = vectors(panel);
-      multiply<F32>(mv, rows, B_rows, {R_, 1}, S_lanes_ + panel * kPanel * R_, mv * kLanes, R_,
-                    C + panel * kPanel, token_lanes_, true);
+      multiply<F32>({.mv = mv,
+                     .nr = rows,
+                     .units = R_,
+                     .rows = {B_rows, R_},
+                     .panel = {memory_.S_lanes + panel * kPanel * R_, mv * kLanes},
+                     .C = {C + panel * kPanel, token_lanes_, true}});
     }
   }
 
@@ -251,23 +272,20 @@ class SharedFwd {
   const int64_t count_;
   const Machine& machine_;
   Layer* layers_;
+  Unit* x_panels_;  // x as units, for all layers
 
  public:
   SharedFwd(const LayersOf<LoraLinearFwd>& layers, const Machine& machine)
       : params_(layers.data), count_(layers.count), machine_(machine) {}
 
-  void run(char* memory, int64_t max_tokens) {
-    Pieces pieces{memory};
-    layers_ = pieces.take<Layer>(count_);
-    for (int64_t i = 0; i < count_; i++) new (layers_ + i) Layer(params_[i], machine_.pair_product);
-    const int64_t M = params_->M;
-    for (int64_t m0 = 0; m0 < M; m0 += max_tokens) {
-      const int64_t tokens = min(max_tokens, M - m0);
-      Pieces rest = pieces;
-      Unit* x_panels = rest.take<Unit>(round_up(tokens, kPanel) * layers_->units_);
+  void run() {
+    const int64_t M = params_->M, most = min(M, tokens_at_a_time());
+    on_scratch(Scratch::shared, [&](Pieces& pieces) { lay_out(pieces, most); });
+    for (int64_t m0 = 0; m0 < M; m0 += most) {
+      const int64_t tokens = min(most, M - m0);
       int64_t reduced = 0, chunks = 0;
       for (int64_t i = 0; i < count_; i++) {
-        layers_[i].plan(rest, x_panels, m0, tokens);
+        layers_[i].plan(x_panels_, m0, tokens);
         reduced += reductions(layers_[i]);
         chunks += ceil_div(layers_[i].N_, layers_[i].chunk_);
       }
@@ -278,21 +296,24 @@ class SharedFwd {
     }
   }
 
-  // Tokens worked on at a time, so that packed x stays within a shared cache.
-  static int64_t tokens_at_a_time(const LoraLinearFwd& p) {
-    const int64_t bytes = round_up(p.weight.K, 2 * kPanel) / kPer * 4;
-    return max(4 * kPanel, p.tiles.fwd_pack_bytes / bytes / kPanel * kPanel);
-  }
-
-  static size_t shared_bytes(const LayersOf<LoraLinearFwd>& layers, int64_t tokens) {
-    const int64_t lanes = round_up(tokens, kPanel);
-    size_t bytes = Pieces::bytes<Layer>(layers.count) +
-                   Pieces::bytes<Unit>(lanes * round_up(layers.data->weight.K, 2 * kPanel) / kPer);
-    for (int64_t i = 0; i < layers.count; i++) bytes += Layer::shared_bytes(layers.data[i], tokens);
-    return bytes;
-  }
-
  private:
+  // So many that packed x stays within a shared cache.
+  int64_t tokens_at_a_time() const {
+    const int64_t bytes = Layer::units_of(*params_) * kPer * 4;
+    return max(4 * kPanel, params_->tiles.fwd_pack_bytes / bytes / kPanel * kPanel);
+  }
+
+  // Constructs the layers as soon as there is memory.
+  void lay_out(Pieces& pieces, int64_t tokens) {
+    layers_ = pieces.take<Layer>(count_);
+    x_panels_ = pieces.take<Unit>(round_up(tokens, kPanel) * Layer::units_of(*params_));
+    for (int64_t i = 0; i < count_; i++) {
+      const auto memory = Layer::lay_out(pieces, params_[i], tokens);
+      if (pieces.only_counts()) continue;
+      new (layers_ + i) Layer(params_[i], memory, machine_.pair_product);
+    }
+  }
+
   static int64_t reductions(const Layer& layer) { return layer.R_ > 0 ? layer.panels_ : 0; }
 
   void pack_and_shrink(int64_t tile) {
@@ -304,17 +325,19 @@ class SharedFwd {
     const int64_t k_end = min(first.K_, k_begin + first.split_);
     const int mv = first.vectors(panel);
     const X* x = static_cast<const X*>(p.x) + m * p.ldx;
-    Unit* out = first.x_panels_ + panel * kPanel * first.units_ + k_begin / kPer * mv * kLanes;
+    Unit* out = x_panels_ + panel * kPanel * first.units_ + k_begin / kPer * mv * kLanes;
     const Block<X> block{x + k_begin, p.ldx, rows, k_end - k_begin};
     pack_tokens(Compute{}, block, round_up(block.count, 2 * kLanes), mv, out);
 
     const int64_t step = p.tiles.fwd_shrink_columns, words = step / 32;
-    Pieces local{
-        static_cast<char*>(scratch(Scratch::local, 2 * Pieces::bytes<float>(step * kPanel) +
-                                                       Pieces::bytes<uint32_t>(kPanel * words)))};
-    float* x_whole = local.take<float>(step * kPanel);
-    float* x_kept = local.take<float>(step * kPanel);
-    uint32_t* bits = local.take<uint32_t>(kPanel * words);
+    struct Memory {
+      float *whole, *kept;
+      uint32_t* bits;
+    };
+    const Memory memory = on_scratch(Scratch::local, [&](Pieces& pieces) {
+      return Memory{pieces.take<float>(step * kPanel), pieces.take<float>(step * kPanel),
+                    pieces.take<uint32_t>(kPanel * words)};
+    });
     for (int64_t k = k_begin; k < k_end; k += step) {
       const int64_t count = min(step, k_end - k);
       const Block<X> part{x + k, p.ldx, rows, count};
@@ -327,14 +350,14 @@ class SharedFwd {
         const Dropout& dropout = layer.p_.dropout;
         if (layer.R_ == 0) continue;
         if (dropout.threshold != 0) {
-          keep_bits_of(layer.p_.first_row + m, rows, k, count, dropout, bits);
-          const KeepRows kept{bits, ceil_div(count, kDropoutBlock) * kKeepWords};
-          pack_tokens(F32{}, part, kept, round_up(count, kLanes), mv, x_kept);
+          keep_bits_of(layer.p_.first_row + m, rows, k, count, dropout, memory.bits);
+          const KeepRows kept{memory.bits, ceil_div(count, kDropoutBlock) * kKeepWords};
+          pack_tokens(F32{}, part, kept, round_up(count, kLanes), mv, memory.kept);
         } else if (whole == nullptr) {
-          pack_tokens(F32{}, part, round_up(count, kLanes), mv, x_whole);
-          whole = x_whole;
+          pack_tokens(F32{}, part, round_up(count, kLanes), mv, memory.whole);
+          whole = memory.whole;
         }
-        layer.shrink(panel, split, k, count, dropout.threshold != 0 ? x_kept : whole);
+        layer.shrink(panel, split, k, count, dropout.threshold != 0 ? memory.kept : whole);
       }
     }
   }

@@ -1,9 +1,7 @@
-// The tile product that every kernel is made of.
+// The tile product of product.h, in registers.
 //
-//   C[i][j] (+)= sum over k of rows[i][k] * panel[k][j],   i < nr rows, j < mv vectors of lanes
-//
-// A `Unit` is what one lane multiplies in one instruction: a float, or a pair of bf16 neighbours along
-// the summed dimension (pairs.h). Sums are fp32.
+// A `Unit` is what one lane multiplies in one instruction: a float, or a pair of bf16 (pairs.h). Sums
+// are fp32.
 #pragma once
 
 #include "../isa/pairs.h"
@@ -95,21 +93,17 @@ struct Bf16Pair {
 };
 #endif
 
-// Strides of the row operand, in units: rows[i * row + k * step].
-struct RowStride {
-  int64_t row, step;
-};
-
 template <class Compute, int NR, int MV, bool kContiguous>
-__attribute__((noinline)) static void tile(const typename Compute::Unit* __restrict rows,
-                                           RowStride stride,
-                                           const typename Compute::Unit* __restrict panel,
-                                           int64_t panel_stride, int64_t units, float* __restrict C,
-                                           int64_t ldc, bool accumulate) {
-  const int64_t step = kContiguous ? 1 : stride.step;
+__attribute__((noinline)) static void tile(const TileProduct<typename Compute::Unit>& p) {
+  const typename Compute::Unit* __restrict rows = p.rows.data;
+  const typename Compute::Unit* __restrict panel = p.panel.data;
+  float* __restrict C = p.C.data;
+  const int64_t row_stride = p.rows.stride, step = kContiguous ? 1 : p.rows.step;
+  const int64_t panel_stride = p.panel.stride, units = p.units, ldc = p.C.stride;
+  const bool accumulate = p.C.accumulate;
   for (int64_t done = 0; done < units; done += Compute::kSumUnits) {
     if constexpr (kContiguous && requires { Compute::template tile<NR, MV>; }) {
-      Compute::template tile<NR, MV>(rows + done, stride.row, panel + done * panel_stride,
+      Compute::template tile<NR, MV>(rows + done, row_stride, panel + done * panel_stride,
                                      panel_stride, min(Compute::kSumUnits, units - done), C, ldc,
                                      accumulate || done > 0);
       continue;
@@ -127,7 +121,7 @@ __attribute__((noinline)) static void tile(const typename Compute::Unit* __restr
       for (int j = 0; j < MV; j++) p[j] = Compute::load_panel(panel + j * kLanes);
 #pragma GCC unroll 16
       for (int i = 0; i < NR; i++) {
-        const typename Compute::Unit r = rows[i * stride.row + k * step];
+        const typename Compute::Unit r = rows[i * row_stride + k * step];
 #pragma GCC unroll 4
         for (int j = 0; j < MV; j++) c[i][j] = Compute::multiply_add(r, p[j], c[i][j]);
       }
@@ -158,70 +152,53 @@ constexpr int kTileRows[kPanelVectors + 1] = {0, 12, 6};
 #endif
 
 template <class Compute, int MV, bool kContiguous, int NR>
-FASTLORA_INLINE void tile_of(int nr, const typename Compute::Unit* rows, RowStride stride,
-                             const typename Compute::Unit* panel, int64_t panel_stride,
-                             int64_t units, float* C, int64_t ldc, bool accumulate) {
+FASTLORA_INLINE void tile_of(const TileProduct<typename Compute::Unit>& p) {
   if constexpr (NR > 0) {
-    if (nr == NR) {
-      tile<Compute, NR, MV, kContiguous>(rows, stride, panel, panel_stride, units, C, ldc,
-                                         accumulate);
+    if (p.nr == NR) {
+      tile<Compute, NR, MV, kContiguous>(p);
     } else {
-      tile_of<Compute, MV, kContiguous, NR - 1>(nr, rows, stride, panel, panel_stride, units, C,
-                                                ldc, accumulate);
+      tile_of<Compute, MV, kContiguous, NR - 1>(p);
     }
   }
 }
 
 template <class Compute, int MV, bool kContiguous>
-static void tile_rows(int64_t nr, const typename Compute::Unit* rows, RowStride stride,
-                      const typename Compute::Unit* panel, int64_t panel_stride, int64_t units,
-                      float* C, int64_t ldc, bool accumulate) {
+static void tile_rows(const TileProduct<typename Compute::Unit>& p) {
   constexpr int kRows = kTileRows[MV];
   static_assert(kRows * MV + MV <= kRegisters, "the tile must fit into the registers");
-  for (int64_t i = 0; i < nr; i += kRows) {
-    tile_of<Compute, MV, kContiguous, kRows>(static_cast<int>(min(kRows, nr - i)),
-                                             rows + i * stride.row, stride, panel, panel_stride,
-                                             units, C + i * ldc, ldc, accumulate);
+  auto part = p;
+  for (int64_t i = 0; i < p.nr; i += kRows) {
+    part.nr = min(kRows, p.nr - i);
+    part.rows.data = p.rows.data + i * p.rows.stride;
+    part.C.data = p.C.data + i * p.C.stride;
+    tile_of<Compute, MV, kContiguous, kRows>(part);
   }
 }
 
-// C[nr][mv * kLanes] (+)= rows[nr][units] * panel[units][mv * kLanes].
-//   mv            1 to kPanelVectors
-//   rows          read as rows[i * stride.row + k * stride.step]
-//   panel         row k starts at panel + k * panel_stride
-//   accumulate    add to C instead of overwriting it
+// For mv from 1 to kPanelVectors.
 template <class Compute, int MV = kPanelVectors>
-static void multiply(int mv, int64_t nr, const typename Compute::Unit* rows, RowStride stride,
-                     const typename Compute::Unit* panel, int64_t panel_stride, int64_t units,
-                     float* C, int64_t ldc, bool accumulate) {
+static void multiply(const TileProduct<typename Compute::Unit>& p) {
   if constexpr (MV > 0) {
-    if (mv != MV) {
-      multiply<Compute, MV - 1>(mv, nr, rows, stride, panel, panel_stride, units, C, ldc,
-                                accumulate);
-    } else if (stride.step == 1) {
-      tile_rows<Compute, MV, true>(nr, rows, stride, panel, panel_stride, units, C, ldc,
-                                   accumulate);
+    if (p.mv != MV) {
+      multiply<Compute, MV - 1>(p);
+    } else if (p.rows.step == 1) {
+      tile_rows<Compute, MV, true>(p);
     } else {
-      tile_rows<Compute, MV, false>(nr, rows, stride, panel, panel_stride, units, C, ldc,
-                                    accumulate);
+      tile_rows<Compute, MV, false>(p);
     }
   }
 }
 
 // The same for the base product, by `unit` if there is one and it can.
 template <class Compute>
-static void multiply_base([[maybe_unused]] PairProduct unit, int mv, int64_t nr,
-                          const typename Compute::Unit* rows, int64_t row_stride,
-                          const typename Compute::Unit* panel, int64_t panel_stride, int64_t units,
-                          float* C, int64_t ldc, bool accumulate) {
+static void multiply_base([[maybe_unused]] PairProduct unit,
+                          const TileProduct<typename Compute::Unit>& p) {
 #if defined(FASTLORA_PAIRS)
   if constexpr (std::is_same_v<Compute, Bf16Pair>) {
-    if (unit) {
-      return unit({mv, nr, units, rows, row_stride, 1, panel, panel_stride, C, ldc, accumulate});
-    }
+    if (unit) return unit(p);
   }
 #endif
-  multiply<Compute>(mv, nr, rows, {row_stride, 1}, panel, panel_stride, units, C, ldc, accumulate);
+  multiply<Compute>(p);
 }
 
 }  // namespace FASTLORA_ISA

@@ -18,20 +18,36 @@ void* scratch(Scratch kind, size_t bytes);
 // keeping. No piece of it may be in use.
 void trim_scratch(Scratch kind);
 
-// Hands out aligned pieces of one scratch block.
-struct Pieces {
-  char* next;
-  // Inlined always: these belong to no instruction set, and must not be emitted by any.
+// Inlined always: what follows belongs to no instruction set, and must not be emitted by any.
+#define FASTLORA_ALWAYS_INLINE inline __attribute__((always_inline))
+
+// Hands out aligned pieces of one scratch block, or only counts their bytes.
+class Pieces {
+  uintptr_t begin_, next_;
+
+ public:
+  // Null: only counts. What `take` returns may then not be used.
+  explicit FASTLORA_ALWAYS_INLINE Pieces(void* memory)
+      : begin_(reinterpret_cast<uintptr_t>(memory)), next_(begin_) {}
   template <class T>
-  __attribute__((always_inline)) T* take(int64_t count) {
-    T* piece = reinterpret_cast<T*>(next);
-    next += bytes<T>(count);
+  FASTLORA_ALWAYS_INLINE T* take(int64_t count) {
+    T* piece = reinterpret_cast<T*>(next_);
+    next_ += (static_cast<size_t>(count) * sizeof(T) + 127) / 64 * 64;
     return piece;
   }
-  template <class T>
-  __attribute__((always_inline)) static constexpr size_t bytes(int64_t count) {
-    return (static_cast<size_t>(count) * sizeof(T) + 127) / 64 * 64;
-  }
+  FASTLORA_ALWAYS_INLINE bool only_counts() const { return begin_ == 0; }
+  FASTLORA_ALWAYS_INLINE size_t bytes() const { return next_ - begin_; }
 };
+
+// What lay_out(pieces) returns, on a block of the size that it asks for: it runs once to count.
+template <class LayOut>
+FASTLORA_ALWAYS_INLINE auto on_scratch(Scratch kind, const LayOut& lay_out) {
+  Pieces counted(nullptr);
+  lay_out(counted);
+  Pieces pieces(scratch(kind, counted.bytes()));
+  return lay_out(pieces);
+}
+
+#undef FASTLORA_ALWAYS_INLINE
 
 }  // namespace fastlora

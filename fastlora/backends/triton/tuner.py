@@ -16,6 +16,7 @@ from torch.nn.functional import dropout
 
 from ... import reference, tuning
 from ...layer import Grads, Layer, Needs
+from ...reference import plain
 from ...tolerance import exceeds
 from .. import native
 from ..contract import Request
@@ -158,7 +159,7 @@ class Trial:
     def fault(self, choice: tuning.Choice) -> str | None:
         """What is wrong with the op's result under this choice, or None; the error policy."""
         if self._right is None:
-            self._right = self._expected(torch.float64), self._expected(None)
+            self._right = self._expected(exact=True), self._expected(exact=False)
         out = self.call(choice)()[0][self.rows]
         report = exceeds(out, *self._right)
         name = "y" if self.problem.is_forward else "dx"
@@ -189,23 +190,19 @@ class Trial:
             return self.weight
         return dequantize_4bit(self.gpu, self.packed, torch.empty_like(self.weight))
 
-    def _expected(self, dtype: torch.dtype | None) -> Tensor:
-        """y or dx of `rows` by the definition; in the working dtypes for None: then W's product is
-        rounded before the LoRA term is added, as PEFT does."""
-        p, M, K = self.problem.dropout_p, *self.x.shape
-        kept = reference.dropout_mask(M, K, p, self.seed, self.x.device)[self.rows]
-        mask = kept * reference.dropout_threshold(p)[1]
-        x, dy, S = self.x[self.rows], self.dy[self.rows], self.S[self.rows]
-        W, A, B = self.weight, self.A, self.B
-        if dtype is not None:
-            x, dy, S, W, A, B, mask = (t.to(dtype) for t in (x, dy, S, W, A, B, mask))
-        layer = Layer(W, A, B, _SCALING)
-        if self.problem.is_forward:
-            term = _SCALING * (reference.shrink(x * mask, layer) @ B.to(S.dtype).t())
-            return (x @ W.t()) + term.to(x.dtype)
-        dS, _ = reference.skinny_bwd(dy, x, layer, S, Needs(True, False, False))
-        term = reference.expand_dx(dS, layer) * mask
-        return (dy @ W) + term.to(x.dtype)
+    def _expected(self, exact: bool) -> Tensor:
+        """y or dx of `rows` by plain torch, in float64 or in the working dtypes."""
+        p, rows, weight = self.problem.dropout_p, self.rows, self.weight
+        layer, x, dy = self.layer, self.x[rows], self.dy[rows]
+        M, K = self.x.shape
+        mask = reference.dropout_mask(M, K, p, self.seed, x.device)[rows]
+        if exact:
+            x, dy, weight = x.double(), dy.double(), weight.double()
+            layer = layer._replace(lora_A=self.A.double(), lora_B=self.B.double())
+        factors = plain.dropout_factors(mask, p, layer.lora_A.dtype)
+        x = x.requires_grad_()
+        y = plain.lora_linear(x, layer, factors=factors, weight=weight)
+        return y.detach() if self.problem.is_forward else torch.autograd.grad(y, x, dy)[0]
 
 
 def keep(trial: Trial, faster: Sequence[tuning.Choice]) -> None:

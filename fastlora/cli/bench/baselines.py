@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ...quant import QuantState
 from .case import SCALING
 from .inputs import Built, Setup, no_modes
 
@@ -27,51 +26,14 @@ def base_module(setup: Setup, index: int, repack: bool = False) -> nn.Module:
         module = nn.Linear(layer.K, layer.N, bias=False, device="meta")
         module.weight = nn.Parameter(weight, requires_grad=False)
         return module
-    from bitsandbytes.functional import QuantState as TheirState
     from bitsandbytes.nn import Linear4bit, Params4bit
-
-    def theirs(state: QuantState) -> Any:
-        inner = state.state2
-        return TheirState(
-            absmax=state.absmax,
-            shape=torch.Size(state.shape),
-            code=state.code,
-            blocksize=state.blocksize,
-            quant_type=state.quant_type,
-            dtype=state.dtype,
-            offset=state.offset,
-            state2=None
-            if inner is None
-            else TheirState(
-                absmax=inner.absmax,
-                code=inner.code,
-                blocksize=inner.blocksize,
-                dtype=inner.dtype,
-            ),
-        )
 
     if repack:
         weight, state = weight.clone(), copy.deepcopy(state)
-    module = Linear4bit(
-        layer.K,
-        layer.N,
-        bias=False,
-        compute_dtype=setup.dtype,
-        compress_statistics=layer.nested,
-        quant_type=layer.quant,
-        device="meta",
+    module = Linear4bit(layer.K, layer.N, bias=False, compute_dtype=setup.dtype, device="meta")
+    module.weight = Params4bit.from_prequantized(
+        weight, state.as_dict(), device=weight.device, module=module
     )
-    module.weight = Params4bit(
-        weight,
-        requires_grad=False,
-        quant_state=theirs(state),
-        blocksize=state.blocksize,
-        compress_statistics=layer.nested,
-        quant_type=layer.quant,
-        bnb_quantized=True,
-        module=module,
-    )
-    module.quant_state = module.weight.quant_state
     if not repack:
         module.support_avx512bf16_for_cpu = False
     return module

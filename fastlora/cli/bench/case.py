@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..options import DTYPES as DTYPES
@@ -79,13 +79,9 @@ class Case:
             f" dropout {layer.dropout:g}" if layer.dropout else ""
         )
 
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON keeps it."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Case:
-        """Undoes `as_dict`."""
+        """The inverse of `dataclasses.asdict`."""
         return cls(**{**fields, "layer": Layer(**fields["layer"])})
 
 

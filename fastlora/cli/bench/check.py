@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout, linear
 
-from ...reference import dropout_mask, dropout_threshold
+from ...layer import Layer
+from ...reference import dropout_mask, plain
 from ...tolerance import exceeds
 from .case import DTYPES, SCALING, Case
 from .inputs import Built, Setup
@@ -37,11 +38,13 @@ def fault(provider: Provider, built: Built, setup: Setup, case: Case) -> str | N
     outs = _results(built, setup, case, dropping)
     name = provider.adapter_dtype(setup.layer)
     p = setup.layer.dropout if dropping and name is not None else 0.0
-    keep = _keep(provider, case, p, setup) if p else None
+    keep, exact_keep = (
+        _keep(provider, case, p, setup, exact) if p else None for exact in (False, True)
+    )
     adapter = () if name is None else setup.adapter(getattr(torch, DTYPES[name]))
     rows = _rows(case.M)
     base = _sequence(setup, case, rows, adapter, keep)
-    exact = _sequence(setup, case, rows, adapter, keep, exact=True)
+    exact = _sequence(setup, case, rows, adapter, exact_keep, exact=True)
     for what, out in outs.items():
         if what in ("y", "dx"):
             out = out[rows]
@@ -69,23 +72,23 @@ def _results(built: Built, setup: Setup, case: Case, dropping: bool) -> dict[str
     return {"y": y.detach(), **dict(zip(("dx", "dA", "dB"), grads, strict=False))}
 
 
-def _keep(provider: Provider, case: Case, p: float, setup: Setup) -> Tensor:
-    """The dropout mask times its scale, as the provider draws it from `_SEED`."""
+def _keep(provider: Provider, case: Case, p: float, setup: Setup, exact: bool) -> Tensor:
+    """What dropout multiplies x by, as the provider draws it from `_SEED`."""
     name = provider.adapter_dtype(setup.layer)
     assert name is not None
-    shape = (case.M, setup.layer.K)
+    shape, dtype = (case.M, setup.layer.K), getattr(torch, DTYPES[name])
     if provider.dropout == "torch":
         torch.manual_seed(_SEED)
-        ones = torch.ones(shape, dtype=getattr(torch, DTYPES[name]), device=setup.device)
-        return dropout(ones, p)
-    return _fastlora_keep(*shape, p, setup.device)
+        return dropout(torch.ones(shape, dtype=dtype, device=setup.device), p)
+    mask = _fastlora_mask(*shape, p, setup.device)
+    return plain.dropout_factors(mask, p, torch.float64 if exact else dtype)
 
 
 @lru_cache(maxsize=1)
-def _fastlora_keep(M: int, K: int, p: float, device: str) -> Tensor:
+def _fastlora_mask(M: int, K: int, p: float, device: str) -> Tensor:
     torch.manual_seed(_SEED)
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
-    return dropout_mask(M, K, p, seed, device) * dropout_threshold(p)[1]
+    return dropout_mask(M, K, p, seed, device)
 
 
 def _sequence(
@@ -96,30 +99,23 @@ def _sequence(
     keep: Tensor | None,
     exact: bool = False,
 ) -> dict[str, Tensor]:
-    """PEFT's sequence of torch calls, in the working dtypes or in float64; autograd's gradients.
-
-    y = x W^T + scaling * B A (keep * x)
-    """
+    """PEFT's sequence of torch calls, in the working dtypes or in float64; autograd's gradients."""
     x, dy = setup.tokens(case.M)
-    weight = setup.exact_weight if exact else setup.dense[0]
+    dense = setup.exact_weight if exact else setup.dense[0]
     if exact:
         x, dy = x.double(), dy.double()
         adapter = tuple(t.detach().double().requires_grad_() for t in adapter)
-
-    def lora(x: Tensor, keep: Tensor | None) -> Tensor:
-        A, B = adapter
-        dropped = x.to(A.dtype)
-        if keep is not None:
-            dropped = dropped * keep.to(A.dtype)
-        return linear(linear(dropped, A), B) * SCALING
-
     leaf = x[rows].requires_grad_()
-    y = linear(leaf, weight)
-    if adapter:
-        y = y + lora(leaf, None if keep is None else keep[rows]).to(y.dtype)
+    if not adapter:
+        y = linear(leaf, dense)
+        return {"y": y.detach(), "dx": torch.autograd.grad(y, leaf, dy[rows])[0]}
+    (weight, state), (A, B) = setup.weights[0], adapter
+    layer = Layer(weight, A, B, SCALING, quant_state=state)
+    kept = None if keep is None else keep[rows]
+    y = plain.lora_linear(leaf, layer, factors=kept, weight=dense)
     results = {"y": y.detach(), "dx": torch.autograd.grad(y, leaf, dy[rows])[0]}
-    if adapter and case.mode != "inference":
-        term = lora(x, keep)
+    if case.mode != "inference":
+        term = plain.lora_term(x, layer, keep)
         grads = torch.autograd.grad(term, adapter, dy.to(term.dtype))
         results |= dict(zip(("dA", "dB"), grads, strict=True))
     return results

@@ -111,7 +111,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     out.add_argument("--plot", type=Path, metavar="FOLDER", help="plots as PNG")
     out.add_argument(
         "--compare",
-        type=_couples,
+        type=several(_couple),
         metavar="A:B,...",
         help="tables of time of B / time of A (fastlora:peft)",
     )
@@ -135,14 +135,7 @@ def run(args: argparse.Namespace) -> int:
 def cases_of(args: argparse.Namespace) -> list[Case]:
     """The cases that the layer arguments ask for."""
     quick = args.quick
-    layers = [
-        Layer(N, K, R, dtype, quant, args.double_quant, dropout, args.adapter_dtype)
-        for dtype in args.dtype or ["bf16"]
-        for quant in args.quant or ["nf4"]
-        for N, K in args.shape or [(2048, 2048) if quick else (4096, 4096)]
-        for R in args.rank or [16]
-        for dropout in args.dropout or [0.05]
-    ]
+    layers = _layers(args, args.shape or [(2048, 2048) if quick else (4096, 4096)])
     if wrong := [mode for mode in args.mode or [] if mode not in MODES]:
         raise CliError(f"--mode: {wrong[0]} needs --model")
     tokens = args.tokens or ([1, 16, 128] if quick else [1, 16, 64, 512])
@@ -156,20 +149,10 @@ def model_plan_of(args: argparse.Namespace) -> ModelPlan:
         raise CliError(f"--mode: {wrong[0]} is a layer's; --model has {', '.join(MODEL_MODES)}")
     if not Path(args.model).exists():
         raise CliError(f"--model: no such folder or file: {args.model}")
-    layer = Layer(
-        0,
-        0,
-        (args.rank or [16])[0],
-        (args.dtype or ["bf16"])[0],
-        (args.quant or ["nf4"])[0],
-        args.double_quant,
-        (args.dropout or [0.05])[0],
-        args.adapter_dtype,
-    )
     return ModelPlan(
         str(Path(args.model).resolve()),
         modes,
-        layer,
+        _layers(args, [(0, 0)])[0],
         args.batch_size,
         args.seq_len,
         _allocators(args),
@@ -203,6 +186,17 @@ def output_of(args: argparse.Namespace) -> Output:
 
 
 # ---- arguments -------------------------------------------------------------------------------
+
+
+def _layers(args: argparse.Namespace, shapes: list[tuple[int, int]]) -> list[Layer]:
+    return [
+        Layer(N, K, R, dtype, quant, args.double_quant, dropout, args.adapter_dtype)
+        for dtype in args.dtype or ["bf16"]
+        for quant in args.quant or ["nf4"]
+        for N, K in shapes
+        for R in args.rank or [16]
+        for dropout in args.dropout or [0.05]
+    ]
 
 
 def _providers(args: argparse.Namespace) -> list[str]:
@@ -241,11 +235,8 @@ def _allocators(args: argparse.Namespace) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _couples(text: str) -> list[tuple[str, str]]:
-    couples = []
-    for word in text.split(","):
-        names = word.split(":")
-        if len(names) != 2:
-            raise argparse.ArgumentTypeError(f"expected A:B, got {word}")
-        couples.append((names[0], names[1]))
-    return couples
+def _couple(text: str) -> tuple[str, str]:
+    names = text.split(":")
+    if len(names) != 2:
+        raise argparse.ArgumentTypeError(f"expected A:B, got {text}")
+    return names[0], names[1]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +71,12 @@ def execute(
         for allocator in plan.allocators:
             environment(allocator)
     results = Results()
-    with _Bar(console, sum(len(plan.allocators) * len(plan) for plan in plans)) as bar:
+    with _bar(console, sum(len(plan.allocators) * len(plan) for plan in plans)) as emit:
         for plan in plans:
             for allocator in plan.allocators:
                 first = len(results.rows)
                 try:
-                    _measure(plan, allocator, results, bar.emit)
+                    _measure(plan, allocator, results, emit)
                 finally:
                     if output.csv is not None and len(results.rows) > first:
                         rows.append(output.csv, results.rows[first:])
@@ -114,7 +115,7 @@ def _measure(plan: Plan | ModelPlan, allocator: str, results: Results, emit: Emi
         emit(event, **fields)
 
     def work(module: str, **more: Any) -> Any:
-        request = {"plan": plan.as_dict(), "allocator": allocator, **more}
+        request = {"plan": asdict(plan), "allocator": allocator, **more}
         return run("measuring", f"{__package__}.{module}", request, take, environment(allocator))
 
     first = len(results.rows)
@@ -138,7 +139,7 @@ def _memory_tasks(
         for row in measured:
             provider = row["provider"]
             if row == {**row, **rows.case_row(case, provider, row["adapter_dtype"])}:
-                yield row, str(case), "memory", {"case": case.as_dict(), "provider": provider}
+                yield row, str(case), "memory", {"case": asdict(case), "provider": provider}
 
 
 def _largest(cases: Sequence[Case]) -> list[Case]:
@@ -162,42 +163,33 @@ def _plot(measured: list[Row], folder: Path, console: Console) -> None:
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
 
-class _Bar:
-    """A progress bar over the cases; plain lines where the output is no terminal."""
+@contextmanager
+def _bar(console: Console, cases: int) -> Iterator[Emit]:
+    """A progress bar over the cases; plain lines if the output is no terminal.
 
-    def __init__(self, console: Console, cases: int) -> None:
-        self._console = console
-        self._progress = Progress(
-            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
-            BarColumn(bar_width=None, table_column=Column(min_width=8, ratio=1)),
-            TaskProgressColumn(table_column=Column(no_wrap=True)),
-            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
-            console=console,
-            expand=True,
-            transient=True,
-            # Each refresh takes time from what is measured.
-            refresh_per_second=2,
-        )
-        self._task = self._progress.add_task("starting", total=cases)
-        # Cases that are done, samples of the one that runs, and how many it will have.
-        self._done = 0
-        self._taken = 0
-        self._samples = 1
+    Yields what to call with the events of workers.
+    """
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None, table_column=Column(min_width=8, ratio=1)),
+        TaskProgressColumn(),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        expand=True,
+        transient=True,
+        disable=not console.is_terminal,
+        # Each refresh takes time from what is measured.
+        refresh_per_second=2,
+    )
+    task = progress.add_task("starting", total=cases)
+    # Cases that are done, and the share of the running one that a sample is.
+    done, share = 0, 0.0
 
-    def __enter__(self) -> _Bar:
-        if self._console.is_terminal:
-            self._progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._console.is_terminal:
-            self._progress.stop()
-
-    def emit(self, event: str, **fields: Any) -> None:
-        """Shows an event of a worker."""
+    def emit(event: str, **fields: Any) -> None:
+        nonlocal done, share
         match event:
             case "machine":
-                self._console.print(
+                console.print(
                     f"{fields['device']}, {fields['cpu_isa']}, {fields['threads']} threads, "
                     f"{fields['allocator']}; torch {fields['torch']}, PEFT {fields['peft']}, "
                     f"bitsandbytes {fields['bitsandbytes']}",
@@ -205,14 +197,15 @@ class _Bar:
                     soft_wrap=True,
                 )
             case "case":
-                self._progress.update(self._task, description=fields["text"])
-                if not self._console.is_terminal:
-                    self._console.print(f"  {fields['text']}", highlight=False, soft_wrap=True)
-                self._taken, self._samples = 0, fields.get("samples", 1)
+                progress.update(task, description=fields["text"])
+                if not console.is_terminal:
+                    console.print(f"  {fields['text']}", highlight=False, soft_wrap=True)
+                share = 1 / fields.get("samples", 1)
             case "tick":
-                self._taken += 1
-                share = min(1.0, self._taken / self._samples)
-                self._progress.update(self._task, completed=self._done + share)
+                progress.advance(task, share)
             case "done":
-                self._done += 1
-                self._progress.update(self._task, completed=self._done)
+                done += 1
+                progress.update(task, completed=done)
+
+    with progress:
+        yield emit

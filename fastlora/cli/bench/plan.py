@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +48,9 @@ class Plan:
     def __len__(self) -> int:
         return len(self.cases)
 
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Plan:
-        """The inverse of `as_dict`."""
+        """The inverse of `dataclasses.asdict`."""
         cases = [Case.from_dict(case) for case in fields["cases"]]
         return cls(**{**fields, "cases": cases, "budget": Budget(**fields["budget"])})
 
@@ -85,13 +81,9 @@ class ModelPlan:
     def __len__(self) -> int:
         return len(self.modes)
 
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> ModelPlan:
-        """The inverse of `as_dict`."""
+        """The inverse of `dataclasses.asdict`."""
         layer, budget = Layer(**fields["layer"]), Budget(**fields["budget"])
         return cls(**{**fields, "layer": layer, "budget": budget})
 

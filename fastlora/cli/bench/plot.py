@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ _COLOURS = {
     "write": "#3a9d5d",
 }
 _FLOOR = "frozen"
-# A bar longer than so many floors is cut off, and its length written on it.
+# A bar longer than this many floors is cut off; its length is written on it.
 _LONGEST_BAR = 3.0
 
 
@@ -55,14 +55,12 @@ def write_plots(rows: Iterable[Row], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     groups = [group for group in together(rows) if "dequantize" not in _any(group)["mode"]]
-    for (title, allocator), part in _by(groups, _title, lambda row: row["allocator"]).items():
-        stem = _file_name(f"{title} {allocator}")
-        written += _bars(part, f"{title}; {allocator}", folder / f"bars-{stem}.png")
-        written += _curves(part, f"{title}; {allocator}", folder / f"time-{stem}.png")
+    for title, name, part in _by_title(groups):
+        written += _bars(part, title, folder / f"bars-{name}")
+        written += _curves(part, title, folder / f"time-{name}")
     with_memory = [{row["provider"]: row} for row in rows if row["peak_mb"]]
-    for (title, allocator), part in _by(with_memory, _title, lambda row: row["allocator"]).items():
-        path = folder / f"memory-{_file_name(f'{title} {allocator}')}.png"
-        written += _memory(part, f"{title}; {allocator}", path)
+    for title, name, part in _by_title(with_memory):
+        written += _memory(part, title, folder / f"memory-{name}")
     return written
 
 
@@ -92,32 +90,25 @@ def _bars(groups: list[dict[str, Row]], title: str, path: Path) -> list[Path]:
             if name in group
         }
         limit = min(_LONGEST_BAR, 1.2 * max(cost[2] for cost in costs.values()))
-        for place, M in enumerate(sorted(newest)):
-            for index, name in enumerate(names):
-                if (name, M) not in costs:
-                    continue
-                low, middle, high = costs[name, M]
-                x = place + (index - (len(names) - 1) / 2) * width
-                shown[name] = axes.bar(x, middle, 0.92 * width, color=_COLOURS[name], zorder=2)
-                cut = high > limit
-                error = [[middle - low], [min(high, limit) - middle]]
-                if middle < limit:
-                    axes.errorbar(x, middle, error, color="black", linewidth=0.8, zorder=3)
-                axes.annotate(
-                    f"{middle:.2f}",
-                    (x, min(high, limit)),
-                    (0, -3 if cut else 3),
-                    textcoords="offset points",
-                    ha="center",
-                    va="top" if cut else "bottom",
-                    rotation=90,
-                    fontsize=7,
-                    color="white" if cut and middle > limit else "#333333",
-                    zorder=4,
-                )
+        order = sorted(newest)
+        for index, name in enumerate(names):
+            shift = (index - (len(names) - 1) / 2) * width
+            places = [place for place, M in enumerate(order) if (name, M) in costs]
+            found = [costs[name, order[place]] for place in places]
+            shown[name] = axes.bar(
+                [place + shift for place in places],
+                [min(middle, limit) for _, middle, _ in found],
+                0.92 * width,
+                yerr=list(zip(*(_error(cost, limit) for cost in found), strict=True)),
+                color=_COLOURS[name],
+                error_kw={"linewidth": 0.8},
+                zorder=2,
+            )
+            labels = [f"{middle:.2f}" for _, middle, _ in found]
+            axes.bar_label(shown[name], labels, padding=3, rotation=90, fontsize=7)
         shown[_FLOOR] = axes.axhline(1.0, color="black", linewidth=1.0, linestyle="--", zorder=1)
-        axes.set_xticks(range(len(newest)), [f"M = {M}" for M in sorted(newest)])
-        axes.set(ylabel=PASSES[mode], ylim=(0, 1.05 * limit))
+        axes.set_xticks(range(len(order)), [f"M = {M}" for M in order])
+        axes.set(ylabel=PASSES[mode], ylim=(0, 1.15 * limit))
         _clean(axes)
     figure.suptitle(f"Time of the layer; the frozen one without an adapter takes 1\n{title}")
     _legend(figure, shown)
@@ -218,19 +209,25 @@ def _cost(row: Row, floor: Row) -> tuple[float, float, float]:
     return 1 / high, 1 / middle, 1 / low
 
 
+def _error(cost: tuple[float, float, float], limit: float) -> tuple[float, float]:
+    """Lengths of an error bar; none on a bar that is cut off."""
+    low, middle, high = cost
+    return (middle - low, min(high, limit) - middle) if middle < limit else (0.0, 0.0)
+
+
 def _any(group: dict[str, Row]) -> Row:
     return next(iter(group.values()))
 
 
-def _title(row: Row) -> str:
-    return layer_title(row)
-
-
-def _by(groups: list[dict[str, Row]], *keys: Any) -> dict[tuple[str, ...], list[dict[str, Row]]]:
-    parts: dict[tuple[str, ...], list[dict[str, Row]]] = {}
+def _by_title(groups: list[dict[str, Row]]) -> Iterator[tuple[str, str, list[dict[str, Row]]]]:
+    """A title, the end of a file's name, and the groups of one layer and allocator."""
+    parts: dict[str, list[dict[str, Row]]] = {}
     for group in groups:
-        parts.setdefault(tuple(key(_any(group)) for key in keys), []).append(group)
-    return parts
+        row = _any(group)
+        parts.setdefault(f"{layer_title(row)}; {row['allocator']}", []).append(group)
+    for title, part in parts.items():
+        name = re.sub(r"[^a-z0-9.]+", "-", title.lower().replace(" x ", "x")).strip("-")
+        yield title, f"{name}.png", part
 
 
 def _modes(groups: list[dict[str, Row]]) -> list[str]:
@@ -252,10 +249,6 @@ def _legend(figure: Any, shown: dict[str, Any]) -> None:
 def _clean(axes: Any, grid: str = "y") -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis=grid, alpha=0.25, zorder=0)
-
-
-def _file_name(title: str) -> str:
-    return re.sub(r"[^a-z0-9.]+", "-", title.lower().replace(" x ", "x")).strip("-")
 
 
 def _save(figure: Any, path: Path) -> list[Path]:

@@ -7,7 +7,6 @@ import statistics
 import subprocess
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 
 from ...version import __version__
@@ -35,6 +34,7 @@ def machine() -> dict[str, str]:
 
     report = info.collect()
     native = report["fastlora"].get("instruction set chosen", "none")
+    versions = {name: v.replace("not installed", "") for name, v in report["packages"].items()}
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
@@ -42,17 +42,10 @@ def machine() -> dict[str, str]:
         "cpu_isa": native,
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
-        "peft": _version("peft"),
-        "bitsandbytes": _version("bitsandbytes"),
+        "peft": versions["peft"],
+        "bitsandbytes": versions["bitsandbytes"],
         "fastlora": __version__,
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""
 
 
 def _commit() -> str:
@@ -148,13 +141,13 @@ def ratio(row: Row, other: Row) -> tuple[float, float, float]:
 
 
 def together(rows: Iterable[Row]) -> list[dict[str, Row]]:
-    """Rows of the same rounds, by provider, in the order in which they came."""
+    """Rows of the same rounds, by provider; the oldest rounds come first."""
     groups: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
         if row["samples_ms"]:
             key = tuple(row[name] for name in _ROUND_COLUMNS)
             groups.setdefault(key, {})[row["provider"]] = row
-    return list(groups.values())
+    return sorted(groups.values(), key=lambda group: next(iter(group.values()))["date"])
 
 
 def read(path: Path) -> list[Row]:
@@ -171,17 +164,21 @@ def read(path: Path) -> list[Row]:
         return list(reader)
 
 
-def append(path: Path, rows: Iterable[Row]) -> None:
-    """Adds rows to a CSV file, which is created with its header where it is missing."""
+def append(path: Path, rows: Iterable[Row], columns: Sequence[str] = COLUMNS) -> None:
+    """Adds rows to a CSV file, which gets its header when it is new.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists() or path.stat().st_size == 0
     if not new:
         with path.open(newline="") as file:
             header = tuple(next(csv.reader(file)))
-        if header != COLUMNS:
+        if header != tuple(columns):
             raise ValueError(f"{path} has other columns; write to another file")
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerows(rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -80,8 +81,8 @@ def ratios(rows: Iterable[Row], provider: str = "fastlora", baseline: str = "pef
         provider: above 1 it is the faster one.
         baseline: what it is compared with.
     """
-    tables = _Tables()
-    for group in sorted(together(rows), key=lambda group: next(iter(group.values()))["date"]):
+    tables = Tables()
+    for group in together(rows):
         if provider in group and baseline in group and not is_model(group[provider]):
             row = group[provider]
             low, middle, high = ratio(row, group[baseline])
@@ -93,7 +94,7 @@ def ratios(rows: Iterable[Row], provider: str = "fastlora", baseline: str = "pef
 
 def times(rows: Iterable[Row]) -> list[Grid]:
     """One table a layer, allocator and pass: milliseconds of every provider, and its ratio."""
-    tables = _Tables()
+    tables = Tables()
     for row in sorted(rows, key=lambda row: row["date"]):
         if row["ms_p50"] and not is_model(row):
             note = f"{short(float(row['ratio_p50']))}x" if row["ratio_p50"] else ""
@@ -105,7 +106,7 @@ def times(rows: Iterable[Row]) -> list[Grid]:
 
 def memory(rows: Iterable[Row]) -> list[Grid]:
     """One table a layer: MiB that a step of four layers takes, and bytes saved for the backward."""
-    tables = _Tables()
+    tables = Tables()
     for row in sorted(rows, key=lambda row: row["date"]):
         if row["peak_mb"] and not is_model(row):
             saved = f"{float(row['saved_bytes']):.2f} B saved" if row["mode"] == "step" else ""
@@ -123,8 +124,7 @@ def models(rows: Iterable[Row]) -> list[Grid]:
     lines: dict[str, dict[str, list[Cell]]] = {}
     for row in sorted(rows, key=lambda row: row["date"]):
         if is_model(row):
-            base = row["dtype"] if row["quant"] == "none" else f"{row['quant']} in {row['dtype']}"
-            title = f"{row['op']}, {base}, r = {row['R']}, dropout {row['dropout']}"
+            title = f"{row['op']}, {_base(row)}, r = {row['R']}, dropout {row['dropout']}"
             label = (
                 f"{PASSES[row['mode']]}, {row['M']} tokens, {row['provider']}, {row['allocator']}"
             )
@@ -149,10 +149,13 @@ def is_model(row: Row) -> bool:
 
 def layer_title(row: Row) -> str:
     """`4096 x 4096, nf4 nested in bf16, r = 16, dropout 0.05`."""
-    base = row["dtype"] if row["quant"] == "none" else f"{row['quant']} in {row['dtype']}"
     rank = f", r = {row['R']}" if row["R"] != "0" else ""
     dropout = f", dropout {row['dropout']}" if row["dropout"] != "0" else ""
-    return f"{row['N']} x {row['K']}, {base}{rank}{dropout}"
+    return f"{row['N']} x {row['K']}, {_base(row)}{rank}{dropout}"
+
+
+def _base(row: Row) -> str:
+    return row["dtype"] if row["quant"] == "none" else f"{row['quant']} in {row['dtype']}"
 
 
 def short(value: float) -> str:
@@ -160,7 +163,7 @@ def short(value: float) -> str:
     return f"{value:.0f}" if value >= 20 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-class _Tables:
+class Tables:
     """Cells by table, line and number of tokens, in the order in which they came."""
 
     def __init__(self) -> None:
@@ -171,7 +174,7 @@ class _Tables:
         self._cells.setdefault(title, {}).setdefault(label, {})[int(row["M"])] = cell
         self._rows[label] = row
 
-    def grids(self, order: Callable[[Row], tuple[int, ...]] | None = None) -> list[Grid]:
+    def grids(self, order: Callable[[Row], tuple[Any, ...]] | None = None) -> list[Grid]:
         grids = []
         for title, lines in self._cells.items():
             tokens = sorted({M for line in lines.values() for M in line})

@@ -58,6 +58,7 @@ class TerminalObserver:
             TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
             console=console,
             expand=True,
+            disable=not console.is_terminal,
         )
         self._tasks = {
             backend: self._progress.add_task(backend, total=None, status="starting")
@@ -65,13 +66,11 @@ class TerminalObserver:
         }
 
     def __enter__(self) -> TerminalObserver:
-        if self.console.is_terminal:
-            self._progress.start()
+        self._progress.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.console.is_terminal:
-            self._progress.stop()
+        self._progress.stop()
 
     def gate(self, name: str, step: int) -> None:
         """A single run waits for nobody."""

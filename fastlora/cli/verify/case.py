@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from ... import ops, reference
 from ...backends.machine.tuned import op_key
 from ...layer import Layer, Needs
+from ...reference import plain
 from ...tolerance import exceeds
 
 # x, adapter and, for a 4-bit weight, compute dtype: the combinations that PEFT makes.
@@ -81,10 +81,10 @@ class Case:
             return {name: torch.stack([r[name] for r in results]) for name in _RESULTS}
 
         exact = joined([draw.exact() for draw in draws])
-        plain = joined([draw.plain() for draw in draws])
+        base = joined([draw.plain() for draw in draws])
         for backend in backends:
             for name, out in joined([draw.run(backend) for draw in draws]).items():
-                report = exceeds(out, exact[name], plain[name])
+                report = exceeds(out, exact[name], base[name])
                 forward = self.base.forward
                 op = forward.replace("fwd", "bwd") if name.startswith("d") else forward
                 yield backend, op, name, max(report.max_ratio, report.rms_ratio)
@@ -172,23 +172,9 @@ class _Inputs:
         """PEFT's own sequence of torch calls in the working dtypes, and autograd's gradients."""
         leaves = [t.clone().requires_grad_() for t in (self.x, self.lora_A, self.lora_B, self.bias)]
         x, A, B, bias = leaves
-        if self.state is None:
-            result = linear(x, self.weight, bias)
-        else:
-            dtype = self.compute_dtype or x.dtype
-            weight = reference.dequantize_4bit(self.weight, self.state, dtype)
-            result = linear(x.to(dtype), weight, bias.to(dtype)).to(x.dtype)
-        dropped = x.to(A.dtype)
-        if self.dropout:
-            _, scale = reference.dropout_threshold(self.dropout)
-            M, K = x.shape
-            mask = reference.dropout_mask(M, K, self.dropout, self.seed, x.device)
-            dropped = dropped * mask * scale
-        S = linear(dropped, A)
-        lora = linear(S, B) * _SCALING
-        # PEFT's dense layer adds in the wider dtype, its 4-bit layer in the base's.
-        y = result + (lora if self.state is None else lora.to(result.dtype))
-        y = y.to(x.dtype)
+        layer = self.layer._replace(lora_A=A, lora_B=B, bias=bias)
+        y = plain.lora_linear(x, layer)
+        S = plain.shrink(x, layer)
         dx, dA, dB, dbias = torch.autograd.grad(y, leaves, self.dy)
         return _by_name(y.detach(), S.detach(), dx, dA, dB, dbias)
 

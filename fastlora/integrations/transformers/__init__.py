@@ -6,7 +6,14 @@ from .callbacks import FastLoraCallback, ThroughputCallback
 from .evaluate import perplexity
 from .gguf import cache_folder, convert_gguf, file_sha256, gguf_cache_folder, is_gguf
 from .memory import peak_memory, reset_peak_memory
-from .models import QUANT_TYPES, load_causal_lm, load_tokenizer, make_savable, model_folder
+from .models import (
+    QUANT_TYPES,
+    four_bit,
+    load_causal_lm,
+    load_tokenizer,
+    make_savable,
+    model_folder,
+)
 
 __all__ = [
     "QUANT_TYPES",
@@ -15,6 +22,7 @@ __all__ = [
     "cache_folder",
     "convert_gguf",
     "file_sha256",
+    "four_bit",
     "gguf_cache_folder",
     "is_gguf",
     "load_causal_lm",

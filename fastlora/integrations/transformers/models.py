@@ -61,14 +61,7 @@ def load_causal_lm(
             raise ValueError(
                 f"quant must be 'none' for {path}, which is stored quantised, got {quant!r}"
             )
-        from transformers import BitsAndBytesConfig
-
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=quant,
-            bnb_4bit_use_double_quant=double_quant,
-            bnb_4bit_compute_dtype=dtype,
-        )
+        options["quantization_config"] = four_bit(quant, double_quant, dtype)
     if quant != "none" or stored is not None or device.type != "cpu":
         options["device_map"] = {"": device}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
@@ -80,6 +73,18 @@ def load_causal_lm(
         disable_cpu_repacking(model)
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return model, tokenizer
+
+
+def four_bit(quant: str, double_quant: bool, dtype: torch.dtype) -> Any:
+    """bitsandbytes' config of a 4-bit model; arguments as in `load_causal_lm`."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
