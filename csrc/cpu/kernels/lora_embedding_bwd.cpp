@@ -2,6 +2,7 @@
 //
 // Each element of dA and dB is summed by one tile, over the tokens in their order: the result does not
 // depend on the number of threads.
+#include "../linear/microkernel.h"
 #include "../runtime/scratch.h"
 #include "../runtime/table.h"
 #include "../runtime/tiles.h"

@@ -14,6 +14,7 @@
 #include "../runtime/table.h"
 #include "../runtime/tiles.h"
 #include "../weight/with_weight.h"
+#include "microkernel.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {

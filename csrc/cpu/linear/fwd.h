@@ -15,6 +15,7 @@
 #include "../runtime/table.h"
 #include "../runtime/tiles.h"
 #include "../weight/transposed.h"
+#include "microkernel.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {

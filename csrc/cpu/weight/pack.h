@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../dropout.h"
-#include "../linear/microkernel.h"
+#include "../isa/compute.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {
