@@ -35,7 +35,7 @@ FASTLORA_INLINE Vec widen_bf16(__m256i v) {
 // Nearest even, NaN kept, denormals kept.
 FASTLORA_INLINE __m256i narrow_bf16(Vec v) {
 #if defined(__AVX512BF16__)
-  // The instruction flushes denormals to zero, so it serves where there are none.
+  // The instruction flushes denormals to zero, so it is used where there are none.
   constexpr int kDenormal = 0x20;
   if (__builtin_expect(_mm512_fpclass_ps_mask(v, kDenormal) == 0, 1)) {
     return (__m256i)_mm512_cvtneps_pbh(v);

@@ -40,7 +40,7 @@ struct PairTiles {};  // no instruction for them
 
 // ---- 4-bit codes in 16 bits: a table of sixteen words, and the look-up of kGroup codes ------------
 
-// Both halves alike: a look-up reads five bits, the fifth of which is noise here.
+// Both halves are the same: a look-up reads five bits, of which the fifth is noise here.
 struct WordTable {
   __m512i words;
 };

@@ -19,8 +19,8 @@ struct f16 {
   uint16_t bits;
 };
 
-constexpr int kGroup =
-    32;  // 4-bit codes decoded at a time: no block is smaller, so one table serves
+// 4-bit codes decoded at a time. No block is smaller, so all of them have one absmax.
+constexpr int kGroup = 32;
 
 FASTLORA_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTLORA_INLINE int64_t max(int64_t a, int64_t b) { return a < b ? b : a; }

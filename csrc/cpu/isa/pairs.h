@@ -2,8 +2,8 @@
 // NEON with FEAT_BF16. CMakeLists.txt defines FASTLORA_PAIRS for them, so that a compiler without the
 // instructions fails instead of leaving them out.
 //
-// fp16 has none of its own, and is widened to fp32: AVX512-FP16 and NEON sum in fp16, which is off by more
-// than the error policy allows from eight terms on.
+// fp16 is widened to fp32 instead: AVX512-FP16 and NEON sum in fp16, and from eight terms on the error
+// is more than the error policy allows.
 #pragma once
 
 #include "simd.h"

@@ -1,4 +1,4 @@
-// Forward for a handful of tokens (decoding), where reading W is all the work.
+// Forward for a handful of tokens (decoding), which takes as long as reading W.
 //
 // Lanes run along K, each row of W is read once, in its own order, and multiplied with all tokens; a
 // packed 4-bit row is never unpacked to memory. The LoRA term joins the lanes before they are summed.
@@ -144,7 +144,7 @@ class LinearDecode {
     }
   }
 
-  // absmax of each 64 codes of these rows, for the one source that wants them so.
+  // absmax of each 64 codes of these rows, for the one Dot that asks for them.
   const float* scales_of(const FourBit& w, int64_t n, int64_t rows, float* scales) const {
     if (!requires { Rows::kScalesSums; }) return nullptr;
     const int64_t groups = K_ / 64;

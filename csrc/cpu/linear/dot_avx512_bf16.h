@@ -6,7 +6,7 @@
 namespace fastlora {
 namespace FASTLORA_ISA {
 
-// 64 bytes hold 128 codes. As 16-bit words, shifted by 0, 4, 8 and 12, they index a table that stands
+// 64 bytes hold 128 codes. As 16-bit words, shifted by 0, 4, 8 and 12, they index a table that is
 // twice in its 32 entries, so that the bits above a nibble do not matter and nothing is unpacked: x
 // is permuted to this order instead, once. Words 0-15 belong to one block of 64, 16-31 to the next.
 //

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../isa/compute.h"
-#include "product.h"
+#include "../isa/product.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {

@@ -15,7 +15,7 @@ struct Statistics;
 struct FourBit {
   const uint8_t* packed;
   const float* code;
-  const float* absmax;  // in fp32; null while it stands in `statistics` alone, see with_absmax
+  const float* absmax;  // in fp32; null if only `statistics` has it, see with_absmax
   int64_t K;
   int shift;                     // log2(blocksize)
   DType round;                   // dtype of the decoded weight

@@ -1,4 +1,4 @@
-// Activations as panels: the operand that lies in vector lanes.
+// Activations as panels, the operand that is in vector lanes.
 #pragma once
 
 #include "../dropout.h"
