@@ -24,6 +24,8 @@ _EXPORTS = {
     "dequantize_4bit": ".ops",
     "use_backend": ".backends",
     "QuantState": ".quant",
+    "from_mxfp4": ".quant",
+    "to_mxfp4": ".quant",
     "accelerate": ".integrations.peft",
     "restore": ".integrations.peft",
     "explain": ".integrations.peft",
@@ -54,7 +56,7 @@ if TYPE_CHECKING:
     from .integrations.spectrum import spectrum
     from .nn import LoraLinear, QLoraLinear
     from .ops import dequantize_4bit, quantize_4bit
-    from .quant import QuantState
+    from .quant import QuantState, from_mxfp4, to_mxfp4
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastlora import reference
 from fastlora.layer import Layer
-from fastlora.quant import QuantState
+from fastlora.quant import FORMATS, QuantState
 from fastlora.reference import plain
 
 
@@ -84,8 +84,11 @@ class Base:
         return f"{self.quant_type}-{self.blocksize}{'-nested' if self.nested else ''}"
 
     def fit(self, case: Any) -> Any:
-        """The case, K rounded up to what the format can store: MXFP4 has whole blocks in a row."""
-        return replace(case, K=-(-case.K // 32) * 32) if self.quant_type == "mxfp4" else case
+        """The case, K rounded up to what the format can store."""
+        fmt = FORMATS.get(self.quant_type or "")
+        if fmt is None or not fmt.whole_rows:
+            return case
+        return replace(case, K=-(-case.K // self.blocksize) * self.blocksize)
 
 
 BASES = (

@@ -67,7 +67,7 @@ QuantTensors with_aligned_codes(QuantTensors quant) {
 }
 
 OptionalTensor contiguous(const OptionalTensor& t) {
-  return t.has_value() ? OptionalTensor(torch::stable::contiguous(*t)) : t;
+  return t.has_value() ? OptionalTensor(contiguous(*t)) : t;
 }
 
 Weight weight_of(const QuantTensors& quant, int64_t N, int64_t K, const Tensor& x) {

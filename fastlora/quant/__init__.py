@@ -1,7 +1,7 @@
 """4-bit weights: how they are decoded (`QuantState`), and the formats that make them (`FORMATS`).
 
 A format is one instance in one file: `nf4`, `fp4` and `mxfp4`. Adding one touches its file, the
-tuple in `registry` and the cases of the tests.
+tuple in `registry` and the bases in tests/cases.py.
 """
 
 from __future__ import annotations

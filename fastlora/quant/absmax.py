@@ -32,6 +32,7 @@ class AbsmaxFormat(Format):
     blocksizes: tuple[int, ...] = BLOCKSIZES
     blocksize: int = 64
     nests: bool = True
+    whole_rows: bool = False
 
     def quantize(
         self, weight: Tensor, blocksize: int | None = None, compress_statistics: bool = False

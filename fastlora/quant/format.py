@@ -26,6 +26,8 @@ class Format(ABC):
         blocksizes: elements per scale that it allows.
         blocksize: the default among them.
         nests: whether absmax can be stored in 8 bits (`compress_statistics`).
+        whole_rows: whether no block may reach into the next row: the last dimension is a multiple
+            of the blocksize.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Format(ABC):
     blocksizes: tuple[int, ...]
     blocksize: int
     nests: bool
+    whole_rows: bool
 
     def table(self, device: torch.device | str | None = None) -> Tensor:
         """`code` as a tensor, `[16]` fp32."""
@@ -44,7 +47,7 @@ class Format(ABC):
         """The blocksize to use: the one given, or the default when None.
 
         Raises:
-            ValueError: the format doesn't have this blocksize or this option.
+            ValueError: the format doesn't have this blocksize, this option or such rows.
             TypeError: weight is not fp32, bf16 or fp16.
         """
         if blocksize is None:
@@ -61,6 +64,11 @@ class Format(ABC):
             )
         if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise TypeError(f"weight must be fp32, bf16 or fp16, got {weight.dtype}")
+        if self.whole_rows and (weight.dim() == 0 or weight.shape[-1] % blocksize):
+            raise ValueError(
+                f"weight must have a last dimension that is a multiple of {blocksize} for "
+                f"{self.name}, got {tuple(weight.shape)}"
+            )
         return blocksize
 
     @abstractmethod

@@ -45,18 +45,7 @@ class Mxfp4(Format):
     blocksizes: tuple[int, ...] = (BLOCKSIZE,)
     blocksize: int = BLOCKSIZE
     nests: bool = False
-
-    def check(
-        self, weight: Tensor, blocksize: int | None = None, compress_statistics: bool = False
-    ) -> int:
-        """See `Format.check`; rows must be whole blocks."""
-        blocksize = super().check(weight, blocksize, compress_statistics)
-        if weight.dim() == 0 or weight.shape[-1] % blocksize:
-            raise ValueError(
-                f"weight must have a last dimension that is a multiple of {blocksize} for "
-                f"{self.name}, got {tuple(weight.shape)}"
-            )
-        return blocksize
+    whole_rows: bool = True
 
     def quantize(
         self, weight: Tensor, blocksize: int | None = None, compress_statistics: bool = False

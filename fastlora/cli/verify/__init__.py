@@ -22,9 +22,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "verify",
         help="check every kernel on this machine against the reference",
         description=(
-            "Runs every op of every backend, in every dtype, on dense, nf4 and fp4 weights, with "
-            "and without dropout, forward and all gradients, on odd sizes. The error against a "
-            "float64 reference may be twice that of plain torch in the same dtypes; 4-bit "
+            "Runs every op of every backend, in every dtype, on dense, nf4, fp4 and mxfp4 weights, "
+            "with and without dropout, forward and all gradients, on odd sizes. The error against "
+            "a float64 reference may be twice that of plain torch in the same dtypes; 4-bit "
             "quantisation must match bit for bit. Exits with 1 if any error is larger."
         ),
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 from ... import ops, reference
 from ...backends.machine.tuned import op_key
 from ...layer import Layer, Needs
+from ...quant import FORMATS
 from ...reference import plain
 from ...tolerance import exceeds
 
@@ -35,6 +36,14 @@ class Base:
     quant_type: str | None
     nested: bool = False
 
+    def fit(self, size: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+        """M, N, K and R, K rounded up to what the format can store."""
+        M, N, K, R = size
+        fmt = FORMATS.get(self.quant_type or "")
+        if fmt is not None and fmt.whole_rows:
+            K = -(-K // fmt.blocksize) * fmt.blocksize
+        return M, N, K, R
+
     @property
     def forward(self) -> str:
         """How the table names the op of a layer's forward."""
@@ -48,7 +57,11 @@ class Base:
 
 BASES = (
     Base(None),
-    *(Base(quant_type, nested) for quant_type in ("nf4", "fp4") for nested in (False, True)),
+    *(
+        Base(name, nested)
+        for name, fmt in FORMATS.items()
+        for nested in ((False, True) if fmt.nests else (False,))
+    ),
 )
 
 
@@ -118,7 +131,7 @@ class _Inputs:
         weight, state = normal(N, K).mul(K**-0.5).to(x_dtype), None
         if case.base.quant_type is not None:
             weight, state = reference.quantize_4bit(
-                weight, 64, case.base.quant_type, case.base.nested
+                weight, None, case.base.quant_type, case.base.nested
             )
         return cls(
             dropout=case.dropout,

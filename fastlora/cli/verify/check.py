@@ -74,7 +74,7 @@ def check(
     found: dict[str, Results] = {backend: {} for backend in backends}
     sizes = sizes or (_QUICK_SIZES if quick else _SIZES)
     cases = [
-        Case(base, names, size, dropout, column, device)
+        Case(base, names, base.fit(size), dropout, column, device)
         for base, dropout in itertools.product(BASES, (0.0, _DROPOUT))
         for column, combinations in DTYPES.items()
         for names, size in itertools.product(combinations, sizes)
@@ -136,12 +136,13 @@ def _check_4bit(
     """The 4-bit ops, bit for bit: a ratio of 0, or infinity where a bit differs."""
     quantises = BACKENDS[backend].unsupported(Request("quantize_4bit", device)) is None
     columns = ("float32", "bfloat16", "float16")
-    for base, name, (_, N, K, _) in itertools.product(BASES[1:], columns, sizes):
+    for base, name, size in itertools.product(BASES[1:], columns, sizes):
         assert base.quant_type is not None
+        _, N, K, _ = base.fit(size)
         dtype = getattr(torch, name)
         generator = torch.Generator().manual_seed(N + K)
         weight = torch.randn(N, K, generator=generator).to(device, dtype)
-        settings = (64, base.quant_type, base.nested)
+        settings = (None, base.quant_type, base.nested)
         expected, expected_state = reference.quantize_4bit(weight, *settings)
         equal_by_op = {}
         if quantises:

@@ -76,7 +76,7 @@ class Row:
 
     @property
     def note(self) -> str:
-        """What the printed table says of the layer below it; "" when all is well."""
+        """The note below the printed table about the layer; "" when all is well."""
         return self.reason or (f"in the latest call: {self.last_call}" if self.last_call else "")
 
 
@@ -283,7 +283,7 @@ def _input_dtype(parts: Parts) -> torch.dtype:
 
 
 def _base(layer: Any) -> tuple[str, tuple[int, int] | None]:
-    """What the frozen weight is, and `(out_features, in_features)` of it or of each expert."""
+    """The name of the frozen weight, and `(out_features, in_features)` of it or of each expert."""
     base = layer.get_base_layer()
     if isinstance(layer, ParamWrapper):
         weight = getattr(base, layer.parameter_name)

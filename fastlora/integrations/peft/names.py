@@ -22,7 +22,7 @@ def short(dtype: torch.dtype) -> str:
 
 
 def base_name(base: nn.Module) -> str:
-    """What a base layer is made of, as in `Row.base`."""
+    """The kind of a base layer, as in `Row.base`: "bf16", "nf4/64 nested", or its class."""
     if bnb.is_linear4bit(base):
         state = bnb.raw_quant_state(base)
         if state is None:

@@ -127,7 +127,7 @@ class GatedMLP:
                 return f"{name}: {found}"
             plans.append(found)
             if len(plans) == 2:
-                # What down is called with: only its dtype, device and width are looked at.
+                # The input of down: only its dtype, device and width are looked at.
                 dtype, width = plans[0].casts.x, plans[0].parts.shape[0]
                 x = x.new_empty((0, width), dtype=dtype)
         gate, up, down = plans

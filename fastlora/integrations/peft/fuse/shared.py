@@ -84,7 +84,7 @@ class SharedInput:
         return self._first(found, x)
 
     def _place(self, layer: nn.Module) -> int | None:
-        """The place of `layer` in the group; None for a replica of it, which DataParallel makes."""
+        """The place of `layer` in the group; None for a replica made by DataParallel."""
         for place, member in enumerate(self.layers):
             if member is layer:
                 return place

@@ -1,4 +1,4 @@
-"""What the source of a module's forward tells: which children share an input, and what is an MLP.
+"""Reads from the source of a forward which children share an input, and which form an MLP.
 
 Reading finds candidates without a call. It can be wrong about the former, since code may rebind a
 name in ways that are not followed here; whoever uses the answer looks at the tensors themselves.

@@ -103,7 +103,7 @@ class _Result:
 
 @torch.no_grad()
 def _in_fp32(layer: Any, method: str, original: Tensor | None = None, **arguments: Any) -> _Result:
-    """What PEFT's own `method` makes of the base weight, when all is in fp32.
+    """The base weight after PEFT's own `method`, with everything in fp32.
 
     The layer's own weight stays as it is; its `merged_adapters` are changed.
 

@@ -53,9 +53,9 @@ def merge_adapter(
         base: the weights from before quantisation (a model, a state dict, or a folder of
             safetensors files). 4-bit layers then become `round(W_16 + dW)`.
         moments: layer name -> `[K, K]`, `x^T x` over typical inputs; `InputMoments` collects them.
-            4-bit layers that it names are quantised by `quantize_with_feedback`. For want of
-            `base`: with both, models came out worse than with `base` alone.
-        compare: measure in the report what PEFT's own merge would make. It costs a copy of one
+            4-bit layers that it names are quantised by `quantize_with_feedback`. Not with
+            `base`: models came out worse with both than with `base` alone.
+        compare: measure PEFT's own merge for the report, too. It costs a copy of one
             layer and about as much time again.
         progress: called with the number of layers done, and of all.
 

@@ -16,7 +16,7 @@ class InputMoments(Mapping[str, Tensor]):
 
     Asked for a layer, it runs the batches through the model, and keeps the moments of that layer
     and of those after it, as many as the budget holds. Asked in the order of the model while layers
-    are being merged, the inputs are those that the merged layers before make.
+    are being merged, the inputs are the outputs of the layers merged before.
 
     Args:
         model: a model with 4-bit layers, PEFT's or not. It is called as it is: put it in eval mode.

@@ -48,9 +48,9 @@ class OriginalWeights:
             )
 
     def key(self, layer: str) -> str:
-        """The name under which the weight of `layer` stands here.
+        """The name of the weight of `layer` in these originals.
 
-        Names may differ by what stands before them: "model.layers.0.mlp.up_proj" finds
+        Names may differ in their prefix: "model.layers.0.mlp.up_proj" finds
         "layers.0.mlp.up_proj.weight" and "base_model.model.model.layers.0.mlp.up_proj.weight".
 
         Raises:

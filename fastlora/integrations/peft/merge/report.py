@@ -38,7 +38,7 @@ class MergeRow:
         base: what holds the merged weight: "bf16", "nf4/64 nested", ...
         size: `|dW| / |W|`.
         error: `|M - (W + dW)| / |W + dW|`.
-        peft_error: the same, of what PEFT's own merge makes of this layer.
+        peft_error: the same, of PEFT's own merge of this layer.
         lost: `|M - (W + dW)| / |dW|`: how large the error is beside the update.
         kept: `<M - W, dW> / |dW|^2`: the part of the update that M has. Rounding that swallows the
             update makes it 0; 1 with a large `lost` is an update under noise.
@@ -164,7 +164,7 @@ def measured(
 
 
 def energy(weight: Tensor, moments: Tensor) -> float:
-    """`tr(W H W^T)`: the squared norm of the outputs that W makes of inputs with `x^T x = H`."""
+    """`tr(W H W^T)`: the squared norm of the outputs of W for inputs with `x^T x = H`."""
     return float(((weight @ moments.to(weight)) * weight).sum().clamp(min=0))
 
 

@@ -74,11 +74,6 @@ class Parts(NamedTuple):
         N, K = self.weight.shape if self.quant_state is None else self.quant_state.shape
         return N, K
 
-    @property
-    def op(self) -> str:
-        """The forward op that serves the layer."""
-        return "lora_linear_fwd"
-
 
 class Casts(NamedTuple):
     """The dtypes of one call: of x, of the adapters, and of a base product that W is cast for."""

@@ -80,7 +80,7 @@ def casts(
 def linear_request(parts: Parts, dtypes: Casts, device: torch.device) -> Request:
     """What a layer asks a backend for."""
     four_bit = parts.quant_state is not None
-    return Request(parts.op, device.type, device.index, *dtypes, four_bit)
+    return Request("lora_linear_fwd", device.type, device.index, *dtypes, four_bit)
 
 
 def backend_reason(request: Request) -> str | None:

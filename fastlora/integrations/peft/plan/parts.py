@@ -1,4 +1,4 @@
-"""What a PEFT layer around a linear one is: the tensors that the fast path reads."""
+"""The tensors that the fast path reads from a PEFT layer around a linear one."""
 
 from __future__ import annotations
 

@@ -1,3 +1,3 @@
-"""What a call of a PEFT layer computes, once the plan is made."""
+"""Computes the calls of PEFT layers that `plan` has found to be fastlora's."""
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from ....autograd.linear import lora_linear
 class AdaptedWeight(Tensor):
     """`W + scaling * left right`, `[..., rows, columns]`, a wrapper without memory of its own.
 
-    `adapted_weight` makes one. Its value, where it is asked for, is that of PEFT's code.
+    `adapted_weight` builds one. Its value, if it is asked for, is that of PEFT's code.
 
     Args:
         base: W, `[rows, columns]` or a stack of them.

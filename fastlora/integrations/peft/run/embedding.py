@@ -1,4 +1,4 @@
-"""What a call of PEFT's LoRA on an embedding computes.
+"""Computes a call of PEFT's LoRA on an embedding.
 
 PEFT rounds the table's rows, the LoRA term and their sum, each to its own dtype; the op rounds the
 sum, once, to the table's. PEFT's dropout does nothing on an embedding.
@@ -37,7 +37,7 @@ def _scales(parts: EmbeddingParts) -> tuple[float, float]:
     """`embed_scale` as the base layer and as PEFT's LoRA term round it."""
     scale: Any = parts.base.embed_scale
     rounded = torch.as_tensor(scale).to(parts.weight.dtype)
-    # PEFT makes a tensor of a number, in the table's dtype.
+    # PEFT turns a number into a tensor of the table's dtype.
     term = scale if isinstance(scale, Tensor) else rounded
     base = rounded if parts.rounds_scale else scale
     return float(base), float(term.to(parts.lora_A.dtype))

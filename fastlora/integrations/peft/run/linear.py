@@ -1,4 +1,4 @@
-"""What one call of a layer around a linear one computes, once `plan` has found that it may.
+"""Computes a call of a layer around a linear one, from its plan.
 
 The casts are outside the autograd Functions, so that autograd casts the gradients back and the
 backward does not depend on autocast.

@@ -1,4 +1,4 @@
-"""What a call of PEFT's LoRA on a parameter computes: experts, routers, plain weights.
+"""Computes a call of PEFT's LoRA on a parameter: experts, routers, plain weights.
 
 PEFT's `ParamWrapper` adds `scaling * B A` to the parameter at each forward, for all experts. Here
 an `AdaptedWeight` takes the place where the model looks for the parameter, whoever the model is:
