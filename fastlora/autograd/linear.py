@@ -121,4 +121,4 @@ def linear(x: Tensor, layer: Layer, *, backend: str | None = None) -> Tensor:
             y = LoraLinearFunction.apply(rows, layer, backend, bias, A, B)
         else:
             y, _ = ops.lora_linear_fwd(rows, working(layer), backend=backend)
-    return y if y.dim() == x.dim() else y.view(*x.shape[:-1], y.shape[-1])
+    return y if rows is x else y.view(*x.shape[:-1], y.shape[-1])

@@ -42,8 +42,17 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.pop()
 
 
+# `backend=` for a call whose backend was asked about before: nobody has named one.
+UNFORCED = ""
+
+
 def forced_backend(backend: str | None = None) -> str | None:
-    """The backend that the caller, a `use_backend` block or FASTLORA_BACKEND asks for."""
+    """The backend that the caller, a `use_backend` block or FASTLORA_BACKEND asks for, or None.
+
+    `UNFORCED` for `backend` gives None, whatever the block and the variable say.
+    """
+    if backend == UNFORCED:
+        return None
     if backend is not None:
         return _checked(backend, "backend")
     if _forced:
