@@ -10,13 +10,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastlora import backends, tuning
-from fastlora.backends import native, native_cuda, triton
+from fastlora.backends import native, triton
+from fastlora.backends.contract import Request
 from fastlora.backends.machine import tuned
 from tests import emulated
 
 pytestmark = pytest.mark.skipif(
-    triton.unsupported("lora_linear_fwd", "cpu") is not None,
-    reason=str(triton.unsupported("lora_linear_fwd", "cpu")),
+    triton.unsupported(Request("lora_linear_fwd", "cpu")) is not None,
+    reason=str(triton.unsupported(Request("lora_linear_fwd", "cpu"))),
 )
 
 needs_native = pytest.mark.skipif(
@@ -158,7 +159,7 @@ def test_kernels_of_the_native_backend_compete(
     monkeypatch.setattr(measure, "interleave", interleave)
     monkeypatch.setattr(tuner, "candidates", lambda *args: [])
     sizes = (20, 64, 64, torch.bfloat16)
-    kernels = native_cuda.kernels("qlora_linear_fwd", *sizes)
+    kernels = native.cuda.kernels("lora_linear_fwd", *sizes)
     choices = [{**tuner.NATIVE, "kernel": kernel} for kernel in kernels]
     monkeypatch.setattr(tuner.Trial, "_native_choices", lambda trial: choices)
     emulated.load()
