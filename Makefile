@@ -4,9 +4,11 @@
 #   PYTHON=python3.12         interpreter that creates .venv
 #   FASTLORA_NATIVE=0         no native kernels
 #   MAX_JOBS=1                compilers at once
+#   WORKERS=0                 test processes; by default one for each core, 4 at most
 #   PYTEST_ARGS="-k nf4"      arguments for pytest; DEMO_ARGS for the demo
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= logical
 export FASTLORA_NATIVE ?= 1
 
 BIN := $(VENV)/bin
@@ -42,7 +44,7 @@ ifneq ($(FASTLORA_NATIVE),0)
 endif
 
 test: build ## run the whole test suite
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
 
 peft-suite: build ## run PEFT's own tests with and without fastlora, and compare
 	$(BIN)/python -m tests.peft_suite $(PEFT_SUITE_ARGS)

@@ -8,6 +8,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# Libgomp reads it when torch loads it. Threads that spin while they wait take the cores from the
+# other test processes, and results don't depend on it.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 

@@ -24,9 +24,9 @@ import torch
 from fastlora import backends
 from fastlora.backends import schemas
 from fastlora.backends.native import cuda
+from tests.building import BUILD, build_lock
 
 ROOT = Path(__file__).resolve().parents[1]
-BUILD = ROOT / "build"
 NAME = "cuda emulated"
 # As on an sm_80. The emulation has no compute capability.
 FUSED_TOKENS = cuda.FUSED_TOKENS[8, 0]
@@ -37,7 +37,8 @@ def run_cmake(target: str) -> None:
     if not (BUILD / "build.ninja").exists():
         pytest.skip("there is no build/ with CMake's targets: FASTLORA_NATIVE=0 leaves it out")
     command = [str(Path(sys.executable).parent / "cmake"), "--build", str(BUILD)]
-    done = subprocess.run([*command, "--target", target], capture_output=True, text=True)
+    with build_lock():
+        done = subprocess.run([*command, "--target", target], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from fastlora.backends import native
 
+from .building import build_lock
 from .kernel_calls import Call, make_calls, read_results
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,7 +65,8 @@ def run(command: list[str | Path], **environment: str) -> str:
 
 
 def build(folder: Path) -> Path:
-    run([str(tool("cmake")), "--build", folder, "--target", "kernel-runner"])
+    with build_lock():
+        run([str(tool("cmake")), "--build", folder, "--target", "kernel-runner"])
     return folder / "kernel-runner"
 
 
@@ -93,7 +95,8 @@ def aarch64_runner() -> Path:
         "Python_EXECUTABLE": sys.executable,
     }
     defined = [f"-D{name}={value}" for name, value in options.items()]
-    run([str(tool("cmake")), "-G", "Ninja", "-S", ROOT, "-B", folder, *defined])
+    with build_lock():
+        run([str(tool("cmake")), "-G", "Ninja", "-S", ROOT, "-B", folder, *defined])
     return build(folder)
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from fastlora.backends import native
 
+from .building import build_lock
 from .csrc.isa_check import escapes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -122,7 +123,9 @@ def test_no_isa_escapes_from_its_objects() -> None:
         pytest.skip("build/ holds no objects: fastlora was not compiled here by `make build`")
     cmake = shutil.which("cmake", path=f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}")
     assert cmake is not None
-    assert "0 symbols that escape" in output(run([cmake, "--build", "build", "-t", "isa-check"]))
+    with build_lock():
+        done = run([cmake, "--build", "build", "-t", "isa-check"])
+    assert "0 symbols that escape" in output(done)
 
 
 # ---- the library as a file -------------------------------------------------------------------
