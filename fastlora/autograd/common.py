@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..backends import UNFORCED, forced_backend
 from ..layer import Grads, Layer, Needs
-from ..quant import as_quant_state
+from ..quant import QuantState, as_quant_state
 
 _T = TypeVar("_T")
 _OFF: AbstractContextManager[Any] = nullcontext()
@@ -40,30 +40,35 @@ def prepared(
     Raises:
         ValueError: a weight requires a gradient. TypeError: a quant_state lacks a field.
     """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    ready = []
-    for layer in layers:
-        check_frozen(layer.weight)
-        if layer.quant_state is not None:
-            layer = layer._replace(quant_state=as_quant_state(layer.quant_state))
-        if dtype is not None:
-            layer = _autocast(layer, dtype)
-        if layer.dropout_p != 0.0 and layer.seed is None:
-            layer = layer._replace(seed=draw_seed(x))
-        ready.append(layer)
+    dtype = autocast_dtype(x)
+    ready = [prepared_layer(x, layer, dtype) for layer in layers]
     return x if dtype is None else x.to(dtype), ready, settled(backend)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype of the autocast region around a call on x, None outside."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def prepared_layer(x: Tensor, layer: Layer, dtype: torch.dtype | None) -> Layer:
+    """One layer of `prepared`; `dtype` is that of autocast."""
+    check_frozen(layer.weight)
+    if layer.quant_state is not None and type(layer.quant_state) is not QuantState:
+        layer = layer._replace(quant_state=as_quant_state(layer.quant_state))
+    if dtype is not None:
+        bias = None if layer.bias is None else layer.bias.to(dtype)
+        A, B = layer.lora_A.to(dtype), layer.lora_B.to(dtype)
+        compute_dtype = dtype if layer.quant_state is None else layer.compute_dtype
+        layer = layer._replace(lora_A=A, lora_B=B, bias=bias, compute_dtype=compute_dtype)
+    if layer.dropout_p != 0.0 and layer.seed is None:
+        layer = layer._replace(seed=draw_seed(x))
+    return layer
 
 
 def settled(backend: str | None) -> str:
     """The backend of forward and backward, which may run outside of a `use_backend` block."""
     return forced_backend(backend) or UNFORCED
-
-
-def _autocast(layer: Layer, dtype: torch.dtype) -> Layer:
-    bias = None if layer.bias is None else layer.bias.to(dtype)
-    layer = layer._replace(lora_A=layer.lora_A.to(dtype), lora_B=layer.lora_B.to(dtype), bias=bias)
-    return layer if layer.quant_state is not None else layer._replace(compute_dtype=dtype)
 
 
 def check_frozen(weight: Tensor) -> None:
