@@ -3,47 +3,57 @@
 from __future__ import annotations
 
 from ..reference import (
-    dequantize_4bit,
-    dora_dropout_bwd,
-    dora_dropout_fwd,
-    dora_magnitude_bwd,
-    dora_magnitude_fwd,
-    dora_norm,
-    grouped_lora_linear_bwd,
-    grouped_lora_linear_fwd,
-    lora_embedding_bwd,
-    lora_embedding_fwd,
-    lora_linear_bwd,
-    lora_linear_fwd,
-    quantize_4bit,
-    shared_linear_bwd,
-    shared_linear_fwd,
-    shrink,
-    skinny_bwd,
+    dequantize_4bit as dequantize_4bit,
+)
+from ..reference import (
+    dora_dropout_bwd as dora_dropout_bwd,
+)
+from ..reference import (
+    dora_dropout_fwd as dora_dropout_fwd,
+)
+from ..reference import (
+    dora_magnitude_bwd as dora_magnitude_bwd,
+)
+from ..reference import (
+    dora_magnitude_fwd as dora_magnitude_fwd,
+)
+from ..reference import (
+    dora_norm as dora_norm,
+)
+from ..reference import (
+    grouped_lora_linear_bwd as grouped_lora_linear_bwd,
+)
+from ..reference import (
+    grouped_lora_linear_fwd as grouped_lora_linear_fwd,
+)
+from ..reference import (
+    lora_embedding_bwd as lora_embedding_bwd,
+)
+from ..reference import (
+    lora_embedding_fwd as lora_embedding_fwd,
+)
+from ..reference import (
+    lora_linear_bwd as lora_linear_bwd,
+)
+from ..reference import (
+    lora_linear_fwd as lora_linear_fwd,
+)
+from ..reference import (
+    quantize_4bit as quantize_4bit,
+)
+from ..reference import (
+    shared_linear_bwd as shared_linear_bwd,
+)
+from ..reference import (
+    shared_linear_fwd as shared_linear_fwd,
+)
+from ..reference import (
+    shrink as shrink,
+)
+from ..reference import (
+    skinny_bwd as skinny_bwd,
 )
 from .contract import Request
-
-__all__ = [
-    "NAME",
-    "dequantize_4bit",
-    "dora_dropout_bwd",
-    "dora_dropout_fwd",
-    "dora_magnitude_bwd",
-    "dora_magnitude_fwd",
-    "dora_norm",
-    "grouped_lora_linear_bwd",
-    "grouped_lora_linear_fwd",
-    "lora_embedding_bwd",
-    "lora_embedding_fwd",
-    "lora_linear_bwd",
-    "lora_linear_fwd",
-    "quantize_4bit",
-    "shared_linear_bwd",
-    "shared_linear_fwd",
-    "shrink",
-    "skinny_bwd",
-    "unsupported",
-]
 
 NAME = "reference"
 

@@ -12,37 +12,28 @@ from ...quant import QuantState
 from ..contract import Request, unsupported_dtype
 from . import cpu, cuda
 from .cpu import (
-    dora_dropout_bwd,
-    dora_dropout_fwd,
-    dora_magnitude_bwd,
-    dora_magnitude_fwd,
-    dora_norm,
-    lora_embedding_bwd,
-    lora_embedding_fwd,
+    dora_dropout_bwd as dora_dropout_bwd,
 )
-from .library import build_info, unavailable_reason
-
-__all__ = [
-    "NAME",
-    "build_info",
-    "dequantize_4bit",
-    "dora_dropout_bwd",
-    "dora_dropout_fwd",
-    "dora_magnitude_bwd",
-    "dora_magnitude_fwd",
-    "dora_norm",
-    "grouped_lora_linear_bwd",
-    "grouped_lora_linear_fwd",
-    "lora_embedding_bwd",
-    "lora_embedding_fwd",
-    "lora_linear_bwd",
-    "lora_linear_fwd",
-    "quantize_4bit",
-    "shared_linear_bwd",
-    "shared_linear_fwd",
-    "unavailable_reason",
-    "unsupported",
-]
+from .cpu import (
+    dora_dropout_fwd as dora_dropout_fwd,
+)
+from .cpu import (
+    dora_magnitude_bwd as dora_magnitude_bwd,
+)
+from .cpu import (
+    dora_magnitude_fwd as dora_magnitude_fwd,
+)
+from .cpu import (
+    dora_norm as dora_norm,
+)
+from .cpu import (
+    lora_embedding_bwd as lora_embedding_bwd,
+)
+from .cpu import (
+    lora_embedding_fwd as lora_embedding_fwd,
+)
+from .library import build_info as build_info
+from .library import unavailable_reason as unavailable_reason
 
 NAME = "native"
 

@@ -17,43 +17,34 @@ from ...quant import QuantState
 
 # Ops without a Triton kernel: `unsupported` declines them.
 from ...reference import (
-    dora_dropout_bwd,
-    dora_dropout_fwd,
-    dora_magnitude_bwd,
-    dora_magnitude_fwd,
-    dora_norm,
-    lora_embedding_bwd,
-    lora_embedding_fwd,
-    quantize_4bit,
+    dora_dropout_bwd as dora_dropout_bwd,
+)
+from ...reference import (
+    dora_dropout_fwd as dora_dropout_fwd,
+)
+from ...reference import (
+    dora_magnitude_bwd as dora_magnitude_bwd,
+)
+from ...reference import (
+    dora_magnitude_fwd as dora_magnitude_fwd,
+)
+from ...reference import (
+    dora_norm as dora_norm,
+)
+from ...reference import (
+    lora_embedding_bwd as lora_embedding_bwd,
+)
+from ...reference import (
+    lora_embedding_fwd as lora_embedding_fwd,
+)
+from ...reference import (
+    quantize_4bit as quantize_4bit,
 )
 from .. import composed
 from ..contract import Request, asked, is_empty, unsupported_dtype
 from ..machine.gpu import interpreted, triton_version, unsupported_gpu
 from ..schemas import flatten, packed
 from . import library as library  # defines torch.ops.fastlora_triton
-
-__all__ = [
-    "NAME",
-    "dequantize_4bit",
-    "dora_dropout_bwd",
-    "dora_dropout_fwd",
-    "dora_magnitude_bwd",
-    "dora_magnitude_fwd",
-    "dora_norm",
-    "grouped_lora_linear_bwd",
-    "grouped_lora_linear_fwd",
-    "lora_embedding_bwd",
-    "lora_embedding_fwd",
-    "lora_linear_bwd",
-    "lora_linear_fwd",
-    "quantize_4bit",
-    "shared_linear_bwd",
-    "shared_linear_fwd",
-    "shrink",
-    "skinny_bwd",
-    "unavailable_reason",
-    "unsupported",
-]
 
 NAME = "triton"
 
