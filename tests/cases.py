@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastlora import reference
-from fastlora.layer import Layer
+from fastlora.layer import Layer, Needs
 from fastlora.quant import FORMATS, QuantState
 from fastlora.reference import plain
 
@@ -76,11 +76,11 @@ class Base:
     quant_type: str | None = None
     blocksize: int = 64
     nested: bool = False
-    turned: bool = False  # dense, stored [K, N]
+    transposed: bool = False  # dense, stored [K, N]
 
     def __str__(self) -> str:
         if self.quant_type is None:
-            return "dense, turned" if self.turned else "dense"
+            return "dense, transposed" if self.transposed else "dense"
         return f"{self.quant_type}-{self.blocksize}{'-nested' if self.nested else ''}"
 
     def fit(self, case: Any) -> Any:
@@ -93,7 +93,7 @@ class Base:
 
 BASES = (
     Base(),
-    Base(turned=True),
+    Base(transposed=True),
     Base("nf4", 64, nested=True),
     Base("nf4", 64),
     Base("nf4", 32, nested=True),
@@ -153,7 +153,7 @@ def make_inputs(case: Case, base: Base, dtypes: tuple[Any, Any, Any]) -> Inputs:
     state = None
     if base.quant_type is None:
         weight = weight.to(x_dtype)
-        if base.turned:
+        if base.transposed:
             weight = weight.T.contiguous().T
     else:
         weight, state = reference.quantize_4bit(
@@ -191,13 +191,10 @@ class Results:
 
 def exact_results(case: Case, inputs: Inputs) -> Results:
     """The definition in float64 on the same, already rounded inputs."""
-    x, W, dy = inputs.x.double(), inputs.exact_weight(), inputs.dy.double()
-    A, B = inputs.lora_A.double(), inputs.lora_B.double()
-    bias = None if inputs.bias is None else inputs.bias.double()
-    options = (inputs.scaling, case.dropout_p, inputs.seed)
-    y, S = reference.lora_linear_fwd(x, W, bias, A, B, *options)
-    needs = (True, True, True, True)
-    return Results(y, *reference.lora_linear_bwd(dy, x, W, A, B, S, *options, needs))
+    layer = plain.widened(inputs.layer._replace(dropout_p=case.dropout_p))
+    x, dy = inputs.x.double(), inputs.dy.double()
+    y, S = reference.lora_linear_fwd(x, layer)
+    return Results(y, *reference.lora_linear_bwd(dy, x, layer, S, Needs(bias=True)))
 
 
 def plain_results(case: Case, inputs: Inputs) -> Results:

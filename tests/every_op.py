@@ -18,8 +18,9 @@ from fastlora import grouped_lora_linear, lora_embedding, lora_linear, ops, refe
 from fastlora.autograd.dora import dora_linear
 from fastlora.autograd.shared import shared_linear
 from fastlora.backends import BACKENDS, native
+from fastlora.backends.contract import Request
 from fastlora.layer import Layer
-from fastlora.reference import Projection, plain
+from fastlora.reference import plain
 from fastlora.tolerance import exceeds
 
 SCALING, DROPOUT = 1.5, 0.1
@@ -96,36 +97,30 @@ def check_shared(
         weight, state = (torch.randn(rows, K) / K**0.5).to(x_dtype), None
         if quantized:
             weight, state = reference.quantize_4bit(weight, 64, "nf4", compress_statistics=True)
-        layers.append((weight, state, dropout_p, torch.tensor([M + i])))
         dys.append(torch.randn(M, rows).to(x_dtype))
-        inputs |= {
-            f"bias{i}": torch.randn(rows).to(x_dtype),
-            f"lora_A{i}": (torch.randn(R, K) / K**0.5).to(adapter_dtype),
-            f"lora_B{i}": (torch.randn(rows, R) / R**0.5).to(adapter_dtype),
-        }
+        bias = torch.randn(rows).to(x_dtype)
+        A = (torch.randn(R, K) / K**0.5).to(adapter_dtype)
+        B = (torch.randn(rows, R) / R**0.5).to(adapter_dtype)
+        inputs |= {f"bias{i}": bias, f"lora_A{i}": A, f"lora_B{i}": B}
+        options = (bias, state, None, dropout_p, torch.tensor([M + i]))
+        layers.append(Layer(weight, A, B, SCALING, *options))
 
-    def own(named: dict[str, Tensor], i: int) -> tuple[Tensor, Tensor, Tensor]:
-        return named[f"bias{i}"], named[f"lora_A{i}"], named[f"lora_B{i}"]
+    def own(named: dict[str, Tensor]) -> list[Layer]:
+        fields = ("lora_A", "lora_B", "bias")
+        return [
+            layer._replace(**{field: named[f"{field}{i}"] for field in fields})
+            for i, layer in enumerate(layers)
+        ]
 
     def usual(named: dict[str, Tensor], exactly: bool) -> dict[str, Tensor]:
-        ys = []
-        for i, (weight, state, dropout_p, seed) in enumerate(layers):
-            bias, A, B = own(named, i)
-            layer = Layer(weight, A, B, SCALING, bias, state, None, dropout_p, seed)
-            if exactly:
-                layer = plain.widened(layer, x_dtype)
-            ys.append(plain.lora_linear(named["x"], layer))
+        some = own(named)
+        if exactly:
+            some = [plain.widened(layer, x_dtype) for layer in some]
+        ys = [plain.lora_linear(named["x"], layer) for layer in some]
         return results(torch.cat(ys, dim=1), torch.cat(dys, dim=1), named)
 
     mine = leaves(inputs)
-    ys = shared_linear(
-        mine["x"],
-        [
-            Projection(weight, *own(mine, i), SCALING, dropout_p, seed, state)
-            for i, (weight, state, dropout_p, seed) in enumerate(layers)
-        ],
-        backend=backend,
-    )
+    ys = shared_linear(mine["x"], own(mine), backend=backend)
     out = results(torch.cat(ys, dim=1), torch.cat(dys, dim=1), mine)
     exact = usual(leaves(inputs, torch.float64), exactly=True)
     base = usual(leaves(inputs), exactly=False)
@@ -196,11 +191,11 @@ def check_dora(size: tuple[int, int, int, int], dtypes: tuple[torch.dtype, ...])
     weight = torch.randn(N, K).to(dtype)
     packed, state = reference.quantize_4bit(weight, 64, "nf4", compress_statistics=True)
     for W, norms in (
-        (weight, ops.dora_norm(weight, A, B, SCALING)),
-        (weight, ops.dora_norm(weight.T.contiguous().T, A, B, SCALING)),
+        (weight, ops.dora_norm(Layer(weight, A, B, SCALING))),
+        (weight, ops.dora_norm(Layer(weight.T.contiguous().T, A, B, SCALING))),
         (
             reference.dequantize_4bit(packed, state),
-            ops.qdora_norm(packed, state, A, B, SCALING),
+            ops.dora_norm(Layer(packed, A, B, SCALING, quant_state=state)),
         ),
     ):
         exact, base = (
@@ -231,8 +226,10 @@ def check_dora(size: tuple[int, int, int, int], dtypes: tuple[torch.dtype, ...])
     ) -> Tensor:
         return plain.dora_linear(x, layer._replace(**trained), factor, product_dtype)
 
-    y = dora_linear(weight=weight, bias=None, scaling=SCALING, dropout_p=DROPOUT, seed=seed, **mine)
-    out = results(y, dy, mine)
+    def node(x: Tensor, factor: Tensor, **trained: Tensor) -> Tensor:
+        return dora_linear(x, layer._replace(**trained), factor)
+
+    out = results(node(**mine), dy, mine)
     exact = results(sequence(plain.widened(layer), **wide), dy, wide)
     base = results(sequence(layer, **usual), dy, usual)
     # PEFT takes drop(x) W^T in the adapter's dtype, fastlora in x's: factor's gradient shows it.
@@ -258,7 +255,8 @@ def check_4bit(backend: str) -> None:
 def main() -> None:
     backend = sys.argv[1] if len(sys.argv) > 1 else "native"
     check_4bit(backend)
-    if not BACKENDS[backend].unsupported("grouped_lora_linear_fwd", "cpu", dropout_p=DROPOUT):
+    experts = Request("grouped_lora_linear_fwd", "cpu", dropout=True)
+    if not BACKENDS[backend].unsupported(experts):
         for quantized in (False, True):
             check_experts(quantized, backend)
     for size in SIZES:

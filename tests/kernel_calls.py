@@ -183,7 +183,7 @@ def grouped_calls(case: grouped.Case, base: Base, dtypes: str) -> Iterator[Call]
     """Forward and backward of a stack of experts, held to the error policy."""
     torch.manual_seed(0)
     inputs = grouped.make_inputs(case, base, DTYPES[dtypes])
-    exact, plain = (grouped.segment_results(case, inputs, exactly) for exactly in (True, False))
+    exact, plain = (grouped.segment_results(inputs, exactly) for exactly in (True, False))
     x, A, B, E = inputs.x, inputs.lora_A, inputs.lora_B, len(case.ends)
     kept = reference.dropout_mask(case.M, case.K, case.dropout_p, inputs.seed)
     kept = x.float() * kept * reference.dropout_threshold(case.dropout_p)[1]

@@ -7,6 +7,9 @@ import torch
 
 from fastlora import backends, ops, reference
 from fastlora.backends import native
+from fastlora.backends.contract import Request
+from fastlora.backends.schemas import flatten, flatten_all, packed
+from fastlora.layer import Layer, Needs
 from tests.cases import (
     BASES,
     CASES,
@@ -22,35 +25,22 @@ from tests.cases import (
 from tests.conftest import poisoned_memory
 from tests.tolerance import assert_close_to_exact
 
-NEEDS = (True, True, True, True)
+DENSE, NF4 = Base(), Base("nf4", 64, nested=True)
+EVERYTHING = Needs(bias=True)
+CALL = Request("lora_linear_fwd", "cpu")
 
 
 @pytest.fixture(params=["native", "reference"])
 def backend(request: pytest.FixtureRequest) -> str:
-    if reason := backends.BACKENDS[request.param].unsupported("lora_linear_fwd", "cpu"):
+    if reason := backends.BACKENDS[request.param].unsupported(CALL):
         pytest.skip(reason)
     return request.param
 
 
-def run(case: Case, inputs: Inputs, backend: str, needs=NEEDS) -> Results:
-    options = (inputs.scaling, case.dropout_p, inputs.seed)
-    A, B = inputs.lora_A, inputs.lora_B
-    if inputs.quant_state is None:
-        y, S = ops.lora_linear_fwd(
-            inputs.x, inputs.weight, inputs.bias, A, B, *options, backend=backend
-        )
-        grads = ops.lora_linear_bwd(
-            inputs.dy, inputs.x, inputs.weight, A, B, S, *options, needs, backend=backend
-        )
-    else:
-        base = (inputs.weight, inputs.quant_state)
-        dtype = inputs.compute_dtype
-        y, S = ops.qlora_linear_fwd(
-            inputs.x, *base, inputs.bias, A, B, *options, dtype, backend=backend
-        )
-        grads = ops.qlora_linear_bwd(
-            inputs.dy, inputs.x, *base, A, B, S, *options, dtype, needs, backend=backend
-        )
+def run(case: Case, inputs: Inputs, backend: str, needs: Needs = EVERYTHING) -> Results:
+    layer = inputs.layer._replace(dropout_p=case.dropout_p)
+    y, S = ops.lora_linear_fwd(inputs.x, layer, backend=backend)
+    grads = ops.lora_linear_bwd(inputs.dy, inputs.x, layer, S, needs, backend=backend)
     return Results(y, *grads)
 
 
@@ -77,7 +67,7 @@ def test_against_definition(case: Case, base: Base, dtypes: str, backend: str) -
 
 @pytest.mark.parametrize("asked", range(16))
 def test_computes_only_what_is_needed(asked: int, backend: str) -> None:
-    needs = tuple(bool(asked >> i & 1) for i in range(4))
+    needs = Needs(*(bool(asked >> i & 1) for i in range(4)))
     case = Case("", M=21, N=40, K=100, R=4, dropout_p=0.2)
     for base in (Base(), Base("nf4", 64, nested=True)):
         inputs = make_inputs(case, base, DTYPES["bf16, fp32 adapter"])
@@ -116,13 +106,13 @@ def test_dropout_mask_is_the_references(p: float, backend: str) -> None:
     x, eye = torch.ones(M, K), torch.eye(K)
     seed = torch.tensor([-12345])
     mask = reference.dropout_mask(M, K, p, seed)
-    zeros = torch.zeros(K, K)
-    y, S = ops.lora_linear_fwd(x, zeros, None, eye, eye, 1.0, p, seed, backend=backend)
+    layer = Layer(torch.zeros(K, K), eye, eye, 1.0, dropout_p=p, seed=seed)
+    y, S = ops.lora_linear_fwd(x, layer, backend=backend)
     assert torch.equal(y != 0, mask)
     # y = dx for dy = 1: the backward makes the same mask, along the other axis.
-    dx, *_ = ops.lora_linear_bwd(x, x, zeros, eye, eye, S, 1.0, p, seed, backend=backend)
+    dx, *_ = ops.lora_linear_bwd(x, x, layer, S, backend=backend)
     assert torch.equal(dx != 0, mask)
-    few, _ = ops.lora_linear_fwd(x[:5], zeros, None, eye, eye, 1.0, p, seed, backend=backend)
+    few, _ = ops.lora_linear_fwd(x[:5], layer, backend=backend)
     assert torch.equal(few != 0, mask[:5])
 
 
@@ -161,7 +151,7 @@ def test_no_adapter_is_the_frozen_layer(rank: int, backend: str) -> None:
     case = Case("", M=40, N=50, K=96, R=1)
     inputs = make_inputs(case, Base("nf4", 64), DTYPES["fp32"])
     inputs.lora_A, inputs.lora_B = torch.empty(rank, 96), torch.empty(50, rank)
-    got = run(case, inputs, backend, (True, False, False, False))
+    got = run(case, inputs, backend, Needs(True, False, False))
     W, plain = inputs.exact_weight(), plain_results(case, inputs)
     want = inputs.x.double() @ W.T + inputs.bias.double()
     assert_close_to_exact(got.y, want, plain.y, what="y")
@@ -208,33 +198,25 @@ def test_code_table_comes_from_the_state(backend: str) -> None:
     assert_close_to_exact(after.y, exact.y, plain_results(case, inputs).y, what="y")
 
 
-def _op_arguments() -> dict[str, tuple]:
+def _op_arguments(base: Base = DENSE) -> dict[str, tuple]:
     case = Case("", M=5, N=12, K=64, R=2, dropout_p=0.1)
-    dense = make_inputs(case, Base(), DTYPES["fp32"])
-    packed = make_inputs(case, Base("nf4", 64, nested=True), DTYPES["fp32"])
-    options = (1.0, 0.1, dense.seed)
-    quant = (packed.weight.view(-1), *native.state_args(packed.quant_state))
-    A, B, S = dense.lora_A, dense.lora_B, torch.randn(5, 2)
-    needs = (True, True, False, True)
-    stats = native.state_args(packed.quant_state)[:-1]
-    two = [packed.weight.view(-1), A, B, dense.bias, dense.seed, *stats] * 2
-    bounds = torch.linspace(-0.9, 0.9, 15)
-    order = torch.arange(16, dtype=torch.uint8)
+    inputs = make_inputs(case, base, DTYPES["fp32"])
+    x, dy, S, needs = inputs.x, inputs.dy, torch.randn(5, 2), (True, True, False, True)
+    layer = inputs.layer
+    if base.quant_type is not None:
+        layer = layer._replace(weight=layer.weight.view(-1), compute_dtype=torch.float32)
+    two = flatten_all([layer, layer._replace(scaling=2.0, dropout_p=0.0)])
+    weight = torch.randn(12, 64)
+    bounds, order = torch.linspace(-0.9, 0.9, 15), torch.arange(16, dtype=torch.uint8)
+    stored, state = reference.quantize_4bit(weight, compress_statistics=True)
     return {
-        "lora_linear_fwd": (dense.x, dense.weight, dense.bias, A, B, *options),
-        "lora_linear_bwd": (dense.dy, dense.x, dense.weight, A, B, S, *options, *needs),
-        "qlora_linear_fwd": (dense.x, *quant, torch.float32, dense.bias, A, B, *options),
-        "qlora_linear_bwd": (
-            dense.dy, dense.x, *quant, torch.float32, A, B, S, *options, *needs,
-        ),
-        "shared_linear_fwd": (dense.x, two, [64, 64], torch.float32, [1.0, 2.0], [0.1, 0.0]),
-        "shared_linear_bwd": (
-            [dense.dy, dense.dy], dense.x, two, [64, 64], torch.float32, [S, S],
-            [1.0, 2.0], [0.1, 0.0], True, [1, 1, 0, 1, 0, 1],
-        ),
-        "quantize_4bit": (dense.weight, bounds, order, 64),
-        "dequantize_4bit_out": (*quant, torch.empty(12, 64)),
-    }  # fmt: skip
+        "lora_linear_fwd": (x, *flatten(layer)),
+        "lora_linear_bwd": (dy, x, *flatten(layer), S, *needs),
+        "shared_linear_fwd": (x, *two),
+        "shared_linear_bwd": ([dy, dy], x, *two, [S, S], True, [1, 1, 0, 1, 0, 1]),
+        "quantize_4bit": (weight, bounds, order, 64),
+        "dequantize_4bit_out": (*packed(stored.view(-1), state), torch.empty(12, 64)),
+    }
 
 
 def test_decoding_compiles(backend: str) -> None:
@@ -248,11 +230,12 @@ def test_decoding_compiles(backend: str) -> None:
 
 
 @pytest.mark.skipif(native.build_info() is None, reason=str(native.unavailable_reason()))
+@pytest.mark.parametrize("base", [DENSE, NF4], ids=str)
 @pytest.mark.parametrize("op", _op_arguments())
-def test_opcheck(op: str) -> None:
+def test_opcheck(op: str, base: Base) -> None:
     result = torch.library.opcheck(
         getattr(torch.ops.fastlora, op).default,
-        _op_arguments()[op],
+        _op_arguments(base)[op],
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
     assert set(result.values()) == {"SUCCESS"}
@@ -260,20 +243,20 @@ def test_opcheck(op: str) -> None:
 
 def test_choice_of_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     names = {module: name for name, module in backends.BACKENDS.items()}
-    default = backends.choose("lora_linear_fwd", "cpu", dtype=torch.float32)
+    default = backends.choose(CALL._replace(dtype=torch.float32))
     assert names[default] == ("reference" if native.unavailable_reason() else "native")
     with backends.use_backend("reference"):
-        assert names[backends.choose("lora_linear_fwd", "cpu")] == "reference"
+        assert names[backends.choose(CALL)] == "reference"
     monkeypatch.setenv("FASTLORA_BACKEND", "reference")
-    assert names[backends.choose("lora_linear_fwd", "cpu")] == "reference"
+    assert names[backends.choose(CALL)] == "reference"
     monkeypatch.setenv("FASTLORA_BACKEND", "vulkan")
     with pytest.raises(ValueError, match=r"FASTLORA_BACKEND must be one of .*, got 'vulkan'"):
-        backends.choose("lora_linear_fwd", "cpu")
+        backends.choose(CALL)
     monkeypatch.delenv("FASTLORA_BACKEND")
     with pytest.raises(ValueError, match="backend must be one of"):
-        backends.choose("lora_linear_fwd", "cpu", "vulkan")
+        backends.choose(CALL, "vulkan")
     # fp64 is the reference's alone: the automatic choice moves on, a forced one says why it can't.
-    moved = backends.choose("lora_linear_fwd", "cpu", dtype=torch.float64)
-    assert names[moved] == "reference"
+    wide = CALL._replace(dtype=torch.float64)
+    assert names[backends.choose(wide)] == "reference"
     with pytest.raises(RuntimeError, match="native: "):
-        backends.choose("lora_linear_fwd", "cpu", "native", dtype=torch.float64)
+        backends.choose(wide, "native")

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from fastlora.backends.native_cuda import state_args
 from torch import Tensor
 
 from fastlora import ops, reference
 from fastlora.autograd.dora import dora_linear
 from fastlora.backends import BACKENDS, use_backend
+from fastlora.backends.contract import Request
+from fastlora.backends.schemas import flatten
 from fastlora.layer import Layer
 from fastlora.ops import dequantize_4bit, quantize_4bit
 from fastlora.quant import QuantState
@@ -34,7 +35,7 @@ NORMS = ((1, 1, 1), (41, 72, 3), (49, 257, 16), (97, 300, 65), (5, 640, 8), (7, 
 
 @pytest.fixture(params=["native", "reference"])
 def backend(request: pytest.FixtureRequest) -> str:
-    if reason := BACKENDS[request.param].unsupported("dora_norm", "cpu"):
+    if reason := BACKENDS[request.param].unsupported(Request("dora_norm", "cpu")):
         pytest.skip(reason)
     return request.param
 
@@ -54,7 +55,7 @@ def norms_of(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
 @pytest.mark.parametrize("size", [0.1, 3.0], ids=["small", "large"])
 @pytest.mark.parametrize("adapter_dtype", [FP32, BF16])
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("kind", ["dense", "turned", "nf4", "nf4 nested", "fp4"])
+@pytest.mark.parametrize("kind", ["dense", "transposed", "nf4", "nf4 nested", "fp4"])
 @pytest.mark.parametrize("sizes", NORMS, ids=str)
 def test_norm(
     sizes: tuple[int, int, int],
@@ -68,12 +69,13 @@ def test_norm(
     W = torch.randn(N, K).div(K**0.5).to(dtype)
     A, B = (torch.randn(*s).mul(size).to(adapter_dtype) for s in ((R, K), (N, R)))
     with poisoned_memory():
-        if kind in ("dense", "turned"):
+        if kind in ("dense", "transposed"):
             weight = W if kind == "dense" else W.T.contiguous().T
-            norms = ops.dora_norm(weight, A, B, SCALING, backend=backend)
+            norms = ops.dora_norm(Layer(weight, A, B, SCALING), backend=backend)
         else:
             packed, state = quantize_4bit(W, 64, kind.split()[0], kind.endswith("nested"))
-            norms = ops.qdora_norm(packed, state, A, B, SCALING, backend=backend)
+            layer = Layer(packed, A, B, SCALING, quant_state=state)
+            norms = ops.dora_norm(layer, backend=backend)
             W = dequantize_4bit(packed, state, dtype)
     exact = norms_of(W.double(), A.double(), B.double())
     assert norms.dtype == FP32
@@ -84,7 +86,7 @@ def test_norm_where_both_parts_cancel(backend: str) -> None:
     """What an expansion of the square would lose."""
     A, B = torch.randn(4, 96), torch.randn(50, 4)
     W = -SCALING * (B @ A) + 1e-4 * torch.randn(50, 96)
-    norms = ops.dora_norm(W, A, B, SCALING, backend=backend)
+    norms = ops.dora_norm(Layer(W, A, B, SCALING), backend=backend)
     exact = norms_of(W.double(), A.double(), B.double())
     assert_close_to_exact(norms, exact, norms_of(W, A, B), what="norms")
 
@@ -92,9 +94,8 @@ def test_norm_where_both_parts_cancel(backend: str) -> None:
 @pytest.mark.parametrize("sizes", [(0, 5), (5, 0)])
 def test_norm_of_nothing(sizes: tuple[int, int], backend: str) -> None:
     N, K = sizes
-    norms = ops.dora_norm(
-        torch.ones(N, K), torch.ones(2, K), torch.ones(N, 2), 1.0, backend=backend
-    )
+    layer = Layer(torch.ones(N, K), torch.ones(2, K), torch.ones(N, 2), 1.0)
+    norms = ops.dora_norm(layer, backend=backend)
     assert torch.equal(norms, torch.zeros(N))
 
 
@@ -260,9 +261,9 @@ class Call:
     weight: Tensor
     dy: Tensor
 
-    @property
-    def options(self) -> dict[str, Any]:
-        return {"quant_state": self.state, "seed": SEED}
+    def layer(self, bias: Tensor | None, A: Tensor, B: Tensor, p: float = P) -> Layer:
+        """The layer that the call is of, around these."""
+        return Layer(self.stored, A, B, SCALING, bias, self.state, dropout_p=p, seed=SEED)
 
 
 def make_layer(
@@ -308,8 +309,7 @@ def layer_results(
 
 def run_layer(layer: Call, *leaves: Tensor, backend: str | None = None, p: float = P) -> Tensor:
     x, bias, A, B, factor = leaves
-    args = (x, layer.stored, bias, A, B, SCALING, factor)
-    return dora_linear(*args, dropout_p=p, **layer.options, backend=backend)
+    return dora_linear(x, layer.layer(bias, A, B, p), factor, backend=backend)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.05, 0.3])
@@ -376,13 +376,13 @@ def test_layer_keeps_no_copy_of_x(trained: bool, backend: str) -> None:
 def test_a_seed_is_drawn() -> None:
     layer = make_layer("dense", FP32, FP32, (20, 6, 300, 2))
     x, bias, A, B, factor = layer.leaves
-    args = (x, layer.stored, bias, A, B, SCALING, factor)
+    args = (x, layer.layer(bias, A, B)._replace(seed=None), factor)
     drawn = []
     for _ in range(2):
         torch.manual_seed(3)
-        drawn.append(dora_linear(*args, dropout_p=P))
+        drawn.append(dora_linear(*args))
     assert torch.equal(*drawn)
-    assert not torch.equal(drawn[0], dora_linear(*args, dropout_p=P))
+    assert not torch.equal(drawn[0], dora_linear(*args))
 
 
 @pytest.mark.parametrize("p", [0.0, P])
@@ -438,22 +438,26 @@ def test_packed_bytes_in_another_storage(storage: torch.dtype, backend: str) -> 
     """As FSDP wants them: bnb_4bit_quant_storage."""
     packed, state = quantize_4bit(torch.randn(48, 64), 64, "nf4", True)
     A, B = torch.randn(3, 64), torch.randn(48, 3)
-    want = ops.qdora_norm(packed, state, A, B, SCALING, backend=backend)
-    stored = packed.view(-1).view(storage)
-    assert torch.equal(ops.qdora_norm(stored, state, A, B, SCALING, backend=backend), want)
+    layer = Layer(packed, A, B, SCALING, quant_state=state)
+    want = ops.dora_norm(layer, backend=backend)
+    stored = layer._replace(weight=packed.view(-1).view(storage))
+    assert torch.equal(ops.dora_norm(stored, backend=backend), want)
 
 
 def test_what_a_backend_has_no_kernel_for_runs_on_the_reference() -> None:
     layer = make_layer("dense", FP32, FP32, (9, 6, 8, 2))
     _, _, A, B, factor = layer.leaves
-    assert "no Triton kernel" in (BACKENDS["triton"].unsupported("dora_norm", "cuda") or "")
-    got = ops.dora_norm(layer.weight, A, B, SCALING, backend="triton")
-    assert torch.equal(got, ops.dora_norm(layer.weight, A, B, SCALING, backend="reference"))
+    assert "no Triton kernel" in (
+        BACKENDS["triton"].unsupported(Request("dora_norm", "cuda")) or ""
+    )
+    adapted = Layer(layer.weight, A, B, SCALING)
+    got = ops.dora_norm(adapted, backend="triton")
+    assert torch.equal(got, ops.dora_norm(adapted, backend="reference"))
     with use_backend("triton"):
         y = ops.dora_magnitude_fwd(layer.dy, factor, None)
     assert torch.equal(y, ops.dora_magnitude_fwd(layer.dy, factor, None, backend="reference"))
     with pytest.raises(ValueError, match="backend must be one of"):
-        ops.dora_norm(layer.weight, A, B, SCALING, backend="cuda")
+        ops.dora_norm(adapted, backend="cuda")
 
 
 def test_layer_takes_a_quant_state_of_bitsandbytes_kind() -> None:
@@ -497,7 +501,7 @@ def test_same_bits_on_any_number_of_threads() -> None:
 
     def results() -> list[Tensor | None]:
         return [
-            ops.dora_norm(z, A, B, SCALING),
+            ops.dora_norm(Layer(z, A, B, SCALING)),
             ops.dora_magnitude_fwd(z, factor, rest),
             *ops.dora_magnitude_bwd(dy, z, factor, (True, True, True)),
             *ops.dora_dropout_fwd(z, P, SEED),
@@ -517,24 +521,29 @@ def test_same_bits_on_any_number_of_threads() -> None:
 Z, FACTOR = torch.randn(3, 5), torch.randn(5)
 
 
+def four_bit(weight: Tensor) -> Layer:
+    packed, state = quantize_4bit(weight)
+    return Layer(packed, Z, Z, 1.0, quant_state=state)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: ops.dora_norm(Z[0], Z, Z, 1.0), ValueError, r"weight must be \[N, K\]"),
-        (lambda: ops.dora_norm(Z, Z[:, :4], Z, 1.0), ValueError, r"lora_A must be \[R, 5\]"),
-        (lambda: ops.dora_norm(Z, Z, Z, 1.0), ValueError, r"lora_B must be \[3, 3\]"),
+        (lambda: ops.dora_norm(Layer(Z[0], Z, Z, 1.0)), ValueError, r"weight must be \[N, K\]"),
+        (lambda: ops.dora_norm(Layer(Z, Z[:, :4], Z, 1.0)), ValueError, r"lora_A must be \[R, 5\]"),
+        (lambda: ops.dora_norm(Layer(Z, Z, Z, 1.0)), ValueError, r"lora_B must be \[3, 3\]"),
         (
-            lambda: ops.dora_norm(Z, Z[:2], Z[:, :2].half(), 1.0),
+            lambda: ops.dora_norm(Layer(Z, Z[:2], Z[:, :2].half(), 1.0)),
             TypeError,
             "lora_B must be in torch.float32",
         ),
         (
-            lambda: ops.qdora_norm(*quantize_4bit(torch.randn(64)), Z, Z, 1.0),
+            lambda: ops.dora_norm(four_bit(torch.randn(64))),
             ValueError,
             r"quant_state.shape must be \[N, K\]",
         ),
         (
-            lambda: ops.qdora_norm(Z.byte(), quantize_4bit(Z)[1], Z, Z, 1.0),
+            lambda: ops.dora_norm(four_bit(Z)._replace(weight=Z.byte())),
             ValueError,
             "weight must hold 8 bytes",
         ),
@@ -557,15 +566,16 @@ def test_errors(call: Callable[[], object], error: type[Exception], message: str
 
 
 def test_opcheck() -> None:
-    if reason := BACKENDS["native"].unsupported("dora_norm", "cpu"):
+    if reason := BACKENDS["native"].unsupported(Request("dora_norm", "cpu")):
         pytest.skip(reason)
     native: Any = torch.ops.fastlora
     A, B = torch.randn(2, 5), torch.randn(3, 2)
     packed, state = quantize_4bit(Z, 64, "nf4", True)
-    packed = packed.view(-1)
+    dense = Layer(Z, A, B, SCALING)
+    stored = Layer(packed.view(-1), A, B, SCALING, quant_state=state, compute_dtype=FP32)
     for op, args in (
-        (native.dora_norm, (Z, A, B, SCALING)),
-        (native.qdora_norm, (packed, *state_args(state), FP32, A, B, SCALING)),
+        (native.dora_norm, flatten(dense)),
+        (native.dora_norm, flatten(stored)),
         (native.dora_magnitude_fwd, (Z, FACTOR, FACTOR)),
         (native.dora_magnitude_fwd, (Z, FACTOR, None)),
         (native.dora_magnitude_bwd, (Z, Z, FACTOR, True, True, True)),
@@ -580,10 +590,11 @@ def test_opcheck() -> None:
 def test_reference_goes_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """In parts as in one."""
     inputs, dy = make_magnitude((40, 67), BF16, "matrix")
+    layer = Layer(inputs[0], dy[:3].float(), dy[:, :3].float(), SCALING)
 
     def results() -> list[Tensor | None]:
         return [
-            reference.dora_norm(inputs[0], dy[:3].float(), dy[:, :3].float(), SCALING),
+            reference.dora_norm(layer),
             reference.dora_magnitude_fwd(*inputs),
             *reference.dora_magnitude_bwd(dy, *inputs[:2]),
             reference.dora_dropout_bwd(dy, inputs[0], P, SEED),

@@ -11,7 +11,6 @@ from torch import Tensor
 from fastlora import grouped_lora_linear, lora_linear, reference
 from fastlora.autograd.shared import shared_linear
 from fastlora.layer import Layer
-from fastlora.reference import Projection
 
 M, N, K, R, SCALING, P = 12, 10, 14, 3, 1.5, 0.25
 SEED = torch.tensor([5])
@@ -86,8 +85,8 @@ def test_layers_of_one_input() -> None:
     W, V = randn(N, K), randn(N + 3, K)
 
     def shared(x: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Sequence[Tensor]:
-        some = Projection(W, None, A, B, SCALING, dropout_p=P, seed=SEED)
-        return shared_linear(x, [some, Projection(V, None, C, D, SCALING)])
+        some = Layer(W, A, B, SCALING, dropout_p=P, seed=SEED)
+        return shared_linear(x, [some, Layer(V, C, D, SCALING)])
 
     check(
         shared,

@@ -10,17 +10,20 @@ from torch import Tensor
 
 from fastlora import lora_embedding, ops, reference
 from fastlora.backends import BACKENDS
+from fastlora.backends.contract import Request
+from fastlora.layer import Layer, Needs
 from tests.conftest import poisoned_memory
 from tests.embedding_cases import CASES, DTYPES, Case, Inputs, make_inputs, peft_results
 from tests.test_double_backward import second_order
 from tests.tolerance import assert_close_to_exact
 
 SOME = Case("", M=200, N=150, V=60, R=12, padding_idx=3)
+NOTHING = Layer(torch.zeros(9, 5), torch.zeros(2, 9), torch.zeros(5, 2), 1.0)
 
 
 @pytest.fixture(params=["native", "reference"])
 def backend(request: pytest.FixtureRequest) -> str:
-    if reason := BACKENDS[request.param].unsupported("lora_embedding_fwd", "cpu"):
+    if reason := BACKENDS[request.param].unsupported(Request("lora_embedding_fwd", "cpu")):
         pytest.skip(reason)
     return request.param
 
@@ -28,11 +31,11 @@ def backend(request: pytest.FixtureRequest) -> str:
 def run(
     case: Case, inputs: Inputs, backend: str, needs: tuple[bool, bool] = (True, True)
 ) -> dict[str, Tensor | None]:
-    adapter = (inputs.lora_A, inputs.lora_B, case.scaling)
-    table = (inputs.ids, inputs.weight)
-    y = ops.lora_embedding_fwd(*table, *adapter, case.weight_scale, backend=backend)
-    args = (inputs.dy, inputs.ids, *adapter, case.padding_idx, needs)
-    dA, dB = ops.lora_embedding_bwd(*args, backend=backend)
+    layer = Layer(inputs.weight, inputs.lora_A, inputs.lora_B, case.scaling)
+    y = ops.lora_embedding_fwd(inputs.ids, layer, case.weight_scale, backend=backend)
+    args = (inputs.dy, inputs.ids, layer, case.padding_idx, Needs(False, *needs))
+    dx, dA, dB, dbias = ops.lora_embedding_bwd(*args, backend=backend)
+    assert dx is None and dbias is None
     return {"y": y, "dA": dA, "dB": dB}
 
 
@@ -75,9 +78,9 @@ def test_same_bits_on_any_number_of_threads() -> None:
 def test_nothing_to_compute(sizes: tuple[int, int, int], backend: str) -> None:
     M, N, V = sizes
     ids, weight = torch.zeros(M, dtype=torch.int64), torch.randn(V, N)
-    A, B = torch.randn(2, V), torch.randn(N, 2)
-    assert ops.lora_embedding_fwd(ids, weight, A, B, 1.5, backend=backend).shape == (M, N)
-    dA, dB = ops.lora_embedding_bwd(torch.randn(M, N), ids, A, B, 1.5, backend=backend)
+    layer = Layer(weight, torch.randn(2, V), torch.randn(N, 2), 1.5)
+    assert ops.lora_embedding_fwd(ids, layer, backend=backend).shape == (M, N)
+    _, dA, dB, _ = ops.lora_embedding_bwd(torch.randn(M, N), ids, layer, backend=backend)
     assert dA is not None and dB is not None
     assert torch.equal(dA, torch.zeros(2, V)) and torch.equal(dB, torch.zeros(N, 2))
 
@@ -177,15 +180,10 @@ def test_ids_outside_of_the_table(wrong: int) -> None:
     ],
 )
 def test_forward_arguments(changed: dict[str, Any], error: Any, message: str) -> None:
-    given = {
-        "ids": torch.zeros(4, dtype=torch.int64),
-        "weight": torch.zeros(9, 5),
-        "lora_A": torch.zeros(2, 9),
-        "lora_B": torch.zeros(5, 2),
-        "scaling": 1.0,
-    }
+    given = {"ids": torch.zeros(4, dtype=torch.int64)} | changed
+    ids = given.pop("ids")
     with pytest.raises(error, match=message):
-        ops.lora_embedding_fwd(**(given | changed))
+        ops.lora_embedding_fwd(ids, NOTHING._replace(**given))
 
 
 @pytest.mark.parametrize(
@@ -197,15 +195,10 @@ def test_forward_arguments(changed: dict[str, Any], error: Any, message: str) ->
     ],
 )
 def test_backward_arguments(changed: dict[str, Any], error: Any, message: str) -> None:
-    given = {
-        "dy": torch.zeros(4, 5),
-        "ids": torch.zeros(4, dtype=torch.int64),
-        "lora_A": torch.zeros(2, 9),
-        "lora_B": torch.zeros(5, 2),
-        "scaling": 1.0,
-    }
+    given = {"dy": torch.zeros(4, 5), "padding_idx": None} | changed
+    layer = NOTHING._replace(lora_B=given.pop("lora_B", NOTHING.lora_B))
     with pytest.raises(error, match=message):
-        ops.lora_embedding_bwd(**(given | changed))
+        ops.lora_embedding_bwd(ids=torch.zeros(4, dtype=torch.int64), layer=layer, **given)
 
 
 def test_the_layers_own_arguments() -> None:
@@ -232,7 +225,7 @@ def test_autocast_changes_nothing(backend: str) -> None:
 
 @pytest.mark.parametrize("op", ["lora_embedding_fwd", "lora_embedding_bwd"])
 def test_opcheck(op: str) -> None:
-    if reason := BACKENDS["native"].unsupported(op, "cpu"):
+    if reason := BACKENDS["native"].unsupported(Request(op, "cpu")):
         pytest.skip(reason)
     inputs = make_inputs(SOME, *DTYPES["bf16, fp32 adapter"])
     adapter = (inputs.lora_A, inputs.lora_B, SOME.scaling)
@@ -260,6 +253,7 @@ def test_the_reference_sums_the_ids_gradients() -> None:
     """By hand: two tokens of one id, and one of padding."""
     ids, dy = torch.tensor([1, 1, 2]), torch.tensor([[1.0], [10.0], [100.0]])
     A, B = torch.tensor([[3.0, 5.0, 7.0]]), torch.tensor([[2.0]])
-    dA, dB = reference.lora_embedding_bwd(dy, ids, A, B, 0.5, padding_idx=2)
+    layer = Layer(torch.zeros(3, 1), A, B, 0.5)
+    _, dA, dB, _ = reference.lora_embedding_bwd(dy, ids, layer, padding_idx=2)
     assert dA is not None and dB is not None
     assert dA.tolist() == [[0.0, 11.0, 0.0]] and dB.tolist() == [[0.5 * (55.0 + 700.0)]]

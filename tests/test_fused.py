@@ -10,11 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastlora import backends, ops, reference
-from fastlora.autograd import shared as fused
-from fastlora.autograd.shared import gated_mlp, shared_linear
-from fastlora.backends import sequence
-from fastlora.layer import Layer
-from fastlora.reference import ACTIVATIONS, Projection
+from fastlora.autograd import gated
+from fastlora.autograd.gated import gated_mlp
+from fastlora.autograd.shared import shared_linear
+from fastlora.backends import composed
+from fastlora.backends.contract import Request
+from fastlora.layer import Layer, Needs
+from fastlora.reference import ACTIVATIONS
 from tests.cases import DTYPES, Base, Case, exact_results, make_inputs, plain_results
 from tests.conftest import poisoned_memory
 from tests.tolerance import assert_close_to_exact
@@ -34,13 +36,13 @@ SIZES = ((0, 64), (1, 65), (8, 131), (17, 96), (129, 192), (260, 576))
 
 @pytest.fixture(params=["native", "reference"])
 def backend(request: pytest.FixtureRequest) -> str:
-    if reason := backends.BACKENDS[request.param].unsupported("lora_linear_fwd", "cpu"):
+    if reason := backends.BACKENDS[request.param].unsupported(Request("lora_linear_fwd", "cpu")):
         pytest.skip(reason)
     return request.param
 
 
 class Group:
-    """Layers of one x as `Projection`s, with what the single op's cases say of each."""
+    """Layers of one x, with what the single op's cases say of each."""
 
     def __init__(self, M: int, K: int, layers: Any, base: Base, dtypes: Any, strided: bool = False):
         self.cases = [
@@ -53,20 +55,7 @@ class Group:
             inputs.seed = torch.tensor([100 + i])
         self.x = self.inputs[0].x
         self.dys = [inputs.dy for inputs in self.inputs]
-        self.projections = [
-            Projection(
-                inputs.weight,
-                inputs.bias,
-                inputs.lora_A,
-                inputs.lora_B,
-                inputs.scaling,
-                case.dropout_p,
-                inputs.seed,
-                inputs.quant_state,
-                inputs.compute_dtype,
-            )
-            for case, inputs in zip(self.cases, self.inputs, strict=True)
-        ]
+        self.layers = [inputs.layer for inputs in self.inputs]
 
     def results(self, of: Any) -> dict[str, Tensor]:
         """What `exact_results` or `plain_results` says of each layer, dx summed."""
@@ -83,19 +72,18 @@ class Group:
         return out
 
     def run(self, module: Any, **options: Any) -> dict[str, Tensor | None]:
-        ys, Ss = module.shared_linear_fwd(self.x, self.projections, **options)
-        needs = [(True, True, p.bias is not None) for p in self.projections]
-        dx, grads = module.shared_linear_bwd(
-            self.dys, self.x, self.projections, Ss, True, needs, **options
-        )
+        ys, Ss = module.shared_linear_fwd(self.x, self.layers, **options)
+        needs = [Needs(bias=p.bias is not None) for p in self.layers]
+        dx, grads = module.shared_linear_bwd(self.dys, self.x, self.layers, Ss, needs, **options)
         out: dict[str, Tensor | None] = {"dx": dx}
-        for i, (y, (dA, dB, dbias)) in enumerate(zip(ys, grads, strict=True)):
+        for i, (y, (own, dA, dB, dbias)) in enumerate(zip(ys, grads, strict=True)):
+            assert own is None
             out |= {f"y{i}": y, f"dA{i}": dA, f"dB{i}": dB, f"dbias{i}": dbias}
         return out
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-@pytest.mark.parametrize("base", [Base(), Base(turned=True), NF4], ids=str)
+@pytest.mark.parametrize("base", [Base(), Base(transposed=True), NF4], ids=str)
 @pytest.mark.parametrize("layers", GROUPS, ids=str)
 def test_against_definition(layers: str, base: Base, dtypes: str, backend: str) -> None:
     if base.quant_type is None and DTYPES[dtypes][2] is not None:
@@ -112,9 +100,9 @@ def test_against_definition(layers: str, base: Base, dtypes: str, backend: str) 
 
 def test_weights_stored_in_every_order(backend: str) -> None:
     group = Group(21, 100, GROUPS["some drop"], Base(), DTYPES["bf16, fp32 adapter"])
-    *_, second, last = group.projections
+    *_, second, last = group.layers
     spread = second.weight.repeat_interleave(2, dim=1)[:, ::2]
-    group.projections[-2:] = [
+    group.layers[-2:] = [
         second._replace(weight=spread),
         last._replace(weight=last.weight.T.contiguous().T),
     ]
@@ -133,11 +121,11 @@ def test_single_ops_in_a_row(base: Base) -> None:
     class InARow:
         @staticmethod
         def shared_linear_fwd(*args: Any) -> Any:
-            return sequence.shared_linear_fwd(reference, *args)
+            return composed.shared_linear_fwd(reference.lora_linear_fwd, *args)
 
         @staticmethod
         def shared_linear_bwd(*args: Any) -> Any:
-            return sequence.shared_linear_bwd(reference, *args)
+            return composed.shared_linear_bwd(reference.lora_linear_bwd, *args)
 
     got = group.run(InARow)
     for name, want in exact.items():
@@ -148,15 +136,15 @@ def test_single_ops_in_a_row(base: Base) -> None:
 def test_computes_only_what_is_needed(base: Base, backend: str) -> None:
     group = Group(21, 100, GROUPS["some drop"], base, DTYPES["bf16, fp32 adapter"])
     everything = group.run(ops, backend=backend)
-    _, Ss = ops.shared_linear_fwd(group.x, group.projections, backend=backend)
+    _, Ss = ops.shared_linear_fwd(group.x, group.layers, backend=backend)
     for need_dx in (False, True):
-        needs = [(True, False, False), (False, True, False), (False, False, True)]
+        asked = ((True, False, False), (False, True, False), (False, False, True))
+        needs = [Needs(need_dx, *flags) for flags in asked]
         dys = [group.dys[0], None, group.dys[2]]
-        dx, grads = ops.shared_linear_bwd(
-            dys, group.x, group.projections, Ss, need_dx, needs, backend=backend
-        )
+        dx, grads = ops.shared_linear_bwd(dys, group.x, group.layers, Ss, needs, backend=backend)
         assert (dx is not None) == need_dx
-        got = [t for trio in grads for t in trio]
+        assert all(own.x is None for own in grads)
+        got = [t for own in grads for t in own[1:]]
         for i, need in enumerate((1, 0, 0, 0, 0, 0, 0, 0, 1)):
             name = f"{('dA', 'dB', 'dbias')[i % 3]}{i // 3}"
             if need:
@@ -186,19 +174,21 @@ def test_same_call_same_bits() -> None:
 def test_checks() -> None:
     group = Group(5, 64, GROUPS["some drop"], Base(), DTYPES["bf16, fp32 adapter"])
     packed = Group(5, 64, GROUPS["one"], NF4, DTYPES["bf16, fp32 adapter"])
-    x, (first, *rest) = group.x, group.projections
+    x, (first, *rest) = group.x, group.layers
     with pytest.raises(ValueError, match="at least one linear, got none"):
         ops.shared_linear_fwd(x, [])
     with pytest.raises(ValueError, match="all dense or all 4-bit, got both"):
-        ops.shared_linear_fwd(x, [first, *packed.projections])
+        ops.shared_linear_fwd(x, [first, *packed.layers])
     with pytest.raises(ValueError, match="lora_A must be"):
         ops.shared_linear_fwd(x, [first, rest[0]._replace(lora_A=rest[0].lora_A[:, 1:])])
     narrow = rest[0]._replace(lora_A=rest[0].lora_A.bfloat16(), lora_B=rest[0].lora_B.bfloat16())
-    with pytest.raises(TypeError, match="adapter_dtype must be the same in all projections"):
+    with pytest.raises(TypeError, match="adapter_dtype must be the same in all layers"):
         ops.shared_linear_fwd(x, [first, narrow])
-    _, Ss = ops.shared_linear_fwd(x, group.projections)
+    _, Ss = ops.shared_linear_fwd(x, group.layers)
     with pytest.raises(ValueError, match="Ss must have 3 entries"):
-        ops.shared_linear_bwd(group.dys, x, group.projections, Ss[:2], True, [(True,) * 3] * 3)
+        ops.shared_linear_bwd(group.dys, x, group.layers, Ss[:2], [Needs()] * 3)
+    with pytest.raises(ValueError, match="needs must have the same x in all layers"):
+        ops.shared_linear_bwd(group.dys, x, group.layers, Ss, [Needs(), Needs(), Needs(x=False)])
     with pytest.raises(ValueError, match="weight must be frozen"):
         shared_linear(x, [first._replace(weight=first.weight.clone().requires_grad_())])
 
@@ -206,13 +196,13 @@ def test_checks() -> None:
 # ---- the nodes ---------------------------------------------------------------------------------
 
 
-def trained(projection: Projection, bias: bool = True) -> tuple[Projection, list[Tensor]]:
-    """`projection` around fresh leaves, and these."""
-    own = {"lora_A": projection.lora_A, "lora_B": projection.lora_B}
-    if projection.bias is not None and bias:
-        own["bias"] = projection.bias
+def trained(layer: Layer, bias: bool = True) -> tuple[Layer, list[Tensor]]:
+    """`layer` around fresh leaves, and these."""
+    own = {"lora_A": layer.lora_A, "lora_B": layer.lora_B}
+    if layer.bias is not None and bias:
+        own["bias"] = layer.bias
     own = {name: t.detach().clone().requires_grad_() for name, t in own.items()}
-    return projection._replace(**own), list(own.values())
+    return layer._replace(**own), list(own.values())
 
 
 @pytest.mark.parametrize("base", [Base(), NF4], ids=str)
@@ -221,7 +211,7 @@ def test_shared_linear_gradcheck(base: Base, dropout_p: float) -> None:
     layers = ((5, 2, dropout_p), (4, 1, dropout_p))
     group = Group(3, 7, layers, base, FP64)
     x = group.x.clone().requires_grad_()
-    pairs = [trained(p) for p in group.projections]
+    pairs = [trained(p) for p in group.layers]
     leaves = [x, *(leaf for _, own in pairs for leaf in own)]
 
     def nodes(*_: Tensor) -> tuple[Tensor, ...]:
@@ -233,7 +223,7 @@ def test_shared_linear_gradcheck(base: Base, dropout_p: float) -> None:
 def mlp_of(base: Base, dtypes: Any, p: float, M: int = 9, K: int = 35, H: int = 70) -> Group:
     """gate, up [H, K] and down [K, H]; down's x is made later."""
     outer = Group(M, K, ((H, 3, p), (H, 4, p)), base, dtypes)
-    outer.projections += Group(M, H, ((K, 2, p),), base, dtypes).projections
+    outer.layers += Group(M, H, ((K, 2, p),), base, dtypes).layers
     return outer
 
 
@@ -242,7 +232,7 @@ def mlp_of(base: Base, dtypes: Any, p: float, M: int = 9, K: int = 35, H: int = 
 def test_gated_mlp_gradcheck(base: Base, activation: str) -> None:
     group = mlp_of(base, FP64, 0.2, M=3, K=5, H=6)
     x = group.x.clone().requires_grad_()
-    pairs = [trained(p) for p in group.projections]
+    pairs = [trained(p) for p in group.layers]
     leaves = [x, *(leaf for _, own in pairs for leaf in own)]
 
     def mlp(*_: Tensor) -> Tensor:
@@ -251,9 +241,8 @@ def test_gated_mlp_gradcheck(base: Base, activation: str) -> None:
     assert torch.autograd.gradcheck(mlp, leaves, fast_mode=True)
 
 
-def plain_mlp(x: Tensor, projections: list[Projection], activation: str) -> Tensor:
+def plain_mlp(x: Tensor, layers: list[Layer], activation: str) -> Tensor:
     """PEFT's sequence of torch operations in the working dtypes."""
-    layers = [Layer(**projection._asdict()) for projection in projections]
     return reference.plain.gated_mlp(x, *layers, activation)
 
 
@@ -288,20 +277,20 @@ def test_gated_mlp(activation: str, p: float, base: Base, dtypes: str, backend: 
 def mlp_results(
     function: Any, group: Group, dy: Tensor, dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
-    """y and all gradients of `function(x, projections)`, in the working dtypes or in `dtype`."""
+    """y and all gradients of `function(x, layers)`, in the working dtypes or in `dtype`."""
     x = group.x.to(dtype or group.x.dtype, copy=True).requires_grad_()
-    projections, named = [], {"dx": x}
-    for i, projection in enumerate(group.projections):
+    layers, named = [], {"dx": x}
+    for i, layer in enumerate(group.layers):
         if dtype is not None:
-            fields = {n: getattr(projection, n) for n in ("bias", "lora_A", "lora_B")}
+            fields = {n: getattr(layer, n) for n in ("bias", "lora_A", "lora_B")}
             wide = {n: None if t is None else t.to(dtype) for n, t in fields.items()}
-            projection = projection._replace(compute_dtype=None, **wide)
-            if projection.quant_state is None:
-                projection = projection._replace(weight=projection.weight.to(dtype))
-        projection, own = trained(projection)
-        projections.append(projection)
+            layer = layer._replace(compute_dtype=None, **wide)
+            if layer.quant_state is None:
+                layer = layer._replace(weight=layer.weight.to(dtype))
+        layer, own = trained(layer)
+        layers.append(layer)
         named |= {f"{i}.{j}": leaf for j, leaf in enumerate(own)}
-    y = function(x, projections)
+    y = function(x, layers)
     y.backward(dy.to(y.dtype))
     return {"y": y.detach()} | {name: leaf.grad for name, leaf in named.items()}
 
@@ -324,26 +313,26 @@ def test_what_is_saved() -> None:
     """x once, S, and for an MLP the outputs of gate and up: nothing else that grows with M."""
     M, K, H = 512, 64, 96
     group = mlp_of(NF4, DTYPES["bf16, fp32 adapter"], 0.1, M=M, K=K, H=H)
-    pairs = [trained(p) for p in group.projections]
-    projections = [p for p, _ in pairs]
+    pairs = [trained(p) for p in group.layers]
+    layers = [p for p, _ in pairs]
     x = group.x.clone().requires_grad_()
     fixed = sum(
         t.untyped_storage().nbytes()
-        for p in projections
+        for p in layers
         for t in (p.weight, p.bias, p.lora_A, p.lora_B, p.seed, *p.quant_state.tensors())
         if t is not None
     )
-    S = M * 4 * sum(p.lora_A.shape[0] for p in projections)
-    both = saved_bytes(lambda: gated_mlp(x, *projections, "silu"))
+    S = M * 4 * sum(p.lora_A.shape[0] for p in layers)
+    both = saved_bytes(lambda: gated_mlp(x, *layers, "silu"))
     assert both <= fixed + S + 2 * M * (K + 2 * H)
-    shared = saved_bytes(lambda: shared_linear(x, projections[:2]))
+    shared = saved_bytes(lambda: shared_linear(x, layers[:2]))
     assert shared <= fixed + S + 2 * M * K
 
 
 def test_part_of_the_outputs() -> None:
     """A y that the loss does not see costs nothing, and its adapter gets no gradient."""
     group = Group(20, 40, GROUPS["some drop"], NF4, DTYPES["fp32"])
-    pairs = [trained(p) for p in group.projections]
+    pairs = [trained(p) for p in group.layers]
     x = group.x.clone().requires_grad_()
     ys = shared_linear(x, [p for p, _ in pairs])
     (ys[0] + ys[2][:, :1]).sum().backward()
@@ -354,29 +343,29 @@ def test_part_of_the_outputs() -> None:
 def test_frozen_gate_and_up_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only down trains, and x needs nothing: no gradient of h is taken."""
     group = mlp_of(NF4, DTYPES["fp32"], 0.0)
-    down, own = trained(group.projections[2])
+    down, own = trained(group.layers[2])
     calls: list[bool] = []
     backward = ops.shared_linear_bwd
 
-    def spy(dys: Any, x: Any, projections: Any, Ss: Any, need_dx: bool, *rest: Any, **kw: Any):
-        calls.append(need_dx)
-        return backward(dys, x, projections, Ss, need_dx, *rest, **kw)
+    def spy(dys: Any, x: Any, layers: Any, Ss: Any, needs: Any, **options: Any):
+        calls.append(needs[0].x)
+        return backward(dys, x, layers, Ss, needs, **options)
 
-    monkeypatch.setattr(fused.ops, "shared_linear_bwd", spy)
-    gated_mlp(group.x, *group.projections[:2], down, "silu").sum().backward()
+    monkeypatch.setattr(gated.ops, "shared_linear_bwd", spy)
+    gated_mlp(group.x, *group.layers[:2], down, "silu").sum().backward()
     assert calls == [False] and all(leaf.grad.any() for leaf in own)
 
 
 def test_no_gradient_no_node() -> None:
     group = mlp_of(NF4, DTYPES["fp32"], 0.0)
-    pairs = [trained(p) for p in group.projections]
-    projections = [p for p, _ in pairs]
+    pairs = [trained(p) for p in group.layers]
+    layers = [p for p, _ in pairs]
     x = group.x.view(3, 3, 35)
-    want = gated_mlp(x, *projections, "gelu")
+    want = gated_mlp(x, *layers, "gelu")
     assert want.shape == (3, 3, 35) and isinstance(want.grad_fn, torch.autograd.graph.Node)
     with torch.no_grad():
-        got = gated_mlp(x, *projections, "gelu")
-        ys = shared_linear(x, projections[:2])
+        got = gated_mlp(x, *layers, "gelu")
+        ys = shared_linear(x, layers[:2])
     assert torch.equal(got, want) and got.grad_fn is None
     assert all(y.grad_fn is None and y.shape == (3, 3, 70) for y in ys)
 
@@ -387,7 +376,7 @@ def test_an_mlp_is_differentiated_twice(constant: bool) -> None:
     group = mlp_of(Base(), DTYPES["fp32"], 0.1)
 
     def mlp(joined: bool) -> list[Tensor]:
-        pairs = [trained(p) for p in group.projections]
+        pairs = [trained(p) for p in group.layers]
         layers = [p for p, _ in pairs]
         x = group.x.clone().requires_grad_()
         if joined:

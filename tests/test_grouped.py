@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from fastlora import backends, grouped_lora_linear, ops, reference
-from fastlora.backends import grouped, native
-from fastlora.layer import Layer
+from fastlora.backends import composed, native
+from fastlora.backends.contract import Request
+from fastlora.backends.schemas import flatten
+from fastlora.layer import Layer, Needs
 from fastlora.quant import QuantState
 from tests.cases import DTYPES, Base, autograd_results
 from tests.conftest import poisoned_memory
@@ -34,6 +36,7 @@ class Case:
         return self.name
 
 
+CALL = Request("grouped_lora_linear_fwd", "cpu")
 # N K is a whole number of blocks, of 256 elements at most, and no multiple of 256 blocks of 64.
 CASES = (
     Case("no tokens", (0, 0, 0), 0, 32, 24, 4, 0.1),
@@ -64,9 +67,26 @@ class Inputs:
     compute: torch.dtype | None
     scaling: float = 1.5
 
+    dropout_p: float = 0.0
+
     @property
     def seed(self) -> Tensor:
         return torch.tensor([0x1234_5678_9ABC_DEF])
+
+    @property
+    def layer(self) -> Layer:
+        """The stack that the call is of."""
+        return Layer(
+            self.weight,
+            self.lora_A,
+            self.lora_B,
+            self.scaling,
+            quant_state=self.state,
+            compute_dtype=self.compute,
+            dropout_p=self.dropout_p,
+            seed=self.seed,
+            offsets=self.offsets,
+        )
 
 
 def make_inputs(case: Case, base: Base, dtypes: tuple[Any, Any, Any]) -> Inputs:
@@ -88,43 +108,23 @@ def make_inputs(case: Case, base: Base, dtypes: tuple[Any, Any, Any]) -> Inputs:
         lora_B=(torch.randn(E, N, R) * R**-0.5).to(adapter_dtype),
         dy=torch.randn(M, N).to(x_dtype),
         compute=compute,
+        dropout_p=case.dropout_p,
     )
 
 
-def run(
-    case: Case,
-    inputs: Inputs,
-    backend: str,
-    needs: tuple[bool, bool, bool] = (True, True, True),
-) -> dict[str, Tensor | None]:
-    options = (inputs.scaling, case.dropout_p, inputs.seed)
-    adapters = (inputs.lora_A, inputs.lora_B)
-    base: tuple[Any, ...] = (inputs.weight, inputs.offsets)
-    forward, backward, extra = ops.grouped_lora_linear_fwd, ops.grouped_lora_linear_bwd, ()
-    if inputs.state is not None:
-        base = (inputs.weight, inputs.state, inputs.offsets)
-        forward, backward = ops.grouped_qlora_linear_fwd, ops.grouped_qlora_linear_bwd
-        extra = (inputs.compute,)
-    y, S = forward(inputs.x, *base, *adapters, *options, *extra, backend=backend)
-    args = (inputs.dy, inputs.x, *base, *adapters, S, *options, *extra, needs)
-    dx, dA, dB = backward(*args, backend=backend)
+def run(inputs: Inputs, backend: str, needs: Needs = Needs()) -> dict[str, Tensor | None]:
+    layer = inputs.layer
+    y, S = ops.grouped_lora_linear_fwd(inputs.x, layer, backend=backend)
+    dx, dA, dB, dbias = ops.grouped_lora_linear_bwd(
+        inputs.dy, inputs.x, layer, S, needs, backend=backend
+    )
+    assert dbias is None
     return {"y": y, "dx": dx, "dA": dA, "dB": dB}
 
 
-def segment_results(case: Case, inputs: Inputs, exactly: bool) -> dict[str, Tensor]:
+def segment_results(inputs: Inputs, exactly: bool) -> dict[str, Tensor]:
     """The plain sequence, expert by expert, under torch's autograd: in fp64 or as is."""
-    layer = Layer(
-        inputs.weight,
-        inputs.lora_A,
-        inputs.lora_B,
-        inputs.scaling,
-        quant_state=inputs.state,
-        compute_dtype=inputs.compute,
-        dropout_p=case.dropout_p,
-        seed=inputs.seed,
-        offsets=inputs.offsets,
-    )
-    x = inputs.x
+    layer, x = inputs.layer, inputs.x
     if exactly:
         layer, x = reference.plain.widened(layer), x.double()
     results = autograd_results(reference.plain.grouped_lora_linear, x, layer, inputs.dy)
@@ -133,7 +133,7 @@ def segment_results(case: Case, inputs: Inputs, exactly: bool) -> dict[str, Tens
 
 @pytest.fixture(params=["native", "reference"])
 def backend(request: pytest.FixtureRequest) -> str:
-    if reason := backends.BACKENDS[request.param].unsupported("grouped_lora_linear_fwd", "cpu"):
+    if reason := backends.BACKENDS[request.param].unsupported(CALL):
         pytest.skip(reason)
     return request.param
 
@@ -148,9 +148,9 @@ def test_against_definition(case: Case, base: Base, dtypes: str, backend: str) -
     if case.N * case.K % base.blocksize:
         pytest.skip("experts would share blocks, which the op refuses")
     inputs = make_inputs(case, base, DTYPES[dtypes])
-    exact, plain = (segment_results(case, inputs, exactly) for exactly in (True, False))
+    exact, plain = (segment_results(inputs, exactly) for exactly in (True, False))
     with poisoned_memory():
-        got = run(case, inputs, backend)
+        got = run(inputs, backend)
     for name, out in got.items():
         assert out is not None and out.dtype == plain[name].dtype, name
         assert_close_to_exact(out, exact[name], plain[name], what=name)
@@ -161,45 +161,35 @@ def test_each_expert_is_the_plain_op(base: Base, backend: str) -> None:
     """Bit by bit, on each expert's rows; the dropout alone counts rows from the first expert."""
     case = Case("", (4, 4, 36, 47), 47, 128, 128, 8)
     inputs = make_inputs(case, base, DTYPES["bf16, fp32 adapter"])
-    got = run(case, inputs, backend)
+    got = run(inputs, backend)
     for e, begin, end in reference.segments(inputs.offsets):
-        x, dy, A, B = inputs.x[begin:end], inputs.dy[begin:end], inputs.lora_A[e], inputs.lora_B[e]
-        if inputs.state is None:
-            W = inputs.weight[e]
-            y, S = ops.lora_linear_fwd(x, W, None, A, B, 1.5, backend=backend)
-            grads = ops.lora_linear_bwd(dy, x, W, A, B, S, 1.5, backend=backend)
-        else:
-            state = grouped.separable(inputs.state).expert(e)
-            packed = inputs.weight.view(4, -1)[e]
-            y, S = ops.qlora_linear_fwd(x, packed, state, None, A, B, 1.5, backend=backend)
-            grads = ops.qlora_linear_bwd(dy, x, packed, state, A, B, S, 1.5, backend=backend)
-        for name, want in zip(("y", "dx"), (y, grads[0]), strict=True):
+        x, dy = inputs.x[begin:end], inputs.dy[begin:end]
+        expert = Layer(inputs.weight[e], inputs.lora_A[e], inputs.lora_B[e], 1.5)
+        if inputs.state is not None:
+            state = composed.separable(inputs.state).expert(e)
+            expert = expert._replace(weight=inputs.weight.view(4, -1)[e], quant_state=state)
+        y, S = ops.lora_linear_fwd(x, expert, backend=backend)
+        grads = ops.lora_linear_bwd(dy, x, expert, S, backend=backend)
+        for name, want in zip(("y", "dx"), (y, grads.x), strict=True):
             assert torch.equal(got[name][begin:end], want), (name, e)
-        assert torch.equal(got["dA"][e], grads[1]) and torch.equal(got["dB"][e], grads[2])
+        assert torch.equal(got["dA"][e], grads.A) and torch.equal(got["dB"][e], grads.B)
 
 
 @pytest.mark.parametrize("asked", range(8))
 @pytest.mark.parametrize("base", [Base(), Base("nf4", 64)], ids=str)
 def test_computes_and_reads_only_what_is_needed(asked: int, base: Base, backend: str) -> None:
-    needs = (bool(asked & 1), bool(asked & 2), bool(asked & 4))
+    needs = Needs(bool(asked & 1), bool(asked & 2), bool(asked & 4))
     case = Case("", (2, 2, 21), 25, 40, 96, 4, 0.2)
     inputs = make_inputs(case, base, DTYPES["bf16, fp32 adapter"])
-    everything = run(case, inputs, backend)
+    everything = run(inputs, backend)
+    layer = inputs.layer
+    zeros = torch.zeros(3, 40, 96, dtype=torch.bfloat16)
     _, S = reference.grouped_lora_linear_fwd(
-        inputs.x, torch.zeros(3, 40, 96, dtype=torch.bfloat16), inputs.offsets, inputs.lora_A,
-        inputs.lora_B, 1.5, 0.2, inputs.seed,
-    )  # fmt: skip
-    read = (inputs.x if needs[1] else None, S if needs[2] else None)
-    lora = (inputs.offsets, inputs.lora_A, inputs.lora_B, read[1], 1.5, 0.2, inputs.seed)
-    if inputs.state is None:
-        some = ops.grouped_lora_linear_bwd(
-            inputs.dy, read[0], inputs.weight, *lora, needs, backend=backend
-        )
-    else:
-        some = ops.grouped_qlora_linear_bwd(
-            inputs.dy, read[0], inputs.weight, inputs.state, *lora, None, needs, backend=backend
-        )
-    for name, got, need in zip(("dx", "dA", "dB"), some, needs, strict=True):
+        inputs.x, layer._replace(weight=zeros, quant_state=None)
+    )
+    read = (inputs.x if needs.A else None, S if needs.B else None)
+    some = ops.grouped_lora_linear_bwd(inputs.dy, read[0], layer, read[1], needs, backend=backend)
+    for name, got, need in zip(("dx", "dA", "dB", "dbias"), some, needs, strict=True):
         if not need:
             assert got is None, name
         else:
@@ -212,10 +202,10 @@ def test_threads_change_no_bit(count: int) -> None:
         pytest.skip(reason)
     case = Case("", (100, 101, 109, 120, 128, 150, 151, 190, 200), 200, 136, 192, 16, 0.1)
     inputs = make_inputs(case, Base("nf4", 64, nested=True), DTYPES["bf16, fp32 adapter"])
-    first, threads = run(case, inputs, "native"), torch.get_num_threads()
+    first, threads = run(inputs, "native"), torch.get_num_threads()
     try:
         torch.set_num_threads(count)
-        again = run(case, inputs, "native")
+        again = run(inputs, "native")
     finally:
         torch.set_num_threads(threads)
     for name, tensor in first.items():
@@ -227,69 +217,66 @@ def test_loop_over_experts() -> None:
     case = Case("", (0, 7, 8, 20), 23, 40, 96, 3)
     for base in (Base(), Base("nf4", 64), Base("nf4", 32, nested=True)):
         inputs = make_inputs(case, base, DTYPES["fp32"])
-        want = run(case, inputs, "reference")
-        module = backends.BACKENDS["reference"]
-        stack = (inputs.weight, inputs.state, inputs.offsets, inputs.lora_A, inputs.lora_B)
-        y, S = grouped.forward(module, inputs.x, *stack, 1.5)
-        grads = grouped.backward(
-            module, inputs.dy, inputs.x, *stack, S, 1.5, None, (True, True, True)
+        want = run(inputs, "reference")
+        module, layer = backends.BACKENDS["reference"], inputs.layer
+        y, S = composed.grouped_lora_linear_fwd(module.lora_linear_fwd, inputs.x, layer)
+        grads = composed.grouped_lora_linear_bwd(
+            module.lora_linear_bwd, inputs.dy, inputs.x, layer, S, Needs()
         )
-        for name, got in zip(want, (y, *grads), strict=True):
+        assert grads.bias is None
+        for name, got in zip(want, (y, *grads[:3]), strict=True):
             assert torch.equal(got, want[name]), (base, name)
-        dx, *others = grouped.backward(
-            module, inputs.dy, None, *stack, None, 1.5, None, (True, False, False)
+        dx, *others = composed.grouped_lora_linear_bwd(
+            module.lora_linear_bwd, inputs.dy, None, layer, None, Needs(True, False, False)
         )
-        assert torch.equal(dx, want["dx"]) and others == [None, None]
+        assert torch.equal(dx, want["dx"]) and others == [None, None, None]
 
 
 @pytest.mark.parametrize("base", [Base(), Base("nf4", 64)], ids=str)
 def test_triton(base: Base) -> None:
     """The loop over Triton's kernels, in its interpreter; dropout is refused."""
     triton = backends.BACKENDS["triton"]
-    if reason := triton.unsupported("grouped_lora_linear_fwd", "cpu"):
+    if reason := triton.unsupported(CALL):
         pytest.skip(reason)
     case = Case("", (3, 3, 8), 9, 32, 64, 4)
     inputs = make_inputs(case, base, DTYPES["fp32"])
-    exact, plain = (segment_results(case, inputs, exactly) for exactly in (True, False))
-    for name, out in run(case, inputs, "triton").items():
+    exact, plain = (segment_results(inputs, exactly) for exactly in (True, False))
+    for name, out in run(inputs, "triton").items():
         assert_close_to_exact(out, exact[name], plain[name], what=name)
-    dropping = Case("", (3, 3, 8), 9, 32, 64, 4, dropout_p=0.1)
+    inputs.dropout_p = 0.1
     with pytest.raises(RuntimeError, match="no kernel whose dropout counts rows"):
-        run(dropping, inputs, "triton")
+        run(inputs, "triton")
 
 
 def test_a_gpu_loop_declines_dropout() -> None:
-    assert grouped.unsupported("grouped_lora_linear_fwd", 0.0) is None
-    assert grouped.unsupported("lora_linear_fwd", 0.1) is None
-    reason = grouped.unsupported("grouped_lora_linear_bwd", 0.1)
+    assert composed.unsupported(CALL) is None
+    assert composed.unsupported(CALL._replace(op="lora_linear_fwd", dropout=True)) is None
+    reason = composed.unsupported(CALL._replace(op="grouped_lora_linear_bwd", dropout=True))
     assert reason == (
         "grouped_lora_linear_bwd has no kernel whose dropout counts rows from the first of all "
         "experts."
     )
 
 
-def _op_arguments() -> dict[str, tuple]:
-    case = Case("", (2, 2, 5), 6, 32, 64, 2, 0.1)
-    dense = make_inputs(case, Base(), DTYPES["fp32"])
-    packed = make_inputs(case, Base("nf4", 64), DTYPES["fp32"])
-    ends, S = dense.offsets.long(), torch.randn(6, 2)
-    A, B, options, needs = dense.lora_A, dense.lora_B, (1.0, 0.1, dense.seed), (True, False, True)
-    quant = (packed.weight.view(-1), *native.state_args(packed.state), torch.float32, ends)
-    x, W, dy = dense.x, dense.weight, dense.dy
-    return {
-        "grouped_lora_linear_fwd": (x, W, ends, A, B, *options),
-        "grouped_lora_linear_bwd": (dy, None, W, ends, A, B, S, *options, *needs),
-        "grouped_qlora_linear_fwd": (x, *quant, A, B, *options),
-        "grouped_qlora_linear_bwd": (dy, x, *quant, A, B, S, *options, *needs),
-    }
+OP_CASE = Case("", (2, 2, 5), 6, 32, 64, 2, 0.1)
 
 
 @pytest.mark.skipif(native.build_info() is None, reason=str(native.unavailable_reason()))
-@pytest.mark.parametrize("op", _op_arguments())
-def test_opcheck(op: str) -> None:
+@pytest.mark.parametrize("base", [Base(), Base("nf4", 64)], ids=str)
+@pytest.mark.parametrize("op", ["grouped_lora_linear_fwd", "grouped_lora_linear_bwd"])
+def test_opcheck(op: str, base: Base) -> None:
+    inputs = make_inputs(OP_CASE, base, DTYPES["fp32"])
+    layer, ends, S = inputs.layer, inputs.offsets.long(), torch.randn(6, 2)
+    x: Tensor | None = inputs.x
+    if base.quant_type is not None:
+        layer = layer._replace(weight=layer.weight.view(-1), compute_dtype=torch.float32)
+    arguments: tuple[Any, ...] = (x, *flatten(layer), ends)
+    if op.endswith("bwd"):
+        x = None if base.quant_type is None else x
+        arguments = (inputs.dy, x, *flatten(layer), ends, S, True, False, True, False)
     result = torch.library.opcheck(
         getattr(torch.ops.fastlora, op).default,
-        _op_arguments()[op],
+        arguments,
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
     assert set(result.values()) == {"SUCCESS"}
@@ -298,12 +285,14 @@ def test_opcheck(op: str) -> None:
 @pytest.mark.skipif(native.build_info() is None, reason=str(native.unavailable_reason()))
 def test_the_library_checks_what_it_reads() -> None:
     """Ends past the rows would read past x; Python's check may be bypassed."""
-    x, W, ends, A, B, *options = _op_arguments()["grouped_lora_linear_fwd"]
+    inputs = make_inputs(OP_CASE, Base(), DTYPES["fp32"])
+    x, layer, ends = inputs.x, inputs.layer, inputs.offsets.long()
     for wrong in ([2, 2, 7], [2, 1, 5], [-1, 2, 5]):
         with pytest.raises(RuntimeError, match="offsets must ascend from 0 to at most 6"):
-            torch.ops.fastlora.grouped_lora_linear_fwd(x, W, torch.tensor(wrong), A, B, *options)
+            torch.ops.fastlora.grouped_lora_linear_fwd(x, *flatten(layer), torch.tensor(wrong))
+    narrow = layer._replace(lora_B=layer.lora_B[:, :31])
     with pytest.raises(RuntimeError, match=r"lora_B must be \[3, 32, 2\]"):
-        torch.ops.fastlora.grouped_lora_linear_fwd(x, W, ends, A, B[:, :31], *options)
+        torch.ops.fastlora.grouped_lora_linear_fwd(x, *flatten(narrow), ends)
 
 
 @pytest.mark.parametrize(
@@ -323,15 +312,15 @@ def test_the_library_checks_what_it_reads() -> None:
 )
 def test_errors(change: dict[str, Any], error: type[Exception], message: str) -> None:
     arguments = {
-        "x": torch.randn(6, 64),
         "weight": torch.randn(3, 32, 64),
         "offsets": torch.tensor([2, 2, 5]),
         "lora_A": torch.randn(3, 2, 64),
         "lora_B": torch.randn(3, 32, 2),
         "scaling": 1.0,
-    }
+    } | change
+    x = arguments.pop("x", torch.randn(6, 64))
     with pytest.raises(error, match=message):
-        ops.grouped_lora_linear_fwd(**{**arguments, **change})
+        ops.grouped_lora_linear_fwd(x, Layer(**arguments))
 
 
 def test_errors_of_packed_stacks_and_gradients() -> None:
@@ -339,14 +328,14 @@ def test_errors_of_packed_stacks_and_gradients() -> None:
     A, B, ends = torch.randn(2, 3, 8), torch.randn(2, 9, 3), torch.tensor([1, 4])
     x, dy = torch.randn(4, 8), torch.randn(4, 9)
     with pytest.raises(ValueError, match="whole blocks of 64 elements, got experts of 9 x 8"):
-        ops.grouped_qlora_linear_fwd(x, weight, state, ends, A, B, 1.0)
-    W = torch.randn(2, 9, 8)
+        ops.grouped_lora_linear_fwd(x, Layer(weight, A, B, 1.0, quant_state=state, offsets=ends))
+    layer = Layer(torch.randn(2, 9, 8), A, B, 1.0, offsets=ends)
     with pytest.raises(ValueError, match=r"x must be \[4, 8\] where dA is needed, got None"):
-        ops.grouped_lora_linear_bwd(dy, None, W, ends, A, B, None, 1.0)
+        ops.grouped_lora_linear_bwd(dy, None, layer, None)
     with pytest.raises(ValueError, match=r"S must be \[4, 3\] where dB is needed, got None"):
-        ops.grouped_lora_linear_bwd(dy, x, W, ends, A, B, None, 1.0)
+        ops.grouped_lora_linear_bwd(dy, x, layer, None)
     with pytest.raises(ValueError, match=r"dy must be \[M, 9\], got \(4, 8\)"):
-        ops.grouped_lora_linear_bwd(x, x, W, ends, A, B, None, 1.0)
+        ops.grouped_lora_linear_bwd(x, x, layer, None)
     with pytest.raises(ValueError, match="multiple of 256 blocks for each expert"):
         reference.quantize_4bit(torch.randn(2, 8, 8), compress_statistics=True)[1].expert(0)
 

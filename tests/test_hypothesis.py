@@ -15,7 +15,7 @@ from tolerance import assert_close_to_exact
 from torch import Tensor
 
 from fastlora import dequantize_4bit, lora_linear, quantize_4bit, reference
-from fastlora.layer import Layer
+from fastlora.layer import Layer, Needs
 from fastlora.quant import BLOCKSIZES, QuantState, code_table, dynamic_code
 
 hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is not installed")
@@ -236,11 +236,9 @@ def run_exact(case: Case, inputs: Inputs, seed: Tensor) -> dict[str, Tensor | No
     dy = inputs.dy.double().reshape(-1, case.N)
     A, B = inputs.A.detach().double(), inputs.B.detach().double()
     bias = None if inputs.bias is None else inputs.bias.detach().double()
-    W = inputs.dense.double()
-    y, S = reference.lora_linear_fwd(x, W, bias, A, B, case.scaling, p, seed)
-    dx, dA, dB, dbias = reference.lora_linear_bwd(
-        dy, x, W, A, B, S, case.scaling, p, seed, (True,) * 4
-    )
+    layer = Layer(inputs.dense.double(), A, B, case.scaling, bias, dropout_p=p, seed=seed)
+    y, S = reference.lora_linear_fwd(x, layer)
+    dx, dA, dB, dbias = reference.lora_linear_bwd(dy, x, layer, S, Needs(bias=True))
     assert dx is not None
     dx = dx.view(inputs.x.shape)
     return {"y": y.view(*case.lead, case.N), "dx": dx, "dA": dA, "dB": dB, "dbias": dbias}

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -124,12 +125,15 @@ def test_imports_go_down(path: Path) -> None:
     [
         ("autograd/shared.py", "from ..ops import shared_linear_fwd", True),
         ("autograd/shared.py", "from ..nn import LoraLinear", False),
+        ("layer.py", "from .quant import QuantState", True),
+        ("layer.py", "from .reference import dequantize_4bit", False),
+        ("quant/state.py", "from ..layer import Layer", False),
         ("ops/linear.py", "from ..backends import choose", True),
         ("ops/linear.py", "from .checks import check_weight", True),
         ("ops/linear.py", "from ..autograd import lora_linear", False),
         ("ops/linear.py", "def f():\n    from ..nn import LoraLinear", False),
-        ("backends/native.py", "from .. import ops", False),
-        ("backends/native.py", "from .. import _C, reference", True),
+        ("backends/native/cpu.py", "from ... import ops", False),
+        ("backends/native/library.py", "from ... import _C, reference", True),
         ("nn/lora.py", "import peft", False),
         (
             "nn/lora.py",
@@ -143,7 +147,7 @@ def test_imports_go_down(path: Path) -> None:
         ("integrations/peft/model.py", "def f():\n    import transformers", True),
         ("cli/info.py", "import peft", False),
         ("cli/info.py", "def f():\n    import peft", True),
-        ("backends/native.py", "import triton", False),
+        ("backends/native/cpu.py", "import triton", False),
         ("backends/triton/lora_linear.py", "import triton.language as tl", True),
     ],
 )
@@ -160,6 +164,168 @@ def test_the_rule_itself(
     else:
         with pytest.raises(AssertionError, match=re.escape(path)):
             test_imports_go_down(file)
+
+
+# ---- circles -------------------------------------------------------------------------------------
+
+# Modules that have no source in Python: a package gives them, and its __init__ does not.
+COMPILED = ("_C",)
+# Module -> what it imports -> the place and the line of code that does.
+Graph = dict[str, dict[str, str]]
+
+
+def dotted(path: Path, package: Path) -> str:
+    parts = path.relative_to(package.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def import_graph(package: Path) -> tuple[Graph, list[str]]:
+    """What each module imports, anywhere in it but under TYPE_CHECKING, and the climbing imports.
+
+    A package's __init__ is a module; `from . import x` imports the submodule x where there is one.
+    An import climbs where a module takes a name from the __init__ of a package that it belongs to:
+    that __init__ has it from another submodule, or from one that imports this module.
+    """
+    modules = {dotted(path, package): path for path in sorted(package.rglob("*.py"))}
+    graph: Graph = {name: {} for name in modules}
+    climbing = []
+    for name, path in modules.items():
+        parents = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+        for node, _ in imports(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ImportFrom) or node.level == 0:
+                continue
+            where = f"{path.relative_to(package.parent)}:{node.lineno}: `{ast.unparse(node)}`"
+            above = parents[: len(parents) - node.level + 1]
+            base = ".".join((*above, node.module) if node.module else above)
+            for alias in node.names:
+                submodule = f"{base}.{alias.name}"
+                if submodule in modules:
+                    graph[name].setdefault(submodule, where)
+                elif base in modules and alias.name not in COMPILED:
+                    graph[name].setdefault(base, where)
+                    if name == base or name.startswith(f"{base}."):
+                        climbing.append(f"{where}: {alias.name} is no submodule of {base}")
+    return graph, climbing
+
+
+def chain(graph: Graph, start: str, end: str) -> list[str]:
+    """The shortest chain of imports from `start` to `end`, one import at least; [] if none."""
+    came_from: dict[str, str] = {}
+    row = [start]
+    while row and end not in came_from:
+        following = []
+        for module in row:
+            for target in graph[module]:
+                if target not in came_from:
+                    came_from[target] = module
+                    following.append(target)
+        row = following
+    if end not in came_from:
+        return []
+    modules = [end, came_from[end]]
+    while modules[-1] != start:
+        modules.append(came_from[modules[-1]])
+    return modules[::-1]
+
+
+def circles(graph: Graph) -> list[list[str]]:
+    """A shortest circle of each strongly connected component that has one."""
+    found: list[list[str]] = []
+    seen: set[str] = set()
+    for module in graph:
+        if module in seen or not (circle := chain(graph, module, module)):
+            continue
+        found.append(circle)
+        seen |= {m for m in graph if chain(graph, module, m) and chain(graph, m, module)}
+    return found
+
+
+def assert_no_circle(package: Path) -> None:
+    graph, climbing = import_graph(package)
+    assert not climbing, "\n".join(["climbing imports:", *climbing])
+    told = [
+        "\n  ".join([" -> ".join(circle), *(graph[a][b] for a, b in pairwise(circle))])
+        for circle in circles(graph)
+    ]
+    assert not told, "\n".join(told)
+
+
+def test_no_circle_and_no_climbing_import_inside_packages_too() -> None:
+    assert_no_circle(PACKAGE)
+
+
+@pytest.mark.parametrize(
+    ("sources", "fault"),
+    [
+        ({"a": "from .b import f", "b": "from .c import f", "c": ""}, None),
+        ({"a": "from .b import f", "b": "from .a import g"}, r"x\.a -> x\.b -> x\.a"),
+        ({"a": "from . import b", "b": "from . import a"}, r"x\.a -> x\.b -> x\.a"),
+        (
+            {"a": "from .b import f", "b": "def f():\n    from .a import g"},
+            r"(?s)x\.a -> x\.b -> x\.a\s.*x/b\.py:2: `from \.a import g`",
+        ),
+        (
+            {"a": "from .b import f", "b": "class B:\n    try:\n        from . import a\n"
+             "    except ImportError:\n        pass"},
+            r"x\.a -> x\.b -> x\.a",
+        ),
+        (
+            {
+                "a": "from .b import f",
+                "b": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .a import g",
+            },
+            None,
+        ),
+        # Around three modules of two packages, beside another circle.
+        (
+            {
+                "p/__init__": "",
+                "p/a": "from ..q.b import f",
+                "q/__init__": "",
+                "q/b": "from . import c",
+                "q/c": "from ..p import a",
+                "d": "from .e import f",
+                "e": "from .d import f",
+            },
+            r"(?s)x\.d -> x\.e -> x\.d\s.*x\.p\.a -> x\.q\.b -> x\.q\.c -> x\.p\.a\s",
+        ),
+        # A package's own submodules: by name they are themselves, not the package.
+        ({"p/__init__": "from . import a", "p/a": "from . import b", "p/b": ""}, None),
+        (
+            {"p/__init__": "from .a import f", "p/a": "from ..p.b import g", "p/b": ""},
+            None,
+        ),
+        (
+            {"p/__init__": "from .a import f", "p/a": "from ..c import g", "c": "from .p import f"},
+            r"x\.c -> x\.p -> x\.p\.a -> x\.c",
+        ),
+        # A name that the package has from elsewhere.
+        (
+            {"p/__init__": "from .b import g", "p/a": "from . import g", "p/b": ""},
+            r"climbing imports:\s+x/p/a\.py:1: `from \. import g`: g is no submodule of x\.p",
+        ),
+        (
+            {"p/__init__": "", "p/q/__init__": "", "p/q/a": "def f():\n    from ...p import g"},
+            r"x/p/q/a\.py:2: .* g is no submodule of x\.p",
+        ),
+        ({"p/__init__": "", "p/a": "from .. import _C"}, None),
+    ],
+)  # fmt: skip
+def test_the_rule_of_circles_itself(
+    sources: dict[str, str], fault: str | None, tmp_path: Path
+) -> None:
+    for name, source in {"__init__": "", **sources}.items():
+        file = tmp_path / "x" / f"{name}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(source)
+    if fault is None:
+        assert_no_circle(tmp_path / "x")
+    else:
+        with pytest.raises(AssertionError, match=fault):
+            assert_no_circle(tmp_path / "x")
+
+
+# ---- peers and headers ---------------------------------------------------------------------------
 
 
 def test_no_peer_is_loaded_unasked() -> None:

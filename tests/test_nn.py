@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastlora import LoraLinear, QLoraLinear, lora_linear, reference
+from fastlora.layer import Layer, Needs
 from fastlora.nn import Linear4bit, MergeError
 from fastlora.quant import packed_bytes
 
@@ -143,12 +144,10 @@ def exact_results(
     bias = layer.base_layer.bias
     x2, dy2 = x.double().reshape(-1, x.shape[-1]), dy.double().reshape(-1, dy.shape[-1])
     bias64 = None if bias is None else bias.detach().double()
-    W = weight.double()
-    y, S = reference.lora_linear_fwd(x2, W, bias64, A, B, layer.scaling, p, seed)
-    needs = (True, True, True, bias is not None and bias.requires_grad)
-    dx, dA, dB, dbias = reference.lora_linear_bwd(
-        dy2, x2, W, A, B, S, layer.scaling, p, seed, needs
-    )
+    wide = Layer(weight.double(), A, B, layer.scaling, bias64, dropout_p=p, seed=seed)
+    y, S = reference.lora_linear_fwd(x2, wide)
+    needs = Needs(bias=bias is not None and bias.requires_grad)
+    dx, dA, dB, dbias = reference.lora_linear_bwd(dy2, x2, wide, S, needs)
     assert dx is not None
     return {
         "y": y.view(dy.shape),

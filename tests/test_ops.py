@@ -6,44 +6,29 @@ import pytest
 import torch
 
 from fastlora import ops
+from fastlora.layer import Layer
 from tests.cases import DTYPES, Base, Case, make_inputs
 
 CASE = Case("", M=4, N=6, K=64, R=2)
-
-
 DENSE = Base()
 
 
-def call(base: Base = DENSE, **changed):
+def arguments(base: Base, changed: dict) -> dict:
+    """The tensors of a call without dropout, with some changed: the layer's fields, and others."""
     inputs = make_inputs(CASE, base, DTYPES["fp32"])
-    arguments = {
-        "x": inputs.x,
-        "weight": inputs.weight,
-        "bias": inputs.bias,
-        "lora_A": inputs.lora_A,
-        "lora_B": inputs.lora_B,
-        "scaling": 1.0,
-        "dropout_p": 0.0,
-        "seed": None,
-    }
-    if base.quant_type:
-        arguments["quant_state"] = inputs.quant_state
-        return ops.qlora_linear_fwd(**(arguments | changed))
-    return ops.lora_linear_fwd(**(arguments | changed))
+    given = {"x": inputs.x, "dy": inputs.dy, "S": torch.zeros(4, 2), "seed": None} | changed
+    layer = inputs.layer._replace(**{k: v for k, v in given.items() if k in Layer._fields})
+    return {k: v for k, v in given.items() if k not in Layer._fields} | {"layer": layer}
+
+
+def call(base: Base = DENSE, **changed):
+    given = arguments(base, changed)
+    return ops.lora_linear_fwd(given["x"], given["layer"])
 
 
 def backward(**changed):
-    inputs = make_inputs(CASE, Base(), DTYPES["fp32"])
-    arguments = {
-        "dy": inputs.dy,
-        "x": inputs.x,
-        "weight": inputs.weight,
-        "lora_A": inputs.lora_A,
-        "lora_B": inputs.lora_B,
-        "S": torch.zeros(4, 2),
-        "scaling": 1.0,
-    }
-    return ops.lora_linear_bwd(**(arguments | changed))
+    given = arguments(DENSE, changed)
+    return ops.lora_linear_bwd(given["dy"], given["x"], given["layer"], given["S"])
 
 
 @pytest.mark.parametrize(

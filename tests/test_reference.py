@@ -9,6 +9,7 @@ import torch
 
 from fastlora import reference
 from fastlora.autograd.linear import LoraLinearFunction
+from fastlora.layer import Needs
 from tests.cases import BASES, Base, Case, make_inputs
 
 FP64 = (torch.float64, torch.float64, None)
@@ -23,13 +24,11 @@ def test_gradcheck(base: Base, dropout_p: float) -> None:
         t.clone().requires_grad_() for t in (inputs.x, inputs.bias, inputs.lora_A, inputs.lora_B)
     ]
 
-    def layer(x, bias, lora_A, lora_B):
-        options = (inputs.scaling, dropout_p, inputs.quant_state, None, "reference")
-        return LoraLinearFunction.apply(
-            x, inputs.weight, bias, lora_A, lora_B, inputs.seed, *options
-        )
+    def function(x, bias, lora_A, lora_B):
+        layer = inputs.layer._replace(bias=bias, lora_A=lora_A, lora_B=lora_B)
+        return LoraLinearFunction.apply(x, layer, "reference", bias, lora_A, lora_B)
 
-    assert torch.autograd.gradcheck(layer, leaves)
+    assert torch.autograd.gradcheck(function, leaves)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
@@ -37,19 +36,11 @@ def test_backward_is_autograd_of_forward(dropout_p: float) -> None:
     inputs = make_inputs(Case("", M=9, N=11, K=140, R=3, dropout_p=dropout_p), Base(), FP64)
     leaves = [inputs.x, inputs.bias, inputs.lora_A, inputs.lora_B]
     x, bias, A, B = (t.clone().requires_grad_() for t in leaves)
-    options = (inputs.scaling, dropout_p, inputs.seed)
-    y, S = reference.lora_linear_fwd(x, inputs.weight, bias, A, B, *options)
+    layer = inputs.layer._replace(bias=bias, lora_A=A, lora_B=B)
+    y, S = reference.lora_linear_fwd(x, layer)
     y.backward(inputs.dy)
-    got = reference.lora_linear_bwd(
-        inputs.dy,
-        x.detach(),
-        inputs.weight,
-        A.detach(),
-        B.detach(),
-        S.detach(),
-        *options,
-        (True,) * 4,
-    )
+    with torch.no_grad():
+        got = reference.lora_linear_bwd(inputs.dy, x, layer, S, Needs(bias=True))
     for name, ours, autograd in zip(["x", "A", "B", "bias"], got, (x, A, B, bias), strict=True):
         torch.testing.assert_close(ours, autograd.grad, rtol=1e-12, atol=1e-12, msg=name)
 

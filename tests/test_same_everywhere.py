@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from fastlora import backends, ops, reference
+from fastlora.backends.contract import Request
+from fastlora.layer import Layer
 from tests import emulated, test_backends
 from tests.cases import Base, Case
 
@@ -23,6 +25,7 @@ CASES = (
 )
 BASES = (Base("nf4", 64, nested=True), Base("fp4", 128), Base("mxfp4", 32))
 DTYPES = ("bf16, fp32 adapter", "fp16", "fp32 computed in bf16")
+CALL = Request("lora_linear_fwd", "cpu", four_bit=True)
 
 
 @pytest.fixture(params=RUNNERS)
@@ -32,7 +35,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         with emulated.as_backend() as name:
             yield name
         return
-    if reason := backends.BACKENDS[request.param].unsupported("qlora_linear_fwd", "cpu"):
+    if reason := backends.BACKENDS[request.param].unsupported(CALL):
         pytest.skip(reason)
     yield request.param
 
@@ -60,9 +63,10 @@ def test_one_dropout_mask(M: int, p: float, backend: str) -> None:
     x, eye = torch.ones(M, K, dtype=torch.bfloat16), torch.eye(K)
     weight, state = reference.quantize_4bit(torch.zeros(K, K))
     mask = reference.dropout_mask(M, K, p, seed)
-    y, S = ops.qlora_linear_fwd(x, weight, state, None, eye, eye, 1.0, p, seed, backend=backend)
+    layer = Layer(weight, eye, eye, 1.0, quant_state=state, dropout_p=p, seed=seed)
+    y, S = ops.lora_linear_fwd(x, layer, backend=backend)
     assert torch.equal(y != 0, mask)
-    dx, *_ = ops.qlora_linear_bwd(x, x, weight, state, eye, eye, S, 1.0, p, seed, backend=backend)
+    dx, *_ = ops.lora_linear_bwd(x, x, layer, S, backend=backend)
     assert torch.equal(dx != 0, mask)
     if backend == emulated.NAME:
         assert emulated.called == ["qlora_decode", "qlora_gemm_dx"]
