@@ -1,7 +1,8 @@
 """The CUDA kernels on a CPU: builds and loads them, and makes a backend of them.
 
 `torch.ops.fastlora_emulated` are the ops of csrc/bindings/cuda_ops.cpp, compiled for CPU tensors
-with the kernels' own sources over tests/csrc/simt.
+with the kernels' own sources over tests/csrc/simt. The library implements them; they are defined
+here, from the table of backends/schemas.py.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ from typing import Any
 import pytest
 import torch
 
-from fastlora import backends, reference
-from fastlora.backends import native, native_cuda
+from fastlora import backends
+from fastlora.backends import schemas
+from fastlora.backends.native import cuda
 from tests.building import BUILD, build_lock
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "cuda emulated"
 # As on an sm_80. The emulation has no compute capability.
-FUSED_TOKENS = native_cuda.FUSED_TOKENS[8, 0]
+FUSED_TOKENS = cuda.FUSED_TOKENS[8, 0]
 
 
 def run_cmake(target: str) -> None:
@@ -48,8 +50,15 @@ def build(target: str = "fastlora_emulated") -> Path:
     return BUILD / f"{target}.so"
 
 
+@functools.cache
+def define_ops() -> torch.library.Library:
+    """`torch.ops.fastlora_emulated`, without implementations."""
+    return schemas.define("fastlora_emulated", schemas.CUDA_OPS)
+
+
 def load_library(path: Path) -> ctypes.CDLL:
     """Registers the ops and returns the library's C functions."""
+    define_ops()
     torch.ops.load_library(str(path))
     library = ctypes.CDLL(str(path))
     library.simt_to_float.restype = ctypes.c_float
@@ -77,9 +86,7 @@ class Counters(ctypes.Structure):
 @functools.cache
 def load() -> ctypes.CDLL:
     """The library, compiled and loaded once."""
-    library = load_library(build())
-    native_cuda.register_fakes("fastlora_emulated")
-    return library
+    return load_library(build())
 
 
 # Names of the ops that `as_backend` has called, in order: a test that means a kernel can see to it.
@@ -94,27 +101,31 @@ class Recorded:
         return getattr(torch.ops.fastlora_emulated, op)
 
 
+# What native.cuda has: the module takes CUDA tensors alone for its own.
+OPS = (
+    "unsupported",
+    "lora_linear_fwd",
+    "lora_linear_bwd",
+    "shared_linear_fwd",
+    "shared_linear_bwd",
+    "grouped_lora_linear_fwd",
+    "grouped_lora_linear_bwd",
+    "quantize_4bit",
+    "dequantize_4bit",
+)
+
+
 @contextmanager
 def as_backend() -> Iterator[str]:
     """Inside, `backend="cuda emulated"` runs the ops' CUDA side on CPU tensors."""
-    module = SimpleNamespace(
-        NAME=NAME,
-        unsupported=lambda op, device, *dtypes, **named: native_cuda.unsupported(op, None, *dtypes),
-        qlora_linear_fwd=native_cuda.qlora_linear_fwd,
-        qlora_linear_bwd=native_cuda.qlora_linear_bwd,
-        quantize_4bit=native.quantize_4bit,
-        dequantize_4bit=native.dequantize_4bit,
-    )
-    ops = Recorded()
+    module = SimpleNamespace(NAME=NAME, **{name: getattr(cuda, name) for name in OPS})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native_cuda, "ops", ops)
-        patch.setattr(native_cuda, "_reason", None)
-        patch.setattr(native_cuda, "unsupported_gpu", lambda index: None)
-        patch.setattr(native_cuda, "_fault", lambda index: None)
-        patch.setattr(native_cuda, "fused_tokens", lambda device: FUSED_TOKENS)
-        # Triton's interpreter would take most of the time, and has tests of its own.
-        patch.setattr(native_cuda, "skinny", lambda device: reference)
-        patch.setattr(native, "ops", ops)
-        patch.setattr(native, "_nested", native_cuda.nested)
+        patch.setattr(cuda, "ops", Recorded())
+        patch.setattr(cuda, "_reason", None)
+        patch.setattr(cuda, "unsupported_gpu", lambda index: None)
+        patch.setattr(cuda, "_fault", lambda index: None)
+        patch.setattr(cuda, "fused_tokens", lambda device: FUSED_TOKENS)
+        # Triton's interpreter would take most of the time, and has tests of its own: the reference.
+        patch.setattr(cuda, "_skinny", [])
         patch.setitem(backends.BACKENDS, NAME, module)
         yield NAME

@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from fastlora import ops, reference
-from fastlora.backends import native, native_cuda, triton
+from fastlora.backends import native, schemas, triton
+from fastlora.backends.contract import Request
 from fastlora.backends.machine import tuned
+from fastlora.layer import Layer, Needs
 from fastlora.quant import QuantState, code_table, dynamic_code, quantize_bounds
 from fastlora.quant.absmax import quantize_absmax
 from tests import emulated
@@ -81,12 +83,12 @@ def backend() -> Iterator[str]:
 def test_with_the_skinny_products_of_triton(
     case: Case, decoded_first: bool, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if reason := triton.unsupported("lora_linear_fwd", "cpu"):
+    if reason := triton.unsupported(Request("lora_linear_fwd", "cpu")):
         pytest.skip(reason)
     calls = []
-    monkeypatch.setattr(native_cuda, "skinny", lambda device: calls.append(device) or triton)
+    monkeypatch.setattr(native.cuda, "skinny", lambda device: calls.append(device) or triton)
     if decoded_first:
-        monkeypatch.setattr(native_cuda, "fused_tokens", lambda device: 0)
+        monkeypatch.setattr(native.cuda, "fused_tokens", lambda device: 0)
     test_against_definition(case, NESTED, "bf16, fp32 adapter", backend)
     assert calls
 
@@ -150,7 +152,7 @@ def _assert_same_nesting(absmax: torch.Tensor) -> None:
     shape = torch.Size((absmax.numel() * 64,))
     state = QuantState(absmax, shape, code_table("nf4"), torch.float32, 64, "nf4")
     with poisoned_memory():
-        got = native_cuda.nested(state)
+        got = native.cuda.nested(state)
     want = reference.nested(state)
     assert torch.equal(got.absmax, want.absmax)
     for out, value in zip(got.tensors()[1:], want.tensors()[1:], strict=True):
@@ -181,7 +183,7 @@ def test_nested_codes_change_where_the_definition_changes_them(backend: str) -> 
     ends = torch.tensor([1.0, -1.0]).expand(len(blocks), 2)
     values = torch.cat([blocks, ends], dim=1).reshape(-1)
     zero = torch.zeros(1)
-    codes, scales = native_cuda.ops.quantize_absmax(values, zero, code)
+    codes, scales = native.cuda.ops.quantize_absmax(values, zero, code)
     want, state2 = quantize_absmax(values)
     assert torch.equal(codes, want) and torch.equal(scales, state2.absmax)
     # The codes nearest to zero lie between two points of the grid: bitsandbytes never takes them.
@@ -242,12 +244,12 @@ def test_sums_are_cut_for_every_place_of_a_gpu(
     library, parts = emulated.load(), 2 * blocks_at_once
     case = Case("", M, N=384, K=K, R=4)
     inputs = make_inputs(case, NESTED, DTYPES["bf16"])
-    quant = (inputs.weight, *native_cuda.state_args(inputs.quant_state))
-    S = reference.shrink(inputs.x, inputs.lora_A, 0.0, None)
+    quant = schemas.packed(inputs.weight, inputs.quant_state)
+    S = reference.shrink(inputs.x, inputs.layer)
     options = (inputs.bias, S, inputs.lora_B, inputs.scaling, torch.bfloat16)
     library.simt_set_architecture(sm)
     before = library.simt_counters().blocks
-    y = native_cuda.ops.qlora_gemm_fwd(inputs.x, *quant, *options)
+    y = native.cuda.ops.qlora_gemm_fwd(inputs.x, *quant, *options)
     blocks = library.simt_counters().blocks - before
     library.simt_set_architecture(80)
     adding = -(-M // 8) * 2  # blocks of 8 tokens and 256 outputs add the parts
@@ -289,10 +291,11 @@ def plain_conflicts(
     library: ctypes.CDLL, M: int = 40, K: int = 512, nested: bool = True
 ) -> dict[str, tuple[int, int]]:
     """Turns on top, and turns without conflicts, of each kernel."""
-    case, ops, counted = Case("", M, 128, K, 20, dropout_p=0.1), native_cuda.ops, {}
+    case, ops, counted = Case("", M, 128, K, 20, dropout_p=0.1), native.cuda.ops, {}
     inputs = make_inputs(case, Base("nf4", 64, nested), DTYPES["bf16"])
     A, B, S, dtype = inputs.lora_A, inputs.lora_B, torch.randn(M, 20), torch.bfloat16
-    quant = (inputs.weight, *native_cuda.state_args(inputs.quant_state))
+    quant = schemas.packed(inputs.weight, inputs.quant_state)
+    layer = inputs.layer._replace(bias=None, scaling=1.0)
     absmax, code = torch.rand(5000), code_table("nf4")
     bounds, order = quantize_bounds(code)
     calls = {
@@ -301,7 +304,7 @@ def plain_conflicts(
         "dequantize_4bit": (*quant, torch.empty(128, K)),
         "qlora_gemm_fwd": (inputs.x, *quant, None, S, B, 1.0, dtype),
         "qlora_gemm_dx": (inputs.dy, *quant, S, A, 0.1, inputs.seed, dtype),
-        "qlora_decode": (inputs.x[:64], *quant, None, A, B, 1.0, 0.1, inputs.seed),
+        "qlora_decode": (inputs.x[:64], *schemas.flatten(layer)),
     }
     if K % 64 != 0:
         del calls["qlora_decode"]
@@ -373,7 +376,7 @@ def test_infinite_fp32_operands_stay_infinite(M: int, backend: str) -> None:
     N, K, R = 40, 64, 6
     inf, nan = torch.inf, torch.nan
     inputs = make_inputs(Case("", M, N, K, R), Base("nf4", 32), DTYPES["bf16, fp32 adapter"])
-    quant = (inputs.weight, *native_cuda.state_args(inputs.quant_state))
+    quant = schemas.packed(inputs.weight, inputs.quant_state)
     weight = inputs.exact_weight()
     S, A, B = torch.randn(M, R), inputs.lora_A, inputs.lora_B
     S[0, 0], S[1, 1], S[2, 2:4] = inf, -inf, torch.tensor([inf, -inf])
@@ -381,8 +384,8 @@ def test_infinite_fp32_operands_stay_infinite(M: int, backend: str) -> None:
         adapter[0, 3], adapter[0, 5], adapter[1, 7], adapter[4, 9], adapter[5, 11] = (
             0.0, 0.5, inf, -inf, nan,
         )  # fmt: skip
-    y = native_cuda.ops.qlora_gemm_fwd(inputs.x, *quant, None, S, B, 1.0, torch.float32)
-    dx = native_cuda.ops.qlora_gemm_dx(inputs.dy, *quant, S, A, 0.0, None, torch.float32)
+    y = native.cuda.ops.qlora_gemm_fwd(inputs.x, *quant, None, S, B, 1.0, torch.float32)
+    dx = native.cuda.ops.qlora_gemm_dx(inputs.dy, *quant, S, A, 0.0, None, torch.float32)
     for got, x, W, adapter in ((y, inputs.x, weight.T, B.T), (dx, inputs.dy, weight, A)):
         want = (x.double() @ W + S.double() @ adapter.double()).float()
         assert want.isnan().any() and (want == inf).any() and (want == -inf).any()
@@ -397,14 +400,14 @@ def test_infinite_fp32_operands_stay_infinite(M: int, backend: str) -> None:
 def _op_arguments() -> dict[str, tuple]:
     case = Case("", M=5, N=12, K=64, R=2, dropout_p=0.1)
     inputs = make_inputs(case, NESTED, DTYPES["bf16, fp32 adapter"])
-    quant = (inputs.weight.view(-1), *native_cuda.state_args(inputs.quant_state))
+    quant = schemas.packed(inputs.weight.view(-1), inputs.quant_state)
     A, B, S, dtype = inputs.lora_A, inputs.lora_B, torch.randn(5, 2), torch.bfloat16
-    absmax = torch.rand(300)
+    layer, absmax = inputs.layer._replace(weight=quant.data, scaling=1.0), torch.rand(300)
     return {
         "quantize_absmax": (absmax, absmax.mean(), dynamic_code()),
         "qlora_gemm_fwd": (inputs.x, *quant, inputs.bias, S, B, 1.0, dtype),
         "qlora_gemm_dx": (inputs.dy, *quant, S, A, 0.1, inputs.seed, dtype),
-        "qlora_decode": (inputs.x, *quant, inputs.bias, A, B, 1.0, 0.1, inputs.seed),
+        "qlora_decode": (inputs.x, *schemas.flatten(layer)),
     }
 
 
@@ -429,8 +432,8 @@ def test_opcheck(op: str) -> None:
         ("qlora_gemm_fwd", 9, torch.randn(4, 2), "S must be .5, 2."),
         ("qlora_gemm_dx", 11, None, "seed must be an int64 tensor"),
         ("qlora_decode", 7, 32, "K and blocksize must be multiples of 64"),
-        ("qlora_decode", 9, torch.randn(3, 64), "lora_B must be .12, 3."),
-        ("qlora_decode", 10, torch.empty(2**31, 0), "weight must have fewer than 2.38 elements"),
+        ("qlora_decode", 10, torch.randn(3, 64), "lora_B must be .12, 3."),
+        ("qlora_decode", 11, torch.empty(2**31, 0), "weight must have fewer than 2.38 elements"),
     ],
 )
 def test_bindings_refuse(op: str, place: int, wrong: object, message: str) -> None:
@@ -442,12 +445,47 @@ def test_bindings_refuse(op: str, place: int, wrong: object, message: str) -> No
 
 def test_decode_tokens_is_the_kernels() -> None:
     arguments = list(_op_arguments()["qlora_decode"])
-    most = native_cuda.DECODE_TOKENS
+    most = native.cuda.DECODE_TOKENS
     arguments[0] = torch.randn(most, 64).bfloat16()
     assert torch.ops.fastlora_emulated.qlora_decode(*arguments)[0].shape == (most, 12)
     arguments[0] = torch.randn(most + 1, 64).bfloat16()
     with pytest.raises(RuntimeError, match=f"x must have at most {most} rows"):
         torch.ops.fastlora_emulated.qlora_decode(*arguments)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16], ids=str)
+def test_the_decode_op_takes_a_whole_layer(
+    compute_dtype: torch.dtype | None, nested: bool, bias: bool, backend: str
+) -> None:
+    case = Case("", M=9, N=33, K=192, R=5, dropout_p=0.1, bias=bias)
+    dtypes = (torch.bfloat16, torch.float32, compute_dtype)
+    inputs = make_inputs(case, Base("nf4", 64, nested), dtypes)
+    with poisoned_memory():
+        y, S = native.cuda.ops.qlora_decode(inputs.x, *schemas.flatten(inputs.layer))
+    assert y.dtype == torch.bfloat16 and S.dtype == torch.float32
+    assert_close_to_exact(y, exact_results(case, inputs).y, plain_results(case, inputs).y, what="y")
+    plain = reference.plain.shrink(inputs.x, inputs.layer)
+    wide = reference.plain.widened(inputs.layer)
+    assert_close_to_exact(S, reference.plain.shrink(inputs.x.double(), wide), plain, what="S")
+
+
+@pytest.mark.parametrize(("N", "K"), [(0, 64), (5, 0), (0, 0)])
+@pytest.mark.parametrize("M", [0, 3, 70])
+def test_a_weight_without_elements(N: int, K: int, M: int, backend: str) -> None:
+    """No kernel runs."""
+    weight, state = reference.quantize_4bit(torch.empty(N, K))
+    x, dy, bias = torch.randn(M, K), torch.randn(M, N), torch.randn(N)
+    layer = Layer(weight, torch.randn(2, K), torch.randn(N, 2), 1.0, bias, state)
+    emulated.called.clear()
+    y, S = ops.lora_linear_fwd(x, layer, backend=backend)
+    grads = ops.lora_linear_bwd(dy, x, layer, S, Needs(bias=True), backend=backend)
+    assert emulated.called == []
+    assert torch.equal(y, bias.expand(M, N))
+    assert torch.equal(grads.x, torch.zeros(M, K)) and torch.equal(grads.A, torch.zeros(2, K))
+    assert torch.equal(grads.B, torch.zeros(N, 2))
+    torch.testing.assert_close(grads.bias, dy.sum(0))
 
 
 # ---- which kernel ------------------------------------------------------------------------------
@@ -469,9 +507,9 @@ def test_decode_tokens_is_the_kernels() -> None:
     ],
 )
 def test_plan(M: int, K: int, blocksize: int, dtype: torch.dtype, kernel: str) -> None:
-    assert native_cuda.plan("qlora_linear_fwd", M, K, blocksize, dtype, 512) == kernel
+    assert native.cuda.plan("lora_linear_fwd", M, K, blocksize, dtype, 512) == kernel
     backward = "gemm" if kernel == "decode" else kernel
-    assert native_cuda.plan("qlora_linear_bwd", M, K, blocksize, dtype, 512) == backward
+    assert native.cuda.plan("lora_linear_bwd", M, K, blocksize, dtype, 512) == backward
 
 
 @pytest.mark.parametrize("kept", ["gemm", "decode", None])
@@ -479,22 +517,25 @@ def test_what_was_tuned_goes_before_the_plan(
     kept: str | None, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    find = lambda *what: asked.append(what) or kept  # noqa: E731
-    monkeypatch.setattr(tuned, "native_kernel", find)
+
+    def find(op: str, x: torch.Tensor, layer: Layer) -> tuned.Kept | None:
+        asked.append((op, x.dtype, *layer.lora_B.shape))
+        return None if kept is None else tuned.Kept(native.NAME, kept)
+
+    monkeypatch.setattr(tuned, "kept", find)
     inputs = make_inputs(Case("", 9, 40, 64, 3), NESTED, DTYPES["bf16"])
-    inputs.scaling = 1.0
     for blocksize, forward in ((64, kept or "decode"), (32, "gemm")):
         weight, state = reference.quantize_4bit(torch.randn(40, 64), blocksize)
+        layer = Layer(weight, inputs.lora_A, inputs.lora_B, 1.0, quant_state=state)
         emulated.called.clear()
-        lora = (inputs.lora_A, inputs.lora_B)
-        _, S = native_cuda.qlora_linear_fwd(inputs.x, weight, state, None, *lora, 1.0)
-        native_cuda.qlora_linear_bwd(inputs.dy, inputs.x, weight, state, *lora, S, 1.0)
+        _, S = native.cuda.lora_linear_fwd(inputs.x, layer)
+        native.cuda.lora_linear_bwd(inputs.dy, inputs.x, layer, S, Needs())
         assert emulated.called == [
             "qlora_decode" if forward == "decode" else "qlora_gemm_fwd",
             "qlora_gemm_dx",
         ]
-    assert [what[0] for what in asked] == ["qlora_linear_fwd", "qlora_linear_bwd"] * 2
-    assert all(what[2:] == (torch.bfloat16, 40, 3) for what in asked)
+    assert [what[0] for what in asked] == ["lora_linear_fwd", "lora_linear_bwd"] * 2
+    assert all(what[1:] == (torch.bfloat16, 40, 3) for what in asked)
 
 
 def test_a_named_kernel_runs(backend: str) -> None:
@@ -506,10 +547,8 @@ def test_a_named_kernel_runs(backend: str) -> None:
     ):
         case = Case("", M, 40, 64, 3)
         inputs = make_inputs(case, NESTED, DTYPES["bf16"])
-        quant = (inputs.weight, inputs.quant_state, inputs.bias)
-        lora = (inputs.lora_A, inputs.lora_B, inputs.scaling)
         emulated.called.clear()
-        y, _ = native_cuda.qlora_linear_fwd(inputs.x, *quant, *lora, kernel=kernel)
+        y, _ = native.cuda.lora_linear_fwd(inputs.x, inputs.layer, kernel=kernel)
         assert emulated.called == [f"qlora_{op}"]
         plain = plain_results(case, inputs).y
         assert_close_to_exact(y, exact_results(case, inputs).y, plain, what="y")
@@ -528,7 +567,7 @@ def test_the_choice_of_a_kernel_compiles(monkeypatch: pytest.MonkeyPatch) -> Non
 
     def scaled(x: torch.Tensor) -> torch.Tensor:
         most = _fused_tokens(x.device)
-        kernel = native_cuda.plan("qlora_linear_fwd", *x.shape, 64, torch.bfloat16, most)
+        kernel = native.cuda.plan("lora_linear_fwd", *x.shape, 64, torch.bfloat16, most)
         return x * len(kernel)
 
     compiled = torch.compile(scaled, fullgraph=True, dynamic=True, backend="eager")
@@ -537,15 +576,18 @@ def test_the_choice_of_a_kernel_compiles(monkeypatch: pytest.MonkeyPatch) -> Non
         assert torch.equal(compiled(x), scaled(x))
 
 
-_fused_tokens = native_cuda.fused_tokens
+_fused_tokens = native.cuda.fused_tokens
 
 
 def test_what_is_not_supported() -> None:
-    assert native.unsupported("qlora_linear_fwd", "cuda", torch.bfloat16) is None
-    dense = native.unsupported("lora_linear_fwd", "cuda", torch.bfloat16)
-    assert dense == "lora_linear_fwd has no CUDA kernel in the native backend."
-    wide = native.unsupported("qlora_linear_fwd", "cuda", torch.float64)
-    assert wide == "qlora_linear_fwd takes fp32, bf16 and fp16, got torch.float64."
+    four_bit = Request("lora_linear_fwd", "cuda", None, torch.bfloat16, four_bit=True)
+    assert native.unsupported(four_bit) is None
+    dense = native.unsupported(four_bit._replace(four_bit=False))
+    assert dense == "lora_linear_fwd has no CUDA kernel in the native backend for dense weights."
+    other = native.unsupported(four_bit._replace(op="dora_magnitude_fwd"))
+    assert other == "dora_magnitude_fwd has no CUDA kernel in the native backend."
+    wide = native.unsupported(four_bit._replace(dtype=torch.float64))
+    assert wide == "lora_linear_fwd takes fp32, bf16 and fp16, got x in torch.float64."
 
 
 def test_every_asm_stands_in_ptx() -> None:

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from fastlora.backends.native_cuda import state_args
 from torch import Tensor
 
 from fastlora import ops, reference
 from fastlora.autograd.dora import dora_linear
 from fastlora.backends import BACKENDS, use_backend
-from fastlora.backends.native_cuda import state_args
 from fastlora.layer import Layer
 from fastlora.ops import dequantize_4bit, quantize_4bit
 from fastlora.quant import QuantState

@@ -28,8 +28,8 @@ pytestmark = [
 
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 1 << 20
-# csrc/cpu/runtime/scratch.cpp: what a block may have to be kept. A caller has one, and so has each thread
-# that works for it.
+# csrc/cpu/runtime/scratch.cpp: what a block may have to be kept. A caller has one, and so has each
+# thread that works for it.
 KEPT = 32 * MIB
 
 # A decoding call, one panel of tokens, several; all bases' ways to read the weight.

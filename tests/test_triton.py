@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from fastlora import backends, lora_linear, ops, reference
-from fastlora.backends import native, native_cuda, triton
-from fastlora.layer import Layer
+from fastlora.backends import native, schemas, triton
+from fastlora.backends.contract import Request
+from fastlora.backends.machine import gpu
+from fastlora.layer import Layer, Needs
 from tests import every_op, test_backends
 from tests.cases import BASES, CASES, DTYPES, Base, Case, make_inputs
 
@@ -28,9 +32,11 @@ from tests.test_backends import (  # noqa: F401
     test_no_adapter_is_the_frozen_layer,
 )
 
+ON_CPU = Request("lora_linear_fwd", "cpu")
+
 pytestmark = pytest.mark.skipif(
-    triton.unsupported("lora_linear_fwd", "cpu") is not None,
-    reason=str(triton.unsupported("lora_linear_fwd", "cpu")),
+    triton.unsupported(ON_CPU) is not None,
+    reason=str(triton.unsupported(ON_CPU)),
 )
 
 COMBINATIONS = [
@@ -39,8 +45,6 @@ COMBINATIONS = [
     for dtypes in DTYPES
     if base.quant_type is not None or DTYPES[dtypes][2] is None
 ]
-# Layers of one x run one after the other here.
-OPS = [op for op in test_backends._op_arguments() if not op.startswith("shared_linear")]
 
 
 def chosen(index: int, count: int = 4) -> list[tuple[Base, str]]:
@@ -80,9 +84,10 @@ def test_masks_are_the_native_ones(backend: str) -> None:
     if reason := native.unavailable_reason():
         pytest.skip(reason)
     x, eye, seed = torch.randn(19, 300), torch.eye(300), torch.tensor([2**62 + 5])
-    call = (x, torch.zeros(4, 300), None, eye, torch.ones(4, 300), 1.0, 0.25, seed)
-    _, ours = ops.lora_linear_fwd(*call, backend=backend)
-    _, theirs = ops.lora_linear_fwd(*call, backend="native")
+    weight, B = torch.zeros(4, 300), torch.ones(4, 300)
+    layer = Layer(weight, eye, B, 1.0, dropout_p=0.25, seed=seed)
+    _, ours = ops.lora_linear_fwd(x, layer, backend=backend)
+    _, theirs = ops.lora_linear_fwd(x, layer, backend="native")
     assert torch.equal(ours, theirs)
 
 
@@ -114,17 +119,16 @@ def test_tokens_in_slabs(case: Case, backend: str, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(grad_b, "_MOST_PARTS", 4 * case.N * case.R)
     inputs = make_inputs(case, Base(), DTYPES["bf16, fp32 adapter"])
-    lora = (inputs.lora_A, inputs.lora_B, torch.randn(case.M, case.R))
-    options = (inputs.scaling, case.dropout_p, inputs.seed, (False, True, True, True))
-    call = (inputs.dy, inputs.x, inputs.weight, *lora, *options)
+    layer, S = inputs.layer, torch.randn(case.M, case.R)
+    needs = Needs(False, True, True, True)
     slabs: list[int] = []
     one = grad_b._slab
     monkeypatch.setattr(grad_b, "_slab", lambda *a: slabs.append(len(a[2])) or one(*a))
-    _, *got = ops.lora_linear_bwd(*call, backend=backend)
+    _, *got = ops.lora_linear_bwd(inputs.dy, inputs.x, layer, S, needs, backend=backend)
     assert len(slabs) == -(-case.M // 64) and sum(slabs) == case.M
-    wide = [t.double() if t.is_floating_point() else t for t in call[:6]]
-    _, *exact = reference.lora_linear_bwd(*wide, *options)
-    _, *plain = reference.lora_linear_bwd(*call)
+    wide = (inputs.dy.double(), inputs.x.double(), reference.plain.widened(layer), S.double())
+    _, *exact = reference.lora_linear_bwd(*wide, needs)
+    _, *plain = reference.lora_linear_bwd(inputs.dy, inputs.x, layer, S, needs)
     for name, *three in zip(("dA", "dB", "dbias"), got, exact, plain, strict=True):
         test_backends.assert_close_to_exact(*three, what=name)
 
@@ -164,7 +168,7 @@ def test_default_device_does_not_leak_in(backend: str) -> None:
 @pytest.mark.parametrize("name", ["decoded first", "in panels", "by the vendor", "fused"])
 def test_every_way_through_a_4bit_base(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same layer by each path; panels are the whole weight's columns with its dropout mask."""
-    from fastlora.backends.triton import launch, qlora_linear, tiles
+    from fastlora.backends.triton import launch, products, tiles
 
     case = Case("", M=35, N=40, K=2176, R=8, dropout_p=0.2)
     inputs = make_inputs(case, Base("nf4", 64, nested=True), DTYPES["bf16, fp32 adapter"])
@@ -174,10 +178,10 @@ def test_every_way_through_a_4bit_base(name: str, monkeypatch: pytest.MonkeyPatc
     changed = tiles.Arch(limits.shared, limits.mma, fused, vendor=vendor)
     monkeypatch.setitem(tiles.ARCHS, "interpreter", changed)
     if name == "in panels":
-        monkeypatch.setattr(qlora_linear, "WORKSPACE_BYTES", 2048 * 40 * 2)
-        shape, packed = (40, 2176), launch_packed(inputs)
+        monkeypatch.setattr(products, "WORKSPACE_BYTES", 2048 * 40 * 2)
+        shape, packed = (40, 2176), schemas.packed(inputs.weight.view(-1), inputs.quant_state)
         for is_forward in (True, False):
-            cut = qlora_linear.panels(packed, shape, is_forward, torch.bfloat16, 2048 * 40 * 2)
+            cut = products.panels(packed, shape, is_forward, torch.bfloat16, 2048 * 40 * 2)
             assert len(cut) > 1
     assert launch.launcher(inputs.x).limits == changed
     got = test_backends.run(case, inputs, "triton")
@@ -192,27 +196,19 @@ def test_every_way_through_a_4bit_base(name: str, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("K", [35, 64])
 def test_panels_of_rows_that_are_no_whole_blocks(K: int) -> None:
     """Each panel of the forward begins where a word and a block begin, whatever K is."""
-    from fastlora.backends.triton.qlora_linear import decoded_panel, panels
-
-    from fastlora.backends.triton.kernels.dequantize_4bit import Packed
     from fastlora.backends.triton.launch import launcher
+    from fastlora.backends.triton.products import decoded_panel, panels
 
     N = 151
     data, state = reference.quantize_4bit(torch.randn(N, K), 64, "nf4", True)
     want = reference.dequantize_4bit(data, state, torch.float16)
-    packed = Packed(data.view(-1), *native_cuda.state_args(state))
+    packed = schemas.packed(data.view(-1), state)
     cut = panels(packed, (N, K), True, torch.float16, 70 * K * 2)
     assert len(cut) > 1 and cut[0][0] == 0 and cut[-1][1] == N
     for begin, end in cut:
         with test_backends.poisoned_memory():
             got = decoded_panel(launcher(want), packed, (N, K), True, (begin, end), torch.float16)
         assert torch.equal(got, want[begin:end].t())
-
-
-def launch_packed(inputs):  # type: ignore[no-untyped-def]
-    from fastlora.backends.triton.kernels.dequantize_4bit import Packed
-
-    return Packed(inputs.weight.view(-1), *native_cuda.state_args(inputs.quant_state))
 
 
 def test_weight_as_left_operand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,12 +232,13 @@ def test_offsets_past_two_to_the_31(backend: str) -> None:
     x.copy_(torch.randn(M, K))
     W, dy = torch.randn(N, K).half(), torch.randn(M, N).half()
     A, B, seed = torch.randn(R, K), torch.randn(N, R), torch.tensor([3])
-    y, S = ops.lora_linear_fwd(x, W, None, A, B, 1.0, 0.1, seed, backend=backend)
+    layer = Layer(W, A, B, 1.0, dropout_p=0.1, seed=seed)
+    y, S = ops.lora_linear_fwd(x, layer, backend=backend)
     near = x.contiguous()
-    same_y, same_S = ops.lora_linear_fwd(near, W, None, A, B, 1.0, 0.1, seed, backend=backend)
+    same_y, same_S = ops.lora_linear_fwd(near, layer, backend=backend)
     assert torch.equal(y, same_y) and torch.equal(S, same_S)
-    grads = ops.lora_linear_bwd(dy, x, W, A, B, S, 1.0, 0.1, seed, backend=backend)
-    same = ops.lora_linear_bwd(dy, near, W, A, B, S, 1.0, 0.1, seed, backend=backend)
+    grads = ops.lora_linear_bwd(dy, x, layer, S, backend=backend)
+    same = ops.lora_linear_bwd(dy, near, layer, S, backend=backend)
     assert all(torch.equal(a, b) for a, b in zip(grads[:3], same[:3], strict=True))
 
 
@@ -283,9 +280,12 @@ def test_torch_compile_traces_the_layer(backend: str) -> None:
 def test_opcheck_of_the_skinny_products(M: int, R: int) -> None:
     x, dy = torch.randn(M, 40), torch.randn(M, 24)
     A, B, S, seed = torch.randn(R, 40), torch.randn(24, R), torch.randn(M, R), torch.tensor([3])
-    calls = {"shrink": (x, A, 0.2, seed), "skinny_bwd": (dy, x, A, B, S, 2.0, 0.2, seed)}
+    layer = Layer(torch.randn(24, 40), A, B, 2.0, dropout_p=0.2, seed=seed)
+    calls = {"shrink": (x, A, 0.2, seed), "skinny_bwd": (dy, x, *schemas.flatten(layer), S)}
     for op, arguments in calls.items():
-        needs = [()] if op == "shrink" else itertools.product((True, False), repeat=3)
+        # dx is none of these products': its place among the needs is left alone.
+        asked_for = itertools.product((False,), *[(True, False)] * 3)
+        needs = [()] if op == "shrink" else asked_for
         for asked in needs:
             result = torch.library.opcheck(
                 getattr(torch.ops.fastlora_triton, op).default,
@@ -295,28 +295,52 @@ def test_opcheck_of_the_skinny_products(M: int, R: int) -> None:
             assert set(result.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_opcheck(op: str) -> None:
-    if op == "quantize_4bit":
-        assert backends.BACKENDS["triton"].unsupported(op, "cuda") == (
-            "quantize_4bit has no Triton kernel."
-        )
-        return
+def _op_arguments() -> dict[str, tuple]:
+    """By op, for a 4-bit base with "4-bit" behind its name."""
+    case, calls = Case("", M=5, N=12, K=64, R=2, dropout_p=0.1), {}
+    needs, S = (True, True, False, True), torch.randn(5, 2)
+    for kind, base in (("", Base()), (", 4-bit", Base("nf4", 64, nested=True))):
+        inputs = make_inputs(case, base, DTYPES["fp32"])
+        if base.quant_type is not None:
+            inputs.weight = inputs.weight.view(-1)
+        layer = schemas.flatten(inputs.layer._replace(compute_dtype=torch.float32))
+        calls[f"lora_linear_fwd{kind}"] = (inputs.x, *layer)
+        calls[f"lora_linear_bwd{kind}"] = (inputs.dy, inputs.x, *layer, S, *needs)
+    packed = schemas.packed(inputs.weight, inputs.quant_state)
+    return calls | {"dequantize_4bit_out": (*packed, torch.empty(12, 64))}
+
+
+@pytest.mark.parametrize("call", _op_arguments())
+def test_opcheck(call: str) -> None:
     result = torch.library.opcheck(
-        getattr(torch.ops.fastlora_triton, op).default,
-        test_backends._op_arguments()[op],
+        getattr(torch.ops.fastlora_triton, call.split(",")[0]).default,
+        _op_arguments()[call],
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
     assert set(result.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("op", OPS)
+def test_every_op_has_a_kernel() -> None:
+    """For each of the keys, and is checked above."""
+    skinny = {"shrink", "skinny_bwd"}
+    assert {call.split(",")[0] for call in _op_arguments()} | skinny == set(schemas.TRITON_OPS)
+    for op in schemas.TRITON_OPS:
+        for key in ("CPU", "CUDA"):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastlora_triton::{op}", key)
+
+
+@pytest.mark.parametrize(
+    "op", ["quantize_4bit", "dora_norm", "dora_magnitude_fwd", "lora_embedding_bwd"]
+)
+def test_what_has_no_kernel(op: str) -> None:
+    assert backends.BACKENDS["triton"].unsupported(Request(op, "cuda")) == (
+        f"{op} has no Triton kernel."
+    )
+    assert not hasattr(torch.ops.fastlora_triton, op)
+
+
+@pytest.mark.parametrize("op", ["lora_linear_fwd", "lora_linear_bwd", "dequantize_4bit_out"])
 def test_schemas_are_the_native_ones(op: str) -> None:
-    if reason := native.unavailable_reason():
-        pytest.skip(reason)
-    if op == "quantize_4bit":
-        assert not hasattr(torch.ops.fastlora_triton, op)
-        return
     ours = str(getattr(torch.ops.fastlora_triton, op).default._schema)
     theirs = str(getattr(torch.ops.fastlora, op).default._schema)
     assert ours.replace("fastlora_triton::", "fastlora::") == theirs
@@ -325,11 +349,28 @@ def test_schemas_are_the_native_ones(op: str) -> None:
 def test_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
-        backends.choose("lora_linear_fwd", "cpu", "triton", dtype=torch.float32)
-    assert "device 'mps'" in str(triton.unsupported("lora_linear_fwd", "mps"))
+        backends.choose(ON_CPU._replace(dtype=torch.float32), "triton")
+    assert "device 'mps'" in str(triton.unsupported(ON_CPU._replace(device="mps")))
     if not torch.cuda.is_available():
-        assert "no CUDA device" in str(triton.unsupported("lora_linear_fwd", "cuda"))
+        assert "no CUDA device" in str(triton.unsupported(ON_CPU._replace(device="cuda")))
     assert backends.DEVICE_ORDER["cuda"] == ("native", "triton", "reference")
+
+
+def test_the_version_is_tritons_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache of tuned choices names it. It is found whatever the distribution is called: builds
+    for AMD come as pytorch-triton-rocm."""
+    import triton as package
+
+    find = gpu._read_triton_version.__wrapped__
+    assert find() == gpu.triton_version() == package.__version__
+    elsewhere = tmp_path / "triton" / "__init__.py"
+    elsewhere.parent.mkdir()
+    elsewhere.write_text('"""Another."""\n\n__version__ = "3.5.1"\n')
+    monkeypatch.delitem(sys.modules, "triton")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert find() == "3.5.1" and "triton" not in sys.modules
+    monkeypatch.setattr(sys, "path", [])
+    assert find() is None
 
 
 # ---- the byte-permute decoder, which the interpreter can't run ---------------------------------

@@ -288,9 +288,10 @@ def main(argv: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     os.environ["FASTLORA_CACHE"] = str(args.out.resolve() / "cache")
     from fastlora.backends import BACKENDS
+    from fastlora.backends.contract import Request
 
     device, plan = ("cpu", DRY) if args.dry_run else ("cuda", FULL)
-    if reason := BACKENDS["triton"].unsupported("lora_linear_fwd", device):
+    if reason := BACKENDS["triton"].unsupported(Request("lora_linear_fwd", device)):
         parser.error(reason)
     run = Run(args.out, device, plan, args.minutes * 60, Console())
     run.stage("environment", 1.0, environment)

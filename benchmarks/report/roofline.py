@@ -1,11 +1,11 @@
-"""How long a LoRA layer would take if nothing but bytes, FLOPs and launches cost time: a model.
+"""A model of the time of a LoRA layer on a GPU, from bytes, FLOPs and launches only.
 
     python -m benchmarks.report.roofline              the table
     python -m benchmarks.report.roofline --markdown   as Markdown, for docs/gpu.md
 
 Nothing here was measured. Each kernel takes the longer of its bytes at the memory's rate and its
-FLOPs at the matrix unit's rate, and each launch a fixed time; kernels follow one another. Ours are
-counted from the launches that the ops make, PEFT's from its sequence of torch calls.
+FLOPs at the matrix unit's rate, plus a fixed time for its launch. Kernels run one after the other.
+fastlora's are counted from the launches of its ops, PEFT's from its sequence of torch calls.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import itertools
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+
+from . import document
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ GPUS = {
     "H100": Gpu("sm_90", 132, 3.35e12, 989e12, 67e12),
     "B200": Gpu("sm_100", 148, 8.0e12, 2250e12, 75e12),
 }
-# What a library's product reaches of the peak, and a stream of bytes of the memory's rate.
+# Shares of the peak that a library's product reaches, and a stream of bytes of the memory's rate.
 PRODUCT_SHARE, STREAM_SHARE = 0.75, 0.85
 LAUNCH = 3e-6
 BF16, FP32 = 2, 4
@@ -90,13 +92,13 @@ class Size:
 
 
 def frozen(s: Size) -> list[Kernel]:
-    """y = x W^T and dx = dy W: what a layer without adapter costs."""
+    """y = x W^T and dx = dy W: the cost of a layer without adapter."""
     moved = BF16 * (s.x + s.y + s.weight)
     return [Kernel("y", moved, 2 * s.M * s.weight), Kernel("dx", moved, 2 * s.M * s.weight)]
 
 
 def ours(s: Size, arch: str = "sm_90", processors: int = 132) -> list[Kernel]:
-    """The launches that the ops make at this size: each reads or writes its tensors once.
+    """The launches of the ops at this size: each reads or writes its tensors once.
 
     Args:
         arch, processors: of the GPU; they decide into how many parts a sum is split.
@@ -214,8 +216,7 @@ HEADER = (
 
 def markdown() -> str:
     """The table for docs/gpu.md."""
-    lines = [f"| {' | '.join(HEADER)} |", "|---" * len(HEADER) + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows())])
+    return document.markdown(HEADER, rows())
 
 
 def main(argv: list[str] | None = None) -> int:

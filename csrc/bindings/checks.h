@@ -33,7 +33,7 @@ inline DType dtype_of(ScalarType type, const char* name) {
 inline DType dtype_of(const Tensor& t, const char* name) { return dtype_of(t.scalar_type(), name); }
 
 // Asked first: torch's own call takes half a microsecond to find that there is nothing to do.
-inline Tensor contiguous(const Tensor& t) {
+inline Tensor as_contiguous(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
@@ -133,9 +133,7 @@ inline Quant4bit quant_of(const QuantTensors& t, int64_t elements) {
 inline bool is_transposed(const Tensor& t) {
   return !t.is_contiguous() && t.stride(0) == 1 && t.stride(1) == t.size(0);
 }
-inline Tensor with_order(const Tensor& t) {
-  return is_transposed(t) ? t : contiguous(t);
-}
+inline Tensor with_order(const Tensor& t) { return is_transposed(t) ? t : as_contiguous(t); }
 
 // `dense` comes from with_order.
 inline Weight weight_of(const Tensor& dense) {
@@ -202,7 +200,7 @@ inline Weight weight_of(const LayerTensors& layer, int64_t N, int64_t K, ScalarT
 struct Quantisation {
   Quantisation(const Tensor& weight_any, const Tensor& bounds, const Tensor& order,
                int64_t blocksize)
-      : weight(contiguous(weight_any)) {
+      : weight(as_contiguous(weight_any)) {
     const int64_t elements = weight.numel();
     STD_TORCH_CHECK(blocksize >= 32 && blocksize % 2 == 0,
                     "blocksize must be even and at least 32");

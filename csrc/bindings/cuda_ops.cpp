@@ -66,8 +66,8 @@ QuantTensors with_aligned_codes(QuantTensors quant) {
   return quant;
 }
 
-OptionalTensor contiguous(const OptionalTensor& t) {
-  return t.has_value() ? OptionalTensor(contiguous(*t)) : t;
+OptionalTensor as_contiguous(const OptionalTensor& t) {
+  return t.has_value() ? OptionalTensor(as_contiguous(*t)) : t;
 }
 
 Weight weight_of(const QuantTensors& quant, int64_t N, int64_t K, const Tensor& x) {
@@ -171,7 +171,7 @@ Tensor qlora_gemm_fwd(Tensor x_any, Tensor weight, Tensor absmax, Tensor code,
                       Tensor S, Tensor lora_B, double scaling, ScalarType dtype) {
   const OnDeviceOf device(x_any);
   const Tensor x = with_aligned_rows(x_any);
-  const OptionalTensor bias = contiguous(bias_any);
+  const OptionalTensor bias = as_contiguous(bias_any);
   const QuantTensors quant = with_aligned_codes(
       {weight, absmax, code, nested_absmax, nested_code, nested_offset, blocksize});
   const int64_t M = x.size(0), K = x.size(1), N = lora_B.size(0);
@@ -212,7 +212,7 @@ Tensor qlora_gemm_dx(Tensor dy_any, Tensor weight, Tensor absmax, Tensor code,
 std::tuple<Tensor, Tensor> qlora_decode(Tensor x_any, FASTLORA_LAYER) {
   const OnDeviceOf device(x_any);
   const Tensor x = with_aligned_rows(x_any);
-  const OptionalTensor flat_bias = contiguous(bias);
+  const OptionalTensor flat_bias = as_contiguous(bias);
   const QuantTensors quant = with_aligned_codes((FASTLORA_LAYER_OF).quant());
   check_on_device(x, seed, "seed");
   const int64_t M = x.size(0), K = x.size(1), N = lora_B.size(0), R = lora_A.size(0);

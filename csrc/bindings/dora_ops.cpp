@@ -17,7 +17,7 @@ Tensor dora_norm(FASTLORA_LAYER) {
   check_matrix(lora_A, "lora_A", R, stored.K);
   check_matrix(lora_B, "lora_B", stored.N, R);
   STD_TORCH_CHECK(lora_A.scalar_type() == lora_B.scalar_type(), "lora_B must have lora_A's dtype");
-  const Tensor A = contiguous(lora_A), B = contiguous(lora_B);
+  const Tensor A = as_contiguous(lora_A), B = as_contiguous(lora_B);
   Tensor norms = empty(A, {stored.N}, ScalarType::Float);
   DoraNorm p{};
   p.R = R;
@@ -40,7 +40,7 @@ const float* factor_of(const Tensor& factor, int64_t N) {
 Tensor dora_magnitude_fwd(Tensor z_any, Tensor factor_any, OptionalTensor rest_any) {
   const int64_t M = z_any.size(0), N = z_any.size(1);
   check_matrix(z_any, "z", M, N);
-  const Tensor z = with_contiguous_rows(z_any), factor = contiguous(factor_any);
+  const Tensor z = with_contiguous_rows(z_any), factor = as_contiguous(factor_any);
   Tensor y = empty(z, {M, N});
   DoraMagnitudeFwd p{};
   p.M = M;
@@ -51,7 +51,7 @@ Tensor dora_magnitude_fwd(Tensor z_any, Tensor factor_any, OptionalTensor rest_a
   p.factor = factor_of(factor, N);
   OptionalTensor rest;
   if (rest_any.has_value() && rest_any->dim() == 1) {
-    rest = contiguous(*rest_any);
+    rest = as_contiguous(*rest_any);
     check_vector(*rest, "rest", N);
   } else if (rest_any.has_value()) {
     check_matrix(*rest_any, "rest", M, N);
@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor> dora_magnitude_bwd(Tensor dy_any, Tensor z_an
   check_matrix(dy_any, "dy", M, N);
   STD_TORCH_CHECK(dy_any.scalar_type() == z_any.scalar_type(), "dy must have z's dtype");
   const Tensor dy = with_contiguous_rows(dy_any), z = with_contiguous_rows(z_any);
-  const Tensor factor = contiguous(factor_any);
+  const Tensor factor = as_contiguous(factor_any);
   Tensor dz = wanted(z, need_dz, {M, N}, std::nullopt);
   Tensor dfactor = wanted(z, need_dfactor, {N}, ScalarType::Float);
   Tensor drest = wanted(z, need_drest, {N}, ScalarType::Float);

@@ -25,12 +25,12 @@ void check_adapter(const Tensor& A, const Tensor& B, int64_t N, int64_t R, int64
 
 Tensor lora_embedding_fwd(Tensor ids_any, Tensor weight_any, Tensor A_any, Tensor B_any,
                           double scaling, double weight_scale) {
-  const Tensor ids = contiguous(ids_any);
+  const Tensor ids = as_contiguous(ids_any);
   const int64_t M = ids.numel(), V = weight_any.size(0), N = weight_any.size(1), R = A_any.size(0);
   check_ids(ids, V);
   check_adapter(A_any, B_any, N, R, V);
-  const Tensor weight = contiguous(weight_any);
-  const Tensor A = contiguous(A_any), B = contiguous(B_any);
+  const Tensor weight = as_contiguous(weight_any);
+  const Tensor A = as_contiguous(A_any), B = as_contiguous(B_any);
   Tensor y = empty(weight, {M, N});
   LoraEmbeddingFwd p{};
   p.M = M;
@@ -53,13 +53,13 @@ Tensor lora_embedding_fwd(Tensor ids_any, Tensor weight_any, Tensor A_any, Tenso
 std::tuple<Tensor, Tensor> lora_embedding_bwd(Tensor dy_any, Tensor ids_any, Tensor A_any,
                                               Tensor B_any, double scaling, int64_t padding_idx,
                                               bool need_dA, bool need_dB) {
-  const Tensor ids = contiguous(ids_any);
+  const Tensor ids = as_contiguous(ids_any);
   const int64_t M = ids.numel(), V = A_any.size(1), N = B_any.size(0), R = A_any.size(0);
   check_ids(ids, V);
   check_adapter(A_any, B_any, N, R, V);
   check_matrix(dy_any, "dy", M, N);
   const Tensor dy = with_contiguous_rows(dy_any);
-  const Tensor A = contiguous(A_any), B = contiguous(B_any);
+  const Tensor A = as_contiguous(A_any), B = as_contiguous(B_any);
   Tensor dA = wanted(dy, need_dA, {R, V}, ScalarType::Float);
   Tensor dB = wanted(dy, need_dB, {N, R}, ScalarType::Float);
   LoraEmbeddingBwd p{};

@@ -45,7 +45,7 @@ Weight stack_of(const LayerTensors& layer, int64_t E, int64_t N, int64_t K, Scal
   if (layer.is_dense()) {
     check_adapter(layer.weight, "weight", E, N, K);
     STD_TORCH_CHECK(layer.weight.scalar_type() == x_dtype, "weight must have x's dtype");
-    dense = contiguous(layer.weight);
+    dense = as_contiguous(layer.weight);
     weight.dense = dense.data_ptr();
     weight.compute_dtype = dtype_of(dense, "weight");
     return weight;
@@ -71,8 +71,8 @@ struct Operands {
                       : weight_of(layer, N, K, x_dtype, dense);
     check_not_empty(weight);
     check_adapters(A_any, B_any, experts, weight);
-    A = contiguous(A_any);
-    B = contiguous(B_any);
+    A = as_contiguous(A_any);
+    B = as_contiguous(B_any);
   }
   template <class Params>
   void fill(Params& params, const LayerTensors& layer, int64_t M, const TileSizes& tiles) const {
@@ -107,7 +107,7 @@ struct Forward {
     params.x = x.data_ptr();
     params.ldx = row_stride(x);
     if (layer.bias.has_value()) {
-      bias = contiguous(*layer.bias);
+      bias = as_contiguous(*layer.bias);
       check_vector(*bias, "bias", N);
       params.bias_dtype = dtype_of(*bias, "bias");
       params.bias = bias->data_ptr();
@@ -141,7 +141,7 @@ struct Backward {
     if (S_any) {
       check_matrix(*S_any, "S", M, R);
       check_dtype(*S_any, "S", ScalarType::Float);
-      S = contiguous(*S_any);
+      S = as_contiguous(*S_any);
     }
     STD_TORCH_CHECK(x == nullptr || dy_any.scalar_type() == x->scalar_type(),
                     "dy must have x's dtype");

@@ -46,13 +46,13 @@ struct TileSizes {
   int64_t decode_rows;    // rows of W in one tile
   // Forward.
   int64_t fwd_pack_bytes;      // of packed x: what stays in a shared cache
-  int64_t fwd_shrink_columns;  // of fp32 x made at a time for S
+  int64_t fwd_shrink_columns;  // of x, widened at a time for S
   int64_t fwd_strip_rows;      // rows of W of a tile when there are many tokens
   int64_t fwd_strip_bytes;     // of one row of a strip: strip and panel fit in L2
   int64_t fwd_few_rows;        // strip rows for one panel of tokens; 0: the register tile's height
   // Backward.
   int64_t bwd_token_block;     // tokens of one tile of dS
-  int64_t bwd_shrink_columns;  // of fp32 dy made at a time for dS
+  int64_t bwd_shrink_columns;  // of dy, widened at a time for dS
   int64_t bwd_strip_columns;   // of K or N in one tile: whole blocks of keep bits
   int64_t bwd_tokens;          // whose fp32 tile of dx stays in L2
   int64_t bwd_panel_units;     // of N decoded at a time
@@ -177,7 +177,7 @@ struct DoraMagnitudeBwd {
   float* drest;         // [N]
 };
 
-// kept = mask * x, rest = x - scale * mask * x: what dropout keeps, unscaled, and what is missing to x.
+// kept = mask * x, rest = x - scale * mask * x: what dropout keeps, unscaled, and the rest of x.
 struct DoraDropoutFwd {
   int64_t M, K;
   DType dtype;

@@ -1,4 +1,4 @@
-// Keep bits of dropout, made from the seed whenever they are needed and never stored.
+// Keep bits of dropout, computed from the seed whenever they are needed and never stored.
 #pragma once
 
 #include "../common/philox.h"

@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..backends import forced_backend
+from ..backends import UNFORCED, forced_backend
 from ..layer import Grads, Layer, Needs
-from ..quant import as_quant_state
+from ..quant import QuantState, as_quant_state
 
 _T = TypeVar("_T")
 _OFF: AbstractContextManager[Any] = nullcontext()
@@ -29,7 +29,7 @@ _OFF: AbstractContextManager[Any] = nullcontext()
 
 def prepared(
     x: Tensor, layers: Sequence[Layer], backend: str | None
-) -> tuple[Tensor, list[Layer], str | None]:
+) -> tuple[Tensor, list[Layer], str]:
     """A call's x and layers as the ops take them, and the backend of forward and backward.
 
     Under autocast x, the adapters, the biases and dense weights are cast to autocast's dtype, as
@@ -40,26 +40,35 @@ def prepared(
     Raises:
         ValueError: a weight requires a gradient. TypeError: a quant_state lacks a field.
     """
+    dtype = autocast_dtype(x)
+    ready = [prepared_layer(x, layer, dtype) for layer in layers]
+    return x if dtype is None else x.to(dtype), ready, settled(backend)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype of the autocast region around a call on x, None outside."""
     device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    ready = []
-    for layer in layers:
-        check_frozen(layer.weight)
-        if layer.quant_state is not None:
-            layer = layer._replace(quant_state=as_quant_state(layer.quant_state))
-        if dtype is not None:
-            layer = _autocast(layer, dtype)
-        if layer.dropout_p != 0.0 and layer.seed is None:
-            layer = layer._replace(seed=draw_seed(x))
-        ready.append(layer)
-    # The backend is settled now: the backward may run outside of a `use_backend` block.
-    return x if dtype is None else x.to(dtype), ready, forced_backend(backend)
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def _autocast(layer: Layer, dtype: torch.dtype) -> Layer:
-    bias = None if layer.bias is None else layer.bias.to(dtype)
-    layer = layer._replace(lora_A=layer.lora_A.to(dtype), lora_B=layer.lora_B.to(dtype), bias=bias)
-    return layer if layer.quant_state is not None else layer._replace(compute_dtype=dtype)
+def prepared_layer(x: Tensor, layer: Layer, dtype: torch.dtype | None) -> Layer:
+    """One layer of `prepared`; `dtype` is that of autocast."""
+    check_frozen(layer.weight)
+    if layer.quant_state is not None and type(layer.quant_state) is not QuantState:
+        layer = layer._replace(quant_state=as_quant_state(layer.quant_state))
+    if dtype is not None:
+        bias = None if layer.bias is None else layer.bias.to(dtype)
+        A, B = layer.lora_A.to(dtype), layer.lora_B.to(dtype)
+        compute_dtype = dtype if layer.quant_state is None else layer.compute_dtype
+        layer = layer._replace(lora_A=A, lora_B=B, bias=bias, compute_dtype=compute_dtype)
+    if layer.dropout_p != 0.0 and layer.seed is None:
+        layer = layer._replace(seed=draw_seed(x))
+    return layer
+
+
+def settled(backend: str | None) -> str:
+    """The backend of forward and backward, which may run outside of a `use_backend` block."""
+    return forced_backend(backend) or UNFORCED
 
 
 def check_frozen(weight: Tensor) -> None:
@@ -102,7 +111,11 @@ def differentiable(layers: Sequence[Layer]) -> list[Tensor | None]:
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
     """Whether a backward will be asked for a gradient of any of `tensors`."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:  # any() over a generator costs three times as much
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 class Saved:

@@ -8,9 +8,15 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..backends import forced_backend
 from ..layer import Layer
-from .common import Saved, autocast_off, check_frozen, run_backward, wants_gradient
+from .common import (
+    Saved,
+    autocast_off,
+    check_frozen,
+    run_backward,
+    settled,
+    wants_gradient,
+)
 
 
 class LoraEmbeddingFunction(torch.autograd.Function):
@@ -96,8 +102,7 @@ def lora_embedding(
         if not -V <= padding_idx < V:
             raise ValueError(f"padding_idx must be from {-V} to {V - 1}, got {padding_idx}")
         padding_idx %= V
-    # The backend is settled now: the backward may run outside of a `use_backend` block.
-    backend = forced_backend(backend)
+    backend = settled(backend)
     flat, layer = ids.reshape(-1).long(), Layer(weight, lora_A, lora_B, scaling)
     with autocast_off(ids.device):
         if wants_gradient(lora_A, lora_B):

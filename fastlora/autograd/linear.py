@@ -12,9 +12,11 @@ from ..layer import Grads, Layer
 from .common import (
     Saved,
     as_matrix,
+    autocast_dtype,
     autocast_off,
-    prepared,
+    prepared_layer,
     run_backward,
+    settled,
     wants_gradient,
     working,
 )
@@ -113,12 +115,20 @@ def lora_linear(
 
 def linear(x: Tensor, layer: Layer, *, backend: str | None = None) -> Tensor:
     """`lora_linear` on a layer's fields."""
-    x, (layer,), backend = prepared(x, (layer,), backend)
+    # As `prepared`, for one layer: what a short call costs is Python.
+    dtype = autocast_dtype(x)
+    layer, backend = prepared_layer(x, layer, dtype), settled(backend)
+    if dtype is None:
+        return _linear(x, layer, backend)
+    with autocast_off(x.device):
+        return _linear(x.to(dtype), layer, backend)
+
+
+def _linear(x: Tensor, layer: Layer, backend: str) -> Tensor:
     rows = as_matrix(x)
     bias, A, B = layer.bias, layer.lora_A, layer.lora_B
-    with autocast_off(x.device):
-        if wants_gradient(x, bias, A, B):
-            y = LoraLinearFunction.apply(rows, layer, backend, bias, A, B)
-        else:
-            y, _ = ops.lora_linear_fwd(rows, working(layer), backend=backend)
-    return y if y.dim() == x.dim() else y.view(*x.shape[:-1], y.shape[-1])
+    if wants_gradient(x, bias, A, B):
+        y = LoraLinearFunction.apply(rows, layer, backend, bias, A, B)
+    else:
+        y, _ = ops.lora_linear_fwd(rows, working(layer), backend=backend)
+    return y if rows is x else y.view(*x.shape[:-1], y.shape[-1])

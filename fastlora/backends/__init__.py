@@ -10,9 +10,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+from torch import Tensor
+
+from ..layer import Layer
 from . import native, reference, triton
 from .contract import Backend, Request
+from .machine import tuned
 
 BACKENDS: dict[str, Backend] = {"native": native, "triton": triton, "reference": reference}
 DEVICE_ORDER: dict[str, tuple[str, ...]] = {
@@ -42,8 +47,17 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.pop()
 
 
+# `backend=` for a call whose backend was asked about before: nobody has named one.
+UNFORCED = ""
+
+
 def forced_backend(backend: str | None = None) -> str | None:
-    """The backend that the caller, a `use_backend` block or FASTLORA_BACKEND asks for."""
+    """The backend that the caller, a `use_backend` block or FASTLORA_BACKEND asks for, or None.
+
+    `UNFORCED` for `backend` gives None, whatever the block and the variable say.
+    """
+    if backend == UNFORCED:
+        return None
     if backend is not None:
         return _checked(backend, "backend")
     if _forced:
@@ -75,6 +89,31 @@ def choose(request: Request, backend: str | None = None, prefer: str | None = No
             return BACKENDS[candidate]
         reasons.append(f"{candidate}: {reason}")
     raise RuntimeError(f"no backend can run {request.op} on {request.device}. {' '.join(reasons)}")
+
+
+# Backends that serve a layer's op for one kind of layer, with their `unsupported`. A backend that
+# serves a kind of layer once serves it for good.
+_serving: dict[tuple[Any, ...], tuple[Backend, Any]] = {}
+
+
+def choose_linear(op: str, x: Tensor, layer: Layer, backend: str | None) -> Backend:
+    """`choose` for an op of one linear layer, whose answer for a kind of layer is kept.
+
+    On a GPU the backend that `fastlora tune` found faster is asked first.
+    """
+    name = forced_backend(backend)
+    four_bit = layer.quant_state is not None
+    if name is None and (kept := tuned.kept(op, x, layer)) is not None:
+        return choose(Request.of(op, x, layer), UNFORCED, kept.backend)
+    key = (op, x.device, x.dtype, layer.lora_A.dtype, layer.compute_dtype, four_bit)
+    if name is None and layer.dropout_p == 0.0:
+        found = _serving.get(key)
+        if found is not None and found[0].unsupported is found[1]:
+            return found[0]
+    chosen = choose(Request.of(op, x, layer), name or UNFORCED)
+    if name is None:
+        _serving[key] = chosen, chosen.unsupported
+    return chosen
 
 
 # Triton computes the products without W around the CUDA C++ kernels.

@@ -40,10 +40,11 @@ class Request(NamedTuple):
     @classmethod
     def of(cls, op: str, x: Tensor, layer: Layer) -> Request:
         """What `op` asks for a layer and x."""
+        device = x.device
         return cls(
             op,
-            x.device.type,
-            x.device.index,
+            device.type,
+            device.index,
             x.dtype,
             layer.lora_A.dtype,
             layer.compute_dtype,

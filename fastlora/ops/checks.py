@@ -11,45 +11,51 @@ from ..quant import QuantState, as_quant_state, packed_bytes
 
 def check_layer(x: Tensor, layer: Layer) -> Layer:
     """One linear layer against x; returned with fastlora's quant state and the weight's bytes."""
-    layer = _check_base(x, layer)
-    K, N = x.shape[1], layer.lora_B.shape[0]
+    if layer.quant_state is not None:
+        layer, shape = _check_4bit(x, layer, as_quant_state(layer.quant_state))
+    else:
+        shape = _check_dense(x, layer.weight)
+    N, K = shape
     A, B, bias = layer.lora_A, layer.lora_B, layer.bias
-    if A.dim() != 2 or A.shape[1] != K:
-        raise ValueError(f"lora_A must be [R, {K}] to match x, got {tuple(A.shape)}")
-    if B.dim() != 2 or B.shape[1] != A.shape[0]:
-        raise ValueError(f"lora_B must be [N, {A.shape[0]}] to match lora_A, got {tuple(B.shape)}")
-    if bias is not None and tuple(bias.shape) != (N,):
-        raise ValueError(f"bias must be [{N}], got {tuple(bias.shape)}")
-    check_devices("x's", x.device, ("bias", bias))
+    a_shape, b_shape = A.shape, B.shape
+    if b_shape[:1] != (N,):
+        raise ValueError(f"lora_B must be [{N}, R] to match weight, got {tuple(b_shape)}")
+    if len(a_shape) != 2 or a_shape[1] != K:
+        raise ValueError(f"lora_A must be [R, {K}] to match x, got {tuple(a_shape)}")
+    if b_shape != (N, a_shape[0]):
+        raise ValueError(f"lora_B must be [N, {a_shape[0]}] to match lora_A, got {tuple(b_shape)}")
+    if bias is not None:
+        if bias.shape != (N,):
+            raise ValueError(f"bias must be [{N}], got {tuple(bias.shape)}")
+        check_devices("x's", x.device, ("bias", bias))
     check_adapter(x, layer)
     return layer
 
 
-def _check_base(x: Tensor, layer: Layer) -> Layer:
-    """The weight of one linear layer against x and lora_B."""
-    weight, B = layer.weight, layer.lora_B
-    if layer.quant_state is not None:
-        state = as_quant_state(layer.quant_state)
-        shape = tuple(state.shape)
-        if x.dim() != 2 or len(shape) != 2 or shape[1] != x.shape[1]:
-            raise ValueError(
-                f"x must be [M, K] and quant_state.shape (N, K), got {tuple(x.shape)} and {shape}"
-            )
-        layer = layer._replace(
-            weight=check_stored("x's", x.device, weight, state), quant_state=state
+def _check_dense(x: Tensor, weight: Tensor) -> torch.Size:
+    """A dense weight against x; returns its shape."""
+    shape = weight.shape
+    if len(shape) != 2 or x.dim() != 2 or shape[1] != x.shape[1]:
+        raise ValueError(
+            f"x must be [M, K] and weight [N, K], got {tuple(x.shape)} and {tuple(shape)}"
         )
-    else:
-        shape = tuple(weight.shape)
-        if weight.dim() != 2 or x.dim() != 2 or shape[1] != x.shape[1]:
-            raise ValueError(
-                f"x must be [M, K] and weight [N, K], got {tuple(x.shape)} and {shape}"
-            )
-        if weight.dtype != x.dtype:
-            raise TypeError(f"weight must have x's dtype {x.dtype}, got {weight.dtype}")
+    if weight.dtype != x.dtype:
+        raise TypeError(f"weight must have x's dtype {x.dtype}, got {weight.dtype}")
+    if weight.device != x.device:
         check_devices("x's", x.device, ("weight", weight))
-    if shape[0] != B.shape[0]:
-        raise ValueError(f"lora_B must be [{shape[0]}, R] to match weight, got {tuple(B.shape)}")
-    return layer
+    return shape
+
+
+def _check_4bit(x: Tensor, layer: Layer, state: QuantState) -> tuple[Layer, torch.Size]:
+    """A packed weight against x; returns the layer with its bytes, and the weight's shape."""
+    shape = state.shape
+    if x.dim() != 2 or len(shape) != 2 or shape[1] != x.shape[1]:
+        raise ValueError(
+            "x must be [M, K] and quant_state.shape (N, K), "
+            f"got {tuple(x.shape)} and {tuple(shape)}"
+        )
+    weight = check_stored("x's", x.device, layer.weight, state)
+    return layer._replace(weight=weight, quant_state=state), shape
 
 
 def check_bytes(packed: Tensor, state: QuantState) -> None:
@@ -85,7 +91,9 @@ def check_adapter(x: Tensor, layer: Layer) -> None:
     """Dtypes, devices and dropout; the shapes have been checked."""
     A, B, p, seed = layer.lora_A, layer.lora_B, layer.dropout_p, layer.seed
     check_adapter_dtypes("x's", x.dtype, A, B)
-    check_devices("x's", x.device, ("lora_A", A), ("lora_B", B), ("seed", seed))
+    device = x.device
+    if A.device != device or B.device != device or seed is not None:
+        check_devices("x's", device, ("lora_A", A), ("lora_B", B), ("seed", seed))
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"dropout_p must be between 0 and 1, got {p}")
     if p > 0.0 and (seed is None or seed.numel() != 1 or seed.dtype != torch.int64):

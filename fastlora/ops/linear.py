@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..backends import choose
-from ..backends.contract import Backend, Request
-from ..backends.machine import tuned
+from ..backends import choose_linear
 from ..layer import Grads, Layer, Needs
 from .checks import check_backward, check_layer
 
@@ -43,9 +41,3 @@ def lora_linear_bwd(
     check_backward(dy, x, layer, S)
     b = choose_linear("lora_linear_bwd", x, layer, backend)
     return b.lora_linear_bwd(dy, x, layer, S, needs)
-
-
-def choose_linear(op: str, x: Tensor, layer: Layer, backend: str | None) -> Backend:
-    """The backend of a linear layer's op; on a GPU the one that `fastlora tune` found faster."""
-    kept = tuned.kept(op, x, layer)
-    return choose(Request.of(op, x, layer), backend, None if kept is None else kept.backend)

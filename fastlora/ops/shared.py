@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..backends import choose_linear
 from ..layer import Grads, Layer, Needs
 from .checks import check_backward, check_layer
-from .linear import choose_linear
 
 
 def shared_linear_fwd(

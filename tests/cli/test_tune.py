@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,13 +9,18 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastlora import backends, tuning
-from fastlora.backends import native, native_cuda, triton
+from fastlora.backends import native, triton
+from fastlora.backends.contract import Request
 from fastlora.backends.machine import tuned
+from fastlora.layer import Layer
+from fastlora.quant import QuantState
 from tests import emulated
 
+DEQUANTIZE = Request("dequantize_4bit", "cpu")
+
 pytestmark = pytest.mark.skipif(
-    triton.unsupported("lora_linear_fwd", "cpu") is not None,
-    reason=str(triton.unsupported("lora_linear_fwd", "cpu")),
+    triton.unsupported(Request("lora_linear_fwd", "cpu")) is not None,
+    reason=str(triton.unsupported(Request("lora_linear_fwd", "cpu"))),
 )
 
 needs_native = pytest.mark.skipif(
@@ -60,18 +64,18 @@ def test_the_fastest_is_kept_and_no_loser(
     monkeypatch.setattr("fastlora.backends.triton.tuner.candidates", lambda *args: some)
     outcome = tune.tune(problem(op), "cpu", 1, 0.0)
     gpu = launcher(torch.empty(1))
-    kept = gpu.choice(op, torch.bfloat16, (20, 48, 64, 4))
+    choice = gpu.choice(op, torch.bfloat16, (20, 48, 64, 4))
     assert not outcome.wrong and not outcome.left_out
     assert ("native backend" in outcome.seconds) == (
         op.startswith("q") and native.unavailable_reason() is None
     )
     assert len(outcome.cells()) == 6
     if slow == "ours":
-        assert outcome.kept is None and kept is None
+        assert outcome.kept is None and choice is None
         return
-    assert kept is not None and tile_of(kept) == some[1]
+    assert choice is not None and tile_of(choice) == some[1]
     # The same class of tokens and of ranks finds it, and the op then runs with it.
-    assert gpu.choice(op, torch.bfloat16, (30, 48, 64, 3)) == kept
+    assert gpu.choice(op, torch.bfloat16, (30, 48, 64, 3)) == choice
     assert gpu.choice(op, torch.bfloat16, (33, 48, 64, 3)) is None
     sizes = (20, 48, 64, 4)
     assert kept_backend(op) == ("triton" if op.startswith("q") else None)
@@ -80,19 +84,40 @@ def test_the_fastest_is_kept_and_no_loser(
     assert some[1] in (found if isinstance(found, tuple) else (found,))
 
 
-def kept_backend(op: str, ask: Callable[..., str | None] = tuned.preferred) -> str | None:
-    """What the dispatcher asks on a GPU, in the words of the interpreter's cache."""
+def kept_backend(op: str) -> str | None:
+    """The backend that the dispatcher prefers."""
+    found = kept(op)
+    return None if found is None else found.backend
+
+
+def kept(op: str) -> tuned.Kept | None:
+    """What the dispatcher asks on a GPU, in the words of the interpreter's cache.
+
+    Args:
+        op: as the cache names it.
+    """
+    linear_op = op.removeprefix("q")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "fastlora.backends.triton.launch.cuda_launcher", lambda index: launcher_on_cpu()
-        )
+        patch.setattr(tuned, "device_key", lambda index: launcher_on_cpu().key)
         with FakeTensorMode():
             x = torch.empty(30, 64, dtype=torch.bfloat16, device="cuda")
-            eager = ask(op, x, torch.bfloat16, 48, 3)
+            A, B = torch.empty(3, 64, device="cuda"), torch.empty(48, 3, device="cuda")
+            weight, state = torch.empty(48, 64, dtype=torch.bfloat16, device="cuda"), None
+            if op != linear_op:
+                shape, dtype = weight.shape, weight.dtype
+                absmax, code = torch.empty(48, device="cuda"), torch.empty(16, device="cuda")
+                weight = torch.empty(48 * 32, dtype=torch.uint8, device="cuda")
+                state = QuantState(absmax, shape, code, dtype, 64, "nf4")
+            layer = Layer(weight, A, B, 1.0, quant_state=state)
+            eager = tuned.kept(linear_op, x, layer)
+            # The product's dtype counts, not x's.
+            wide = layer._replace(compute_dtype=torch.bfloat16)
+            assert tuned.kept(linear_op, x.float(), layer) is None
+            assert tuned.kept(linear_op, x.float(), wide) == eager
             patch.setattr(torch.compiler, "is_compiling", lambda: True)
-            assert ask(op, x, torch.bfloat16, 48, 3) == eager
+            assert tuned.kept(linear_op, x, layer) == eager
             other = torch.empty(33, 64, dtype=torch.bfloat16, device="cuda")
-            assert ask(op, other, torch.bfloat16, 48, 3) is None
+            assert tuned.kept(linear_op, other, layer) is None
     return eager
 
 
@@ -125,8 +150,8 @@ def test_the_native_backend_competes(monkeypatch: pytest.MonkeyPatch) -> None:
     op = "qlora_linear_fwd"
     assert tune.tune(problem(op), "cpu", 1, 0.0).kept == "native backend"
     assert kept_backend(op) == "native"
-    kept = launcher_on_cpu().choice(op, torch.bfloat16, (20, 48, 64, 4))
-    assert tile_of(kept) is None  # the vendor's product is timed first, so it is the faster one
+    choice = launcher_on_cpu().choice(op, torch.bfloat16, (20, 48, 64, 4))
+    assert tile_of(choice) is None  # the vendor's product is timed first, so it is the faster one
     given["native backend"] = 2.5
     assert tune.tune(problem(op), "cpu", 1, 0.0).kept == "vendor's product"
     assert kept_backend(op) == "triton"
@@ -158,7 +183,7 @@ def test_kernels_of_the_native_backend_compete(
     monkeypatch.setattr(measure, "interleave", interleave)
     monkeypatch.setattr(tuner, "candidates", lambda *args: [])
     sizes = (20, 64, 64, torch.bfloat16)
-    kernels = native_cuda.kernels("qlora_linear_fwd", *sizes)
+    kernels = native.cuda.kernels("lora_linear_fwd", *sizes)
     choices = [{**tuner.NATIVE, "kernel": kernel} for kernel in kernels]
     monkeypatch.setattr(tuner.Trial, "_native_choices", lambda trial: choices)
     emulated.load()
@@ -170,14 +195,16 @@ def test_kernels_of_the_native_backend_compete(
         assert emulated.called == ["qlora_decode", "qlora_gemm_fwd"] * 2
     assert outcome.kept == named.get(fastest, "vendor's product") and not outcome.wrong
     assert kept_backend(op) == ("triton" if fastest == "vendor" else "native")
-    assert kept_backend(op, tuned.native_kernel) == ("gemm" if fastest == "gemm" else "decode")
+    found = kept(op)
+    assert found is not None
+    assert found.kernel == ("gemm" if fastest == "gemm" else "decode")
 
 
 def test_a_preferred_backend_is_asked_first() -> None:
-    assert backends.choose("dequantize_4bit", "cpu", prefer="reference").NAME == "reference"
+    assert backends.choose(DEQUANTIZE, prefer="reference").NAME == "reference"
     # Triton is not in the CPU's order, and who names a backend gets that one.
-    assert backends.choose("dequantize_4bit", "cpu", prefer="triton").NAME != "triton"
-    assert backends.choose("dequantize_4bit", "cpu", "triton", prefer="reference").NAME == "triton"
+    assert backends.choose(DEQUANTIZE, prefer="triton").NAME != "triton"
+    assert backends.choose(DEQUANTIZE, "triton", prefer="reference").NAME == "triton"
 
 
 def test_a_wrong_candidate_is_neither_timed_nor_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,5 +255,5 @@ def test_nothing_is_tuned_without_the_command() -> None:
     from fastlora import ops
 
     x, A, B = torch.randn(20, 64), torch.randn(4, 64), torch.randn(48, 4)
-    ops.lora_linear_fwd(x, torch.randn(48, 64), None, A, B, 1.0, backend="triton")
+    ops.lora_linear_fwd(x, Layer(torch.randn(48, 64), A, B, 1.0), backend="triton")
     assert not list(tuning.cache_file("any").parent.iterdir())

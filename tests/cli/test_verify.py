@@ -8,15 +8,14 @@ from types import SimpleNamespace
 import pytest
 
 from fastlora import backends, reference
-from fastlora.backends import native
+from fastlora.backends.native import library
 from fastlora.cli import main, verify
 from fastlora.cli.verify import check
+from fastlora.layer import Grads
 
 FUNCTIONS = (
     "lora_linear_fwd",
     "lora_linear_bwd",
-    "qlora_linear_fwd",
-    "qlora_linear_bwd",
     "quantize_4bit",
     "dequantize_4bit",
 )
@@ -58,10 +57,10 @@ def test_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
 
 
 def wrong_gradient(index: int) -> object:
-    def backward(*args: object, **kwargs: object) -> tuple[object, ...]:
+    def backward(*args: object, **kwargs: object) -> Grads:
         grads = list(reference.lora_linear_bwd(*args, **kwargs))  # type: ignore[arg-type]
         grads[index] = grads[index] * 1.02
-        return tuple(grads)
+        return Grads(*grads)
 
     return backward
 
@@ -110,7 +109,7 @@ def test_unknown_backend(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_backend_asked_for_must_run(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native, "_reason", "the library is away.")
+    monkeypatch.setattr(library, "_reason", "the library is away.")
     assert main(["verify", "--backend", "native"]) == 1
     assert "native on cpu: not checked. the library is away." in capsys.readouterr().out
 
@@ -118,8 +117,8 @@ def test_a_backend_asked_for_must_run(
 def test_isa_needs_the_library(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native, "_build", None)
-    monkeypatch.setattr(native, "_reason", "the library is away.")
+    monkeypatch.setattr(library, "_build", None)
+    monkeypatch.setattr(library, "_reason", "the library is away.")
     assert main(["verify", "--isa", "avx2"]) == 2
     assert "--isa: the library is away." in capsys.readouterr().err
 
@@ -133,7 +132,7 @@ def test_isa_runs_again_with_the_instruction_set(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.delenv("FASTLORA_CPU_ISA", raising=False)
     build = {"cpu_isas": "scalar avx2 avx512", "cpu_isa": "avx2"}
-    monkeypatch.setattr(native, "_build", build)
+    monkeypatch.setattr(library, "_build", build)
     monkeypatch.setattr(verify.subprocess, "run", run)
     assert main(["verify", "--isa", "all", "--quick"]) == 0
     arguments = ["--backend", "native", "--quick"]

@@ -14,6 +14,7 @@ from fastlora import ops
 from fastlora.backends import use_backend
 from fastlora.integrations.peft.run import dora as peft_run
 from fastlora.integrations.peft.run.dora import expanded_norms, weight_norms
+from fastlora.layer import Layer
 from fastlora.quant import QuantState
 from fastlora.reference import plain
 from tests.integrations.models import gradients, last_reasons, linear4bit
@@ -24,7 +25,7 @@ N, K, R, SCALING = 41, 72, 3, 0.7
 
 
 class Owner:
-    """Stands for bitsandbytes' quant state, which keeps |W|^2."""
+    """In the place of bitsandbytes' quant state, which keeps |W|^2."""
 
 
 def norms_of(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -44,24 +45,26 @@ def test_norms(kind: str, dtype: torch.dtype, size: float) -> None:
         weight, state = ops.quantize_4bit(W, 64, kind.split()[0], kind.endswith("nested"))
         W = ops.dequantize_4bit(weight, state, dtype)
     exact = norms_of(W.double(), A.double(), B.double())
-    norms = weight_norms(weight, Owner(), state, A, B, SCALING)
+    layer = Layer(weight, A, B, SCALING, quant_state=state)
+    norms = weight_norms(layer, Owner())
     assert_close_to_exact(norms, exact, norms_of(W.float(), A, B), what=kind)
     if state is not None:
-        norms = expanded_norms(weight, Owner(), state, A, B, SCALING)
+        norms = expanded_norms(layer, Owner())
         assert_close_to_exact(norms, exact, norms_of(W.float(), A, B), what=f"{kind}, expanded")
 
 
 def test_kept_squares_follow_the_bytes() -> None:
     A, B, owner = torch.zeros(R, K), torch.zeros(N, R), Owner()
     packed, state = ops.quantize_4bit(torch.randn(N, K))
-    first = expanded_norms(packed, owner, state, A, B, SCALING)
+    layer = Layer(packed, A, B, SCALING, quant_state=state)
+    first = expanded_norms(layer, owner)
     ((_, squares),) = vars(owner).values()
-    torch.testing.assert_close(expanded_norms(packed, owner, state, A, B, SCALING), first)
+    torch.testing.assert_close(expanded_norms(layer, owner), first)
     ((_, again),) = vars(owner).values()
     assert again is squares
     packed.copy_(packed.flip(0))
     W = ops.dequantize_4bit(packed, state, FP32)
-    second = expanded_norms(packed, owner, state, A, B, SCALING)
+    second = expanded_norms(layer, owner)
     torch.testing.assert_close(second, W.norm(dim=1))
     assert not torch.allclose(first, second)
 

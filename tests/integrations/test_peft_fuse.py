@@ -27,7 +27,8 @@ from transformers import (
 from transformers.activations import ACT2FN
 
 import fastlora
-from fastlora.autograd.shared import GatedMLPFunction, SharedLinearFunction
+from fastlora.autograd.gated import GatedMLPFunction
+from fastlora.autograd.shared import SharedLinearFunction
 from fastlora.backends import reference as torch_reference
 from fastlora.integrations.peft.fuse import shared as peft_shared
 from fastlora.integrations.peft.fuse.join import Fusion
@@ -318,7 +319,7 @@ def test_the_mode_changes_between_the_calls(nodes: Nodes, monkeypatch: pytest.Mo
     served: list[Tensor] = []
     plain = torch_reference.lora_linear_fwd
     monkeypatch.setattr(
-        torch_reference, "lora_linear_fwd", lambda *a: served.append(a[1]) or plain(*a)
+        torch_reference, "lora_linear_fwd", lambda *a: served.append(a[1].weight) or plain(*a)
     )
     with fastlora.use_backend("reference"):
         layers.k(x)

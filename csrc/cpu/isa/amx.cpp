@@ -2,8 +2,8 @@
 //
 // TDPBF16PS takes rows of units and a panel of pairs, [unit][lane], just as they are in memory. Two
 // tiles of rows times two of columns fill four tiles of sums.
-#include "../linear/product.h"
 #include "amx_tiles.h"
+#include "product.h"
 
 namespace fastlora {
 

@@ -36,12 +36,13 @@ void dequantize(const Dequantize4bit& p, int64_t begin, int64_t end) {
       const auto table = [&](float scale) __attribute__((always_inline)) {
         T values[kLanes];
         store(values, mul(load(q.code), broadcast(scale)));
-        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
+        return word_table(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
       };
       constexpr int64_t kAhead = 2048;  // bytes
-      begin += decode_words(w, begin, stop - begin, kAhead, table,
-                            [&, at = out + begin](int64_t i, __m512i v)
-                                __attribute__((always_inline)) { _mm512_storeu_si512(at + i, v); });
+      begin +=
+          decode_groups(w, begin, stop - begin, kAhead, table,
+                        [&, at = out + begin](int64_t i, __m512i v)
+                            __attribute__((always_inline)) { _mm512_storeu_si512(at + i, v); });
     }
 #endif
     decode(w, begin, stop - begin, [&](int64_t i, Vec v) __attribute__((always_inline)) {

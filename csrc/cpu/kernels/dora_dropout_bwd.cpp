@@ -1,4 +1,4 @@
-// dx = mask * dkept + (1 - scale * mask) * drest in one pass, with the forward's mask made anew.
+// dx = mask * dkept + (1 - scale * mask) * drest in one pass. The forward's mask is computed again.
 #include "../dropout.h"
 #include "../runtime/table.h"
 #include "../runtime/tiles.h"

@@ -1,5 +1,5 @@
-// norms[n] = |W[n] + scaling * (B A)[n]|: the sum is formed in registers, and never stored. So it costs
-// what W A^T would, and loses nothing where W and B A cancel.
+// norms[n] = |W[n] + scaling * (B A)[n]|: the sum is formed in registers and never stored. It costs as
+// much as W A^T, and loses nothing where W and B A cancel.
 #include "../runtime/scratch.h"
 #include "../runtime/table.h"
 #include "../runtime/tiles.h"

@@ -2,6 +2,7 @@
 //
 // Each element of dA and dB is summed by one tile, over the tokens in their order: the result does not
 // depend on the number of threads.
+#include "../linear/microkernel.h"
 #include "../runtime/scratch.h"
 #include "../runtime/table.h"
 #include "../runtime/tiles.h"
@@ -12,9 +13,9 @@ namespace FASTLORA_ISA {
 namespace {
 
 constexpr int64_t kTokens = 64;    // of a tile of S or dS
-constexpr int64_t kColumns = 512;  // of dy, made fp32 at a time for dS
+constexpr int64_t kColumns = 512;  // of dy, widened at a time for dS
 constexpr int64_t kStrip = 64;     // columns of dy in a tile of dB
-constexpr int64_t kHeight = 256;   // tokens of dy, made fp32 at a time for dB
+constexpr int64_t kHeight = 256;   // tokens of dy, widened at a time for dB
 
 template <class T, class Adapter>
 struct EmbeddingBwd {

@@ -1,4 +1,5 @@
 // y[m] = weight_scale * E[id] + scaling * S[m] B^T: rows of the table are read, and y is rounded, once.
+#include "../linear/microkernel.h"
 #include "../runtime/scratch.h"
 #include "../runtime/table.h"
 #include "../runtime/tiles.h"

@@ -14,6 +14,7 @@
 #include "../runtime/table.h"
 #include "../runtime/tiles.h"
 #include "../weight/with_weight.h"
+#include "microkernel.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {
@@ -85,7 +86,7 @@ class LinearBwd {
   }
 
  private:
-  // dy's rows serve as row operand in place if they are made of whole units.
+  // dy's rows are the row operand as they are if they consist of whole units.
   static bool must_repack(const LoraLinearBwd& p) {
     return sizeof(X) * kPer != sizeof(Unit) || p.weight.N % kPer != 0 || p.lddy % kPer != 0;
   }

@@ -125,7 +125,7 @@ inline void each_expert_fwd(const Level& level, const LoraLinearFwd& all, const 
   });
 }
 
-// x is needed for dA alone, S for dB alone.
+// x is only needed for dA, S only for dB.
 inline void each_expert_bwd(const Level& level, const LoraLinearBwd& all, const Segments& segments,
                             const Threads& threads) {
   const int64_t N = all.weight.N, K = all.weight.K, R = all.R;

@@ -1,6 +1,6 @@
 // Forward of linear layers with LoRA that read one x, for any base: y = x W^T + bias + scaling * S B^T.
 //
-// Tokens lie in vector lanes, so that W is read in its own order and a strip of it serves all tokens:
+// Tokens are in vector lanes, so that W is read in its own order, and a strip of it once for all tokens:
 //
 //   1. x is packed into panels [k][tokens], once for all layers; each S = drop(x) A^T comes from the
 //      same block while it is hot.
@@ -15,6 +15,7 @@
 #include "../runtime/table.h"
 #include "../runtime/tiles.h"
 #include "../weight/transposed.h"
+#include "microkernel.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {
@@ -200,7 +201,7 @@ class LinearFwd {
     finish(n0, rows, bias, C);
   }
 
-  // Rows of a dense weight as they lie in memory, if they are made of whole units.
+  // Rows of a dense weight as they are in memory, if they consist of whole units.
   const Unit* rows_in_place(int64_t n, int64_t k) const {
     if constexpr (kStoredByRows<Source> && !std::is_same_v<Source, FourBit>) {
       if constexpr (sizeof(*w_.data) * kPer == sizeof(Unit)) {

@@ -16,7 +16,7 @@
 
 namespace fastlora {
 
-// What is compiled for each set: its kernels, or a matrix unit's product alone.
+// What is compiled for each set: its kernels, or just the product of a matrix unit.
 #define FASTLORA_KERNELS_OF(isa) \
   namespace isa {                \
   extern const Kernels kTable;   \
@@ -65,8 +65,8 @@ constexpr TileSizes amx_sizes() {
 }
 
 #if defined(__x86_64__)
-// Whether the processor has AMX for bf16, and the system lets this process use it: Linux wants to be
-// asked first, since the registers are large.
+// Whether the processor has AMX for bf16, and the system lets this process use it: Linux must be asked
+// first, since the registers are large.
 bool may_use_amx() {
 #if defined(__linux__)
   constexpr int kRequestPermission = 0x1023,

@@ -6,16 +6,16 @@
 
 namespace fastlora {
 
-// What the memory is for: `shared` is read by all threads of a call and belongs to the thread that
-// made the call, `local` belongs to the thread that runs a tile.
+// Who uses the memory: `shared` belongs to the thread that made the call, and all threads of the call
+// read it; `local` belongs to the thread that runs a tile.
 enum class Scratch { shared, local };
 
 // At least `bytes` bytes aligned to 2 MiB, valid until this thread's next call with the same `kind`.
 // Throws std::bad_alloc. The memory is freed when the thread ends.
 void* scratch(Scratch kind, size_t bytes);
 
-// Gives back the calling thread's block of this kind if a call has made it larger than what is worth
-// keeping. No piece of it may be in use.
+// Frees the calling thread's block of this kind if a call has left it larger than is worth keeping. No
+// piece of it may be in use.
 void trim_scratch(Scratch kind);
 
 // Inlined always: what follows belongs to no instruction set, and must not be emitted by any.

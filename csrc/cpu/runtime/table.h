@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../../common/params.h"
-#include "../linear/product.h"
+#include "../isa/product.h"
 
 namespace fastlora {
 

@@ -15,7 +15,7 @@ namespace {
 // from them by the rule in `fit`; they have not been measured.
 constexpr CacheSizes kReference{1 << 20, 32 << 20};
 
-// `size`, made for `reference` bytes of cache, for `cache` bytes: in proportion, by powers of two, at
+// Scales `size` from `reference` to `cache` bytes of cache: in proportion, by powers of two, to at
 // least a quarter and at most twice as much.
 int64_t fit(int64_t size, int64_t reference, int64_t cache) {
   if (cache <= 0) return size;

@@ -1,6 +1,6 @@
-// How many rows, columns and tokens the kernels work on at a time: data, so that a table, the caches
-// of the machine, a tuner and tests can choose them. The tile that is held in registers is no part of
-// it: microkernel.h fixes that when it is compiled.
+// How many rows, columns and tokens the kernels work on at a time. They are data, so that a table, the
+// machine's caches, a tuner and tests can choose them. The tile that is held in registers is not among
+// them: it is fixed when the kernels are compiled.
 #pragma once
 
 #include <cstdint>

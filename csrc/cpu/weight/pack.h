@@ -1,8 +1,8 @@
-// Activations as panels: the operand that lies in vector lanes.
+// Activations as panels, the operand that is in vector lanes.
 #pragma once
 
 #include "../dropout.h"
-#include "../linear/microkernel.h"
+#include "../isa/compute.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {

@@ -1,5 +1,5 @@
-// A dense weight that is stored [K, N], as GPT-2's Conv1D has it, read as the [N, K] that it means: tiles
-// are transposed in registers on the way into a strip.
+// A dense weight that is stored [K, N], as GPT-2's Conv1D has it, read as [N, K]: tiles are transposed in
+// registers on the way into a strip.
 #pragma once
 
 #include "weights.h"

@@ -1,6 +1,6 @@
 // The frozen weight as operands of the tile product, a strip at a time: rows for the forward, panels
-// of columns for the backward. Dense weights are copied or widened, 4-bit ones decoded; nothing larger
-// than a strip ever exists.
+// of columns for the backward. Dense weights are copied or widened, 4-bit ones are decoded. No copy is
+// larger than a strip.
 #pragma once
 
 #include "absmax.h"

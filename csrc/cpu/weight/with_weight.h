@@ -1,4 +1,4 @@
-// From run-time dtypes to the template that serves them.
+// Chooses the template for dtypes that are known at run time.
 #pragma once
 
 #include "../runtime/scratch.h"
@@ -10,8 +10,8 @@ namespace FASTLORA_ISA {
 // Calls f(compute, x, source) with null pointers: the kind of product, x's C++ type, and what the
 // weight is read as, an `Operand`'s source.
 //
-// bf16 pairs serve a base product in bf16 where the CPU has the instruction, also for fp32 x (rounded
-// on the way, as bitsandbytes' compute_dtype asks). All else is fp32 FMA on widened operands.
+// A base product in bf16 uses bf16 pairs where the CPU has the instruction, for fp32 x too (rounded on
+// the way, as bitsandbytes' compute_dtype asks). All else is fp32 FMA on widened operands.
 template <class F>
 static void with_weight(const Weight& weight, DType x_dtype, const F& f) {
   const auto with_source = [&](auto compute, auto* x, auto* dense_type) {

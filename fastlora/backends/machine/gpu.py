@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
+import importlib
+import importlib.util
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -48,13 +50,21 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def triton_version() -> str | None:
-    """Triton's version, None without Triton. It is read, not imported."""
-    try:
-        return importlib.metadata.version("triton").partition("+")[0]
-    except importlib.metadata.PackageNotFoundError:
+    """`triton.__version__`, None without Triton. It is read, not imported."""
+    return _read_triton_version()
+
+
+@functools.cache
+def _read_triton_version() -> str | None:
+    # Not by the distribution's name: a build for AMD is called pytorch-triton-rocm.
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
         return None
+    text = Path(spec.origin).read_text()
+    found = re.search(r"^__version__ = ['\"](.+?)['\"]", text, re.MULTILINE)
+    return str(importlib.import_module("triton").__version__) if found is None else found[1]
 
 
 @functools.cache

@@ -26,7 +26,7 @@ from ...quant import (
     find_format,
 )
 from .. import composed
-from ..contract import Request, SkinnyBackend, unsupported_dtype
+from ..contract import Request, SkinnyBackend, is_empty, unsupported_dtype
 from ..machine import tuned
 from ..machine.gpu import unsupported_gpu
 from ..schemas import flatten, packed
@@ -89,8 +89,8 @@ def unsupported(request: Request) -> str | None:
     if reason := _reason or unsupported_gpu(request.device_index) or _fault(request.device_index):
         return reason
     if request.op not in _FORMAT and not (request.four_bit and request.op in _LINEAR):
-        base = "4-bit" if request.four_bit else "dense"
-        return f"{request.op} has no CUDA kernel in the native backend for {base} weights."
+        weights = " for dense weights" if request.op in _LINEAR else ""
+        return f"{request.op} has no CUDA kernel in the native backend{weights}."
     return unsupported_dtype(request) or composed.unsupported(request)
 
 
@@ -158,6 +158,8 @@ def _contiguous(layer: Layer) -> Layer:
 def lora_linear_fwd(x: Tensor, layer: Layer, kernel: str | None = None) -> tuple[Tensor, Tensor]:
     """`reference.lora_linear_fwd`; `kernel` is one of `kernels`, or the fastest when None."""
     assert layer.quant_state is not None
+    if is_empty(layer):
+        return reference.lora_linear_fwd(x, layer)
     state, dtype, others = layer.quant_state, layer.compute_dtype or x.dtype, skinny(x.device)
     if kernel is None:
         kernel = _fastest("lora_linear_fwd", x, layer, dtype, state.blocksize)
@@ -183,6 +185,8 @@ def lora_linear_bwd(
 ) -> Grads:
     """`reference.lora_linear_bwd`; `kernel` as in `lora_linear_fwd`."""
     assert layer.quant_state is not None
+    if is_empty(layer):
+        return reference.lora_linear_bwd(dy, x, layer, S, needs)
     state, dtype, others = layer.quant_state, layer.compute_dtype or x.dtype, skinny(x.device)
     if kernel is None:
         kernel = _fastest("lora_linear_bwd", x, layer, dtype, state.blocksize)

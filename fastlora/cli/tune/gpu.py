@@ -204,7 +204,6 @@ def _device(wanted: str | None) -> str:
 
 
 def _problems(args: argparse.Namespace, shapes: Sequence[tuple[int, int]]) -> Iterator[Problem]:
-
     from ...backends.triton.tuner import Problem
 
     dtype = torch_dtype(args.dtype)
