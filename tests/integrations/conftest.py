@@ -10,6 +10,7 @@ from torch import nn
 
 import fastlora
 from fastlora.backends import native
+from tests.integrations.fusing import Nodes
 from tests.integrations.models import MLP, llama, peft_model
 from tests.integrations.trios import WAYS
 
@@ -67,3 +68,9 @@ def base() -> nn.Module:
 def way(request: pytest.FixtureRequest) -> str:
     """How its layers become fast; see `trios.plug`."""
     return str(request.param)
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> Nodes:
+    """Counts the joined nodes of the test."""
+    return Nodes(monkeypatch)
