@@ -1,4 +1,4 @@
-"""Runs the integration tests on the compiled backend where there is one, else on the reference."""
+"""The backend of the integration tests, the compiled one where there is one; shared models."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import nn
 
 import fastlora
 from fastlora.backends import native
+from tests.integrations.fusing import Nodes
+from tests.integrations.models import MLP, llama, peft_model
+from tests.integrations.trios import WAYS
 
 BACKENDS = [
     pytest.param(
@@ -45,3 +49,28 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def stock() -> nn.Module:
+    """PEFT's own model."""
+    return peft_model(MLP(), lora_dropout=0.1)
+
+
+@pytest.fixture(scope="module")
+def base() -> nn.Module:
+    """A Llama without adapters."""
+    torch.manual_seed(0)
+    return llama()
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest) -> str:
+    """How its layers become fast; see `trios.plug`."""
+    return str(request.param)
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> Nodes:
+    """Counts the joined nodes of the test."""
+    return Nodes(monkeypatch)

@@ -7,123 +7,43 @@ import gc
 import pickle
 import threading
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
-    Phi3Config,
-    Qwen3Config,
-)
-from transformers.activations import ACT2FN
 
 import fastlora
-from fastlora.autograd.gated import GatedMLPFunction
 from fastlora.autograd.shared import SharedLinearFunction
 from fastlora.backends import reference as torch_reference
-from fastlora.integrations.peft.fuse import shared as peft_shared
-from fastlora.integrations.peft.fuse.join import Fusion
 from fastlora.integrations.peft.fuse.mlp import GATED
-from fastlora.integrations.peft.merge.layer import copy_of
 from fastlora.integrations.peft.plan.reasons import SHARED
+from tests.integrations.fusing import (
+    ATTENTION,
+    CONFIGS,
+    MLP,
+    Nodes,
+    Trio,
+    adalora,
+    check,
+    fused,
+    fusions,
+    joined,
+    network,
+    trio,
+)
 from tests.integrations.models import (
     VOCAB,
-    assert_all_close,
     assert_network_close,
     exact,
     fill_adapters,
     gradients,
     last_reasons,
-    linear4bit,
-    lora_layers,
     replaying,
     train_step,
 )
-
-SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-}
-GROUPED = {**SIZES, "num_key_value_heads": 2}
-CONFIGS: dict[str, Any] = {
-    "llama": lambda: LlamaConfig(**GROUPED),
-    "qwen3": lambda: Qwen3Config(**GROUPED, head_dim=8),
-    "gemma2": lambda: Gemma2Config(**GROUPED, head_dim=8, attn_implementation="eager"),
-    "phi3": lambda: Phi3Config(**GROUPED, pad_token_id=0),
-    "gpt_neox": lambda: GPTNeoXConfig(**SIZES),
-}
-ATTENTION, MLP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj", "down_proj")
-
-
-def network(name: str, four_bit: bool = False, **options: Any) -> nn.Module:
-    """A tiny language model with a LoRA adapter on every linear, B not zero."""
-    model = AutoModelForCausalLM.from_config(CONFIGS[name]())
-    if four_bit:
-        for module in list(model.base_model.modules()):
-            for key, child in module.named_children():
-                if type(child) is nn.Linear:
-                    bias = child.bias is not None
-                    packed = linear4bit(child.in_features, child.out_features, bias=bias)
-                    setattr(module, key, packed)
-        model.is_loaded_in_4bit = True
-    settings: dict[str, Any] = {"r": 3, "lora_alpha": 5, "target_modules": "all-linear"}
-    return fill_adapters(get_peft_model(model, LoraConfig(**settings, **options))).train()
-
-
-def fused(model: nn.Module, fuse: str = "mlp", **options: Any) -> nn.Module:
-    return fastlora.accelerate(copy.deepcopy(model), fuse=fuse, verbose=False, **options)
-
-
-def fusions(model: nn.Module) -> list[Fusion]:
-    return fastlora.explain(model).fusions
-
-
-def joined(model: nn.Module) -> set[tuple[str, ...]]:
-    """The layers that `explain` names as fused, in their latest call, too."""
-    return {each.layers for each in fusions(model) if each.fused and not each.last_call}
-
-
-class Nodes:
-    """Counts the calls of the joined nodes."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.sizes: list[int] = []
-        run, mlp = peft_shared.run_together, GatedMLPFunction.apply
-
-        def together(plans: Any, x: Tensor) -> tuple[Tensor, ...]:
-            self.sizes.append(len(plans))
-            return run(plans, x)
-
-        def gated(*args: Any) -> Tensor:
-            self.sizes.append(0)
-            return mlp(*args)
-
-        monkeypatch.setattr(peft_shared, "run_together", together)
-        monkeypatch.setattr(GatedMLPFunction, "apply", gated)
-
-    def take(self) -> list[int]:
-        """Layers in each node since the last time; 0 is an MLP."""
-        sizes, self.sizes = self.sizes, []
-        return sizes
-
-
-@pytest.fixture
-def nodes(monkeypatch: pytest.MonkeyPatch) -> Nodes:
-    return Nodes(monkeypatch)
-
 
 # ---- networks ----------------------------------------------------------------------------------
 
@@ -250,34 +170,6 @@ def test_torch_compile_runs_each_layer_alone(nodes: Nodes) -> None:
 
 
 # ---- calls that are not what was expected ------------------------------------------------------
-
-
-class Trio(nn.Module):
-    """Three layers of one x, whose calls a test makes as it likes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.v = nn.Linear(20, 24), nn.Linear(20, 9), nn.Linear(20, 17)
-        self.between: Callable[[Tensor], Tensor] = lambda x: x
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k = self.q(x), self.k(x)
-        x = self.between(x)
-        v = self.v(x)
-        return torch.cat([q, k, v], dim=-1)
-
-
-def trio(p: float = 0.3, **options: Any) -> tuple[nn.Module, nn.Module]:
-    """(stock, fast), q, k and v joined by an example: the source has a new x for v."""
-    config = LoraConfig(r=3, lora_alpha=5, target_modules=["q", "k", "v"], lora_dropout=p)
-    stock = fill_adapters(get_peft_model(Trio(), config)).train()
-    return stock, fused(stock, "inputs", example=torch.randn(1, 20), **options)
-
-
-def check(stock: nn.Module, fast: nn.Module, x: Tensor | None = None) -> None:
-    x = torch.randn(4, 20) if x is None else x
-    got = train_step(fast, x)
-    assert_all_close(got, train_step(exact(stock), x), train_step(replaying(stock), x))
 
 
 def test_one_node_and_one_x(nodes: Nodes) -> None:
@@ -548,15 +440,6 @@ def test_dora_and_merged_layers_run_alone(nodes: Nodes) -> None:
     assert nodes.take() == [3]
 
 
-def adalora(model: nn.Module, targets: list[str]) -> nn.Module:
-    config = AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=targets)
-    model = fill_adapters(get_peft_model(model, config)).train()
-    for name, parameter in model.named_parameters():
-        if "lora_E" in name:  # zero at first, as lora_B is
-            parameter.data.normal_()
-    return model
-
-
 def test_adalora_runs_alone(nodes: Nodes) -> None:
     """A joined node would be computed for nobody: the A of a call is not that of the next."""
     stock = adalora(Trio(), ["q", "k", "v"])
@@ -574,276 +457,3 @@ def test_layers_around_a_parameter_are_left_out(example: Tensor | None, nodes: N
     check(stock, fast)
     # The source has a new x for v, the example has not.
     assert nodes.take() == ([] if example is None else [2]) and last_reasons(fast) == {""}
-
-
-# ---- MLPs --------------------------------------------------------------------------------------
-
-
-class Gated(nn.Module):
-    """A gated MLP in the usual form; the activation is a child."""
-
-    def __init__(self, act: nn.Module | None = None) -> None:
-        super().__init__()
-        self.gate, self.up, self.down = nn.Linear(20, 33), nn.Linear(20, 33), nn.Linear(33, 20)
-        self.act = act or nn.SiLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.act(self.gate(x)) * self.up(x))
-
-
-class UpFirst(Gated):
-    """The product the other way round, through variables."""
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        up = self.up(hidden)
-        gate = self.act(self.gate(hidden))
-        product = up * gate
-        return self.down(product)
-
-
-class Functional(Gated):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.gate(x), approximate="tanh") * self.up(x))
-
-
-class Clamped(Gated):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.act(self.gate(x)).clamp(max=7) * self.up(x))
-
-
-class Branching(Gated):
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dim() > 5:
-            x = x.flatten(0, 1)
-        return self.down(self.act(self.gate(x)) * self.up(x))
-
-
-class Swapped(Gated):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.act(self.gate(x)) * self.up(x * 2))
-
-
-class Watching(Gated):
-    """A call whose result nobody reads, as of statistics or a router's loss."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate = self.gate(x)
-        _ = self.watch(x)
-        return self.down(self.act(gate) * self.up(x))
-
-    def watch(self, x: Tensor) -> Tensor:
-        self.seen = getattr(self, "seen", 0) + 1
-        return x
-
-
-def gated(model: nn.Module, p: float = 0.3, **options: Any) -> tuple[nn.Module, nn.Module]:
-    targets = ["gate", "up", "down"]
-    config = LoraConfig(r=3, lora_alpha=5, target_modules=targets, lora_dropout=p, **options)
-    stock = fill_adapters(get_peft_model(model, config)).train()
-    return stock, fused(stock)
-
-
-ACTS: dict[str, Callable[[], nn.Module]] = {
-    "SiLU": nn.SiLU,
-    "GELU": nn.GELU,
-    "GELU by tanh": lambda: nn.GELU(approximate="tanh"),
-    **{
-        name: lambda name=name: ACT2FN[name]
-        for name in ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_python")
-    },
-}
-
-
-@pytest.mark.parametrize("act", ACTS)
-def test_activations(act: str, nodes: Nodes) -> None:
-    stock, fast = gated(Gated(ACTS[act]()))
-    check(stock, fast)
-    assert nodes.take() == [0] and joined(fast) == {("gate", "up", "down")}
-
-
-@pytest.mark.parametrize("kind", [UpFirst, Functional])
-def test_forms(kind: type[Gated], nodes: Nodes) -> None:
-    """Other ways to write it; each mask is drawn when PEFT's would be."""
-    stock, fast = gated(kind())
-    check(stock, fast)
-    assert nodes.take() == [0]
-
-
-@pytest.mark.parametrize("kind", [Clamped, Branching, Swapped, Watching])
-def test_what_is_no_gated_mlp(kind: type[Gated], nodes: Nodes) -> None:
-    stock, fast = gated(kind())
-    check(stock, fast)
-    assert getattr(fast.base_model.model, "seen", 1) == 1
-    assert nodes.take() == ([] if kind is Swapped else [2])
-
-
-@pytest.mark.parametrize(
-    "act", [nn.ReLU(), nn.PReLU(), ACT2FN["quick_gelu"], nn.Sequential(nn.SiLU(), nn.Dropout(0.1))]
-)
-def test_other_activations_are_left_alone(act: nn.Module, nodes: Nodes) -> None:
-    stock, fast = gated(Gated(act))
-    fast.eval(), stock.eval()
-    x = torch.randn(4, 20)
-    torch.testing.assert_close(fast(x), stock(x))
-    assert nodes.take() == [2]
-    assert "its activation is neither SiLU nor GELU" in {each.reason for each in fusions(fast)}
-
-
-def test_an_mlp_with_hooks_runs_its_own_forward(nodes: Nodes) -> None:
-    for place in ("act", "gate", "down"):
-        _, fast = gated(Gated())
-        seen: list[nn.Module] = []
-        module = getattr(fast.base_model.model, place)
-        module.register_forward_hook(lambda module, args, y, seen=seen: seen.append(module))
-        fast(torch.randn(4, 20))
-        assert nodes.take() == [2] and seen == [module]
-        assert "hooks" in fusions(fast)[0].note
-
-
-def test_an_mlp_that_has_changed_runs_its_own_forward(nodes: Nodes) -> None:
-    x = torch.randn(4, 20)
-    stock, fast = gated(Gated(), p=0.0)
-    for model in (stock, fast):
-        model.base_model.model.act = nn.ReLU()
-    torch.testing.assert_close(fast(x), stock(x))
-    assert nodes.take() == [2] and "replaced" in fusions(fast)[0].note
-    stock, fast = gated(Gated(), p=0.0)
-    with stock.disable_adapter(), fast.disable_adapter():
-        torch.testing.assert_close(fast(x), stock(x))
-    assert nodes.take() == [] and "disabled" in fusions(fast)[0].note
-    torch.testing.assert_close(fast(x), stock(x))
-    assert nodes.take() == [0] and fusions(fast)[0].note == ""
-
-
-def test_a_patched_class_counts(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before joining, though a model of the class was read before, and after it."""
-
-    class Patched(Gated):
-        def forward(self, x: Tensor) -> Tensor:
-            return self.down(self.act(self.gate(x)) * self.up(x))
-
-    x = torch.randn(4, 20)
-    stock, fast = gated(Patched(), p=0.0)
-    fast(x)
-    assert nodes.take() == [0]
-    monkeypatch.setattr(Patched, "forward", Clamped.forward)
-    torch.testing.assert_close(fast(x), stock(x))
-    assert nodes.take() == [2] and "another forward" in fusions(fast)[0].note
-    stock, fast = gated(Patched(), p=0.0)
-    torch.testing.assert_close(fast(x), stock(x))
-    assert nodes.take() == [2]
-    stock, fast = gated(Gated(), p=0.0)
-    for model in (stock, fast):
-        model.base_model.model.act.forward = torch.tanh
-    torch.testing.assert_close(fast(x), stock(x))
-    assert nodes.take() == [2] and "activation has another forward" in fusions(fast)[0].note
-
-
-def test_source_that_cannot_be_read() -> None:
-    space: dict[str, Any] = {"Trio": Trio}
-    exec(
-        "class Made(Trio):\n    def forward(self, x):\n        return self.q(x) + self.q(x)", space
-    )
-    model = get_peft_model(space["Made"](), LoraConfig(r=2, target_modules=["q", "k", "v"]))
-    assert "can't be read" in fusions(fused(model, "inputs"))[0].note
-
-
-def test_alora_on_down_alone(nodes: Nodes) -> None:
-    """Where a call has no offsets, PEFT invokes nothing."""
-    model = Gated()
-    stock = get_peft_model(model, LoraConfig(r=2, target_modules=["gate", "up"]))
-    stock.add_adapter("a", LoraConfig(r=2, target_modules=["down"], alora_invocation_tokens=[1]))
-    stock = fill_adapters(stock)
-    stock.base_model.set_adapter(["default", "a"])
-    fast = fused(stock)
-    x = torch.randn(4, 20)
-    torch.testing.assert_close(fast(x), stock(x))
-    assert 0 not in nodes.take()
-
-
-SILU = F.silu
-
-
-def test_a_function_that_is_another(monkeypatch: pytest.MonkeyPatch, nodes: Nodes) -> None:
-    class Named(Gated):
-        def forward(self, x: Tensor) -> Tensor:
-            return self.down(SILU(self.gate(x)) * self.up(x))
-
-    def hidden(SILU: Any) -> type[Gated]:
-        class Closed(Gated):
-            def forward(self, x: Tensor) -> Tensor:
-                return self.down(SILU(self.gate(x)) * self.up(x))
-
-        return Closed
-
-    x = torch.randn(4, 20)
-    stock, fast = gated(hidden(F.relu)(), p=0.0)
-    torch.testing.assert_close(fast(x), stock(x))
-    assert nodes.take() == [2]
-    stock, fast = gated(Named(), p=0.0)
-    torch.testing.assert_close(fast(x), stock(x))
-    assert nodes.take() == [0]
-    monkeypatch.setitem(globals(), "SILU", F.relu)
-    torch.testing.assert_close(fast(x), stock(x))
-    assert nodes.take() == [2] and "replaced" in fusions(fast)[0].note
-
-
-def test_a_merged_mlp_is_its_own_class_again() -> None:
-    _, fast = gated(Gated(), p=0.0)
-    merged = fast.merge_and_unload()
-    merged(torch.randn(4, 20))
-    assert type(merged) is Gated
-
-
-def test_a_copy_of_a_layer_is_alone() -> None:
-    _, fast = trio()
-    layers = fast.base_model.model
-    copied = copy_of(layers.q)
-    assert copied.__dict__[SHARED] is None and SHARED in layers.q.__dict__
-    torch.testing.assert_close(copied.eval()(torch.ones(2, 20)), layers.q.eval()(torch.ones(2, 20)))
-
-
-def test_adalora_in_an_mlp(nodes: Nodes) -> None:
-    stock = adalora(Gated(), ["gate", "up", "down"])
-    check(stock, fused(stock))
-    assert nodes.take() == [0]
-
-
-def test_an_mlp_with_an_adapter_on_a_parameter_runs_its_own_forward(nodes: Nodes) -> None:
-    config = LoraConfig(r=3, target_modules=["up", "down"], target_parameters=["gate.weight"])
-    stock = fill_adapters(get_peft_model(Gated(), config)).train()
-    fast = fused(stock)
-    check(stock, fast)
-    assert nodes.take() == [] and last_reasons(fast) == {""}
-    (left,) = fusions(fast)
-    assert not left.fused
-
-
-def test_an_mlp_without_an_adapter_on_down() -> None:
-    config = LoraConfig(r=3, target_modules=["gate", "up"])
-    fast = fused(fill_adapters(get_peft_model(Gated(), config)))
-    assert joined(fast) == {("gate", "up")}
-    assert [each.layers for each in fusions(fast)] == [("gate", "up")]
-
-
-@pytest.mark.parametrize("bias", ["all", "none"])
-def test_biases_train(bias: str, nodes: Nodes) -> None:
-    stock, fast = gated(Gated(), bias=bias, lora_bias=bias == "none")
-    check(stock, fast)
-    assert nodes.take() == [0]
-
-
-def test_replicas_run_their_own_layers(nodes: Nodes) -> None:
-    """What `nn.DataParallel` makes: copies of the modules with other parameters."""
-    stock, fast = gated(Gated(), p=0.0)
-    replica = fast.base_model.model._replicate_for_data_parallel()
-    for name, child in list(replica._modules.items()):
-        twin = copy.deepcopy(child)
-        replica._modules[name] = twin
-        if lora_layers(twin):
-            with torch.no_grad():
-                twin.lora_B["default"].weight.mul_(3)
-            with torch.no_grad():
-                getattr(stock.base_model.model, name).lora_B["default"].weight.mul_(3)
-    x = torch.randn(4, 20)
-    torch.testing.assert_close(replica(x), stock(x))

@@ -1,4 +1,4 @@
-"""Merging: PEFT's results to rounding, one rounding, and nothing changed by what is refused."""
+"""Merging and unmerging: PEFT's results to rounding, one rounding, and what it keeps."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ import copy
 import gc
 import warnings
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes
 import pytest
 import torch
-from peft import IA3Config, LNTuningConfig, LoKrConfig, LoraConfig, get_peft_model
-from peft.tuners.lora.layer import Linear
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -25,78 +22,31 @@ from fastlora.integrations.peft.layers import FastLoraLinear
 from fastlora.integrations.peft.merge import layer as peft_merge_layer
 from fastlora.integrations.peft.merge.merge import INTO
 from fastlora.integrations.peft.merge.moments import InputMoments
+from tests.integrations.merging import (
+    DENSE,
+    FOUR_BIT,
+    as_dense,
+    base_parameters,
+    merged_by_peft,
+    pair,
+    quantised,
+    weights_of,
+)
 from tests.integrations.models import (
     MLP,
     MLP4bit,
     exact,
     fill_adapters,
     last_reasons,
-    linear4bit,
     llama,
     lora_layers,
     peft_model,
     train_step,
 )
-from tests.integrations.peft_table import CASES, IDS, Net, add
+from tests.integrations.peft_table import CASES
 from tests.tolerance import assert_close_to_exact
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-DENSE = [
-    "LoRA",
-    "LoRA, bf16 base, fp32 adapters",
-    "use_rslora",
-    "rank_pattern, alpha_pattern",
-    "lora_bias",
-    "PiSSA",
-    "DoRA",
-    "DoRA, bf16 base, fp32 adapters",
-    "MiCA",
-    "KaSA",
-    "VeLoRA",
-    "BD-LoRA",
-    "embedding",
-    "Conv1d",
-    "GPT-2's Conv1D (fan_in_fan_out)",
-    "target_parameters, a linear layer's weight",
-    "AdaLoRA",
-]
-FOUR_BIT = ["LoRA on NF4", "lora_bias on NF4", "DoRA on NF4"]
-
-
-def base_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Weights and biases under the adapters, in fp32 or better, 4-bit ones decoded."""
-    found = {}
-    for name, layer in model.named_modules():
-        if not hasattr(layer, "merged_adapters"):
-            continue
-        base = layer.get_base_layer()
-        for key, parameter in base.named_parameters(recurse=False):
-            found[f"{name}.{key}"] = parameter.detach().clone()
-        if bnb.is_linear4bit(base):
-            weight, state, _, _ = bnb.parts(base, torch.float32)
-            found[f"{name}.weight"] = ops.dequantize_4bit(weight, state, torch.float32)
-    return found
-
-
-def as_dense(model: nn.Module) -> nn.Module:
-    """PEFT's dense layer class around decoded 4-bit weights, whose merge is the plain one."""
-    for layer in lora_layers(model):
-        if type(layer).__name__.endswith("Linear4bit"):
-            layer.__class__ = Linear
-    return model
-
-
-def pair(name: str, several: bool = False) -> tuple[Any, Any, Any]:
-    """PEFT's model, the same in float64 and the same in fp32, both with decoded weights."""
-    _, double, stock = CASES[name].trio()
-    if several:
-        for model in (double, stock):
-            add(model)
-            model.base_model.set_adapter(["default", "other"])
-    double = as_dense(double)
-    plain = copy.deepcopy(stock) if name in DENSE else copy.deepcopy(double).float()
-    return stock, double, plain
 
 
 @pytest.mark.parametrize(
@@ -135,11 +85,6 @@ def test_low_precision_adapters_are_rounded_once() -> None:
     assert all(row.peft_error > row.error for row in report.rows)
 
 
-def merged_by_peft(model: Any) -> Any:
-    model.merge_adapter()
-    return model
-
-
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_4_bit_merges_are_quantised_once(quant_type: str, nested: bool) -> None:
@@ -163,10 +108,6 @@ def test_4_bit_merges_are_quantised_once(quant_type: str, nested: bool) -> None:
         x = torch.randn(3, value.shape[1])
         base = layer.get_base_layer()
         torch.testing.assert_close(base(x), x @ value.T + base.bias)
-
-
-def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    return ((k, v) for k, v in base_parameters(model).items() if k.endswith("weight"))
 
 
 def test_two_adapters_on_4_bit_are_quantised_once() -> None:
@@ -228,19 +169,6 @@ def test_a_small_update_is_swallowed_by_4_bits_unless_the_original_weights_are_a
         assert row.size < 0.005 and row.lost > 0.9 and row.kept < 0.2
     for row in fastlora.merge_adapter(original, base=dense).rows:
         assert 0.5 < row.kept < 1.5 and row.peft_kept < 0.2
-
-
-def quantised(dense: MLP) -> Any:
-    """A PEFT model whose 4-bit weights were made from those of `dense`."""
-    four_bit = MLP4bit()
-    for name in ("up", "down"):
-        source = getattr(dense, name)
-        linear = linear4bit(source.in_features, source.out_features)
-        packed, state = ops.quantize_4bit(source.weight.detach(), 64, "nf4")
-        bnb.store(linear, packed, state)
-        linear.bias.data.copy_(source.bias.data)
-        setattr(four_bit, name, linear)
-    return peft_model(four_bit)
 
 
 @pytest.mark.parametrize("kind", ["model", "PEFT model", "state dict", "file", "shards"])
@@ -447,181 +375,6 @@ def test_comparing_can_be_left_out() -> None:
     report = fastlora.merge_adapter(peft_model(MLP()), compare=False)
     assert all(row.peft_error is None and row.error is not None for row in report.rows)
     assert "PEFT" not in str(report)
-
-
-# ---- what PEFT's own code merges ----------------------------------------------------------------
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention, self.linear = nn.MultiheadAttention(16, 2), nn.Linear(16, 16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(self.attention(x, x, x)[0])
-
-
-class EightBit(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        linear = bitsandbytes.nn.Linear8bitLt(64, 32, has_fp16_weights=False)
-        linear.weight = bitsandbytes.nn.Int8Params(
-            torch.randn(32, 64) / 8, requires_grad=False, has_fp16_weights=False
-        )
-        self.linear, self.is_loaded_in_8bit = linear.to("cpu"), True
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x)
-
-
-OTHERS: dict[str, tuple[Any, Any, Any]] = {
-    "MultiheadAttention": (
-        Attention,
-        LoraConfig(r=3, target_modules=["attention", "linear"]),
-        torch.randn(5, 3, 16),
-    ),
-    "8-bit": (EightBit, LoraConfig(r=3, target_modules=["linear"]), torch.randn(4, 64)),
-    "trainable tokens": (
-        Net,
-        LoraConfig(r=3, target_modules=["up"], trainable_token_indices={"embed": [1, 2]}),
-        IDS,
-    ),
-    "IA3": (Net, IA3Config(target_modules=["up"], feedforward_modules=[]), IDS),
-    "LoKr": (Net, LoKrConfig(r=3, target_modules=["up", "down"]), IDS),
-    "LNTuning": (Net, LNTuningConfig(target_modules=["up"]), IDS),
-}
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_other_layers_are_merged_by_peft(name: str) -> None:
-    make, config, x = OTHERS[name]
-    torch.manual_seed(0)
-    model = get_peft_model(make(), config)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    model.eval()
-    with torch.no_grad():
-        before = model(x)
-        peft = merged_by_peft(copy.deepcopy(model))(x)
-        rows = fastlora.merge_adapter(model).rows
-        torch.testing.assert_close(model(x), peft, atol=1e-6, rtol=1e-5)
-        # Layers of LoRA in the same model are merged and measured as ever.
-        assert any(row.error is None for row in rows)
-        fastlora.unmerge_adapter(model)
-        torch.testing.assert_close(model(x), before, atol=0.05 if name == "8-bit" else 1e-5, rtol=0)
-
-
-# ---- what is refused, with nothing changed ------------------------------------------------------
-
-
-def no_bias(model: Any) -> Any:
-    model.base_model.model.down.base_layer.bias = None
-    return model
-
-
-def broken(model: Any) -> Any:
-    lora_layers(model)[-1].lora_B["default"].weight.data[0, 0] = float("nan")
-    return model
-
-
-def merged_already(model: Any) -> Any:
-    fastlora.merge_adapter(model)
-    return model
-
-
-def alora() -> Any:
-    return CASES["aLoRA"].trio()[2]
-
-
-REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "into": (lambda: peft_model(MLP()), {"into": "8bit"}, "into must be one of"),
-    "no layers": (lambda: MLP(), {}, "model must have PEFT's layers"),
-    "unknown adapter": (
-        lambda: peft_model(MLP()),
-        {"adapter_names": ["default", "x"]},
-        "no layer has x",
-    ),
-    "merged": (lambda: merged_already(peft_model(MLP())), {}, "merged already"),
-    "lora_bias": (lambda: no_bias(peft_model(MLP(), lora_bias=True)), {}, "lora_bias needs a bias"),
-    "NaN": (lambda: broken(peft_model(MLP())), {}, "must be finite"),
-    "aLoRA": (alora, {}, "aLoRA does not support merging"),
-    "base without it": (
-        lambda: peft_model(MLP4bit()),
-        {"base": {"up.weight": torch.ones(128, 64)}},
-        "one weight for layer down, got none",
-    ),
-    "base of another shape": (
-        lambda: peft_model(MLP4bit()),
-        {"base": {"up.weight": torch.ones(128, 64), "down.weight": torch.ones(31, 128)}},
-        r"down.weight must be a weight in 16 bits or more of shape \(32, 128\)",
-    ),
-    "base in 4 bits": (
-        lambda: peft_model(MLP4bit()),
-        {"base": {k: torch.ones(n, dtype=torch.uint8) for k, n in (("up.weight", 1),)}},
-        "in 16 bits or more",
-    ),
-    "base in 8 bits": (
-        lambda: peft_model(MLP4bit()),
-        {"base": {"up.weight": torch.ones(128, 64, dtype=torch.float8_e4m3fn)}},
-        "in 16 bits or more",
-    ),
-    "folder without files": (
-        lambda: peft_model(MLP4bit()),
-        {"base": Path(__file__).parent},
-        "safetensors files",
-    ),
-    "moments": (
-        lambda: peft_model(MLP4bit()),
-        {"moments": {"base_model.model.down": torch.eye(3)}},
-        r"must be \[128, 128\]",
-    ),
-    "moments and dense": (
-        lambda: peft_model(MLP4bit()),
-        {"moments": {}, "into": "dense"},
-        "moments must be None",
-    ),
-    "moments and base": (
-        lambda: peft_model(MLP4bit()),
-        {"moments": {}, "base": MLP(64, 128, 32)},
-        "moments must be None with base",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_refused_with_nothing_changed(name: str) -> None:
-    make, arguments, message = REFUSED[name]
-    model = make()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    merged = [list(layer.merged_adapters) for layer in lora_layers(model)]
-    with pytest.raises(ValueError, match=message):
-        fastlora.merge_adapter(model, **arguments)
-    after = model.state_dict()
-    assert all(torch.equal(after[k].nan_to_num(7), v.nan_to_num(7)) for k, v in before.items())
-    assert [list(layer.merged_adapters) for layer in lora_layers(model)] == merged
-
-
-def test_wrong_types() -> None:
-    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got int"):
-        fastlora.merge_adapter(3)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got int"):
-        fastlora.unmerge_adapter(3)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="adapter_names must be a list"):
-        fastlora.merge_adapter(peft_model(MLP()), "default")
-    with pytest.raises(TypeError, match="base must be a model, a state dict or a folder"):
-        fastlora.merge_adapter(peft_model(MLP4bit()), base=3)  # type: ignore[arg-type]
-
-
-def test_an_error_half_way_names_the_layer_and_keeps_its_state() -> None:
-    """fp16 overflows where the adapters alone are finite."""
-    model = peft_model(MLP4bit())
-    layer = lora_layers(model)[0]
-    layer.lora_B["default"].weight.data.fill_(3e38)
-    layer.lora_A["default"].weight.data.fill_(3e38)
-    with pytest.raises(ValueError, match=r"model\.up: the weight is not finite after merge"):
-        fastlora.merge_adapter(model, compare=False)
-    assert not any(layer.merged for layer in lora_layers(model))
 
 
 # ---- error feedback ------------------------------------------------------------------------------
