@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastlora import ops, reference
+from fastlora import backends, lora_linear, ops, reference
 from fastlora.backends import native, schemas, triton
 from fastlora.backends.contract import Request
 from fastlora.backends.machine import tuned
@@ -574,6 +574,32 @@ def test_the_choice_of_a_kernel_compiles(monkeypatch: pytest.MonkeyPatch) -> Non
     for M in (8, 300, 900):
         x = torch.ones(M, 64)
         assert torch.equal(compiled(x), scaled(x))
+
+
+@pytest.mark.parametrize("skinny", [(), ("triton",)], ids=str)
+@pytest.mark.parametrize("M", [9, 70, 600])
+def test_a_compiled_layer_gives_the_same_bits(
+    M: int, skinny: tuple[str, ...], backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By each of the kernels, with the products without W by the reference or by Triton."""
+    if skinny and (reason := triton.unsupported(Request("lora_linear_fwd", "cpu"))):
+        pytest.skip(reason)
+    monkeypatch.setattr(native.cuda, "ops", torch.ops.fastlora_emulated)  # notes no calls
+    monkeypatch.setattr(native.cuda, "_skinny", [backends.BACKENDS[name] for name in skinny])
+    inputs = make_inputs(Case("", M, 40, 64, 3, dropout_p=0.1), NESTED, DTYPES["bf16"])
+    x, A, B = (t.requires_grad_() for t in (inputs.x, inputs.lora_A, inputs.lora_B))
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        return lora_linear(
+            x, inputs.weight, inputs.bias, A, B, 1.5, quant_state=inputs.quant_state,
+            dropout_p=0.1, seed=inputs.seed, backend=backend,
+        )  # fmt: skip
+
+    results = []
+    for call in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        y = call(x)
+        results.append((y, *torch.autograd.grad(y, (x, A, B), inputs.dy)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 _fused_tokens = native.cuda.fused_tokens
