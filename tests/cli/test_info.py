@@ -10,6 +10,7 @@ import torch
 
 from fastlora.backends import native
 from fastlora.backends.machine import cpu
+from fastlora.backends.native import cuda, library
 from fastlora.cli import main
 
 
@@ -38,8 +39,8 @@ def test_a_missing_library_is_explained(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(native.library, "_build", None)
-    monkeypatch.setattr(native.library, "_reason", "not built; `make build` builds it.")
+    monkeypatch.setattr(library, "_build", None)
+    monkeypatch.setattr(library, "_reason", "not built; `make build` builds it.")
     facts = report(capsys)["fastlora"]
     assert facts["native library"] == "not built; `make build` builds it."
     assert facts["backends on cpu"] == ["reference"]
@@ -49,7 +50,7 @@ def test_a_missing_library_is_explained(
 def test_the_library_for_cuda(
     reason: str | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native.cuda, "_reason", reason)
+    monkeypatch.setattr(cuda, "_reason", reason)
     assert report(capsys)["fastlora"]["library for cuda"] == (reason or "loaded")
 
 
