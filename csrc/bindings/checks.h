@@ -36,6 +36,9 @@ inline DType dtype_of(const Tensor& t, const char* name) { return dtype_of(t.sca
 inline Tensor as_contiguous(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
+inline OptionalTensor as_contiguous(const OptionalTensor& t) {
+  return t.has_value() ? OptionalTensor(as_contiguous(*t)) : t;
+}
 
 // A matrix whose rows are contiguous: t itself, or a contiguous copy if its columns are spread.
 inline Tensor with_contiguous_rows(const Tensor& t) {

@@ -66,10 +66,6 @@ QuantTensors with_aligned_codes(QuantTensors quant) {
   return quant;
 }
 
-OptionalTensor as_contiguous(const OptionalTensor& t) {
-  return t.has_value() ? OptionalTensor(as_contiguous(*t)) : t;
-}
-
 Weight weight_of(const QuantTensors& quant, int64_t N, int64_t K, const Tensor& x) {
   // Sizes and steps are counted with 32 bits.
   STD_TORCH_CHECK(N < (int64_t{1} << 31) && K < (int64_t{1} << 31),
