@@ -1,0 +1,162 @@
+"""Measures what `accelerate(model, fuse=...)` gives a training step, in time and in memory.
+
+    python -m benchmarks.measure.fuse            # appends to results/fuse.csv
+    python -m benchmarks.measure.fuse --write    # the table of docs/peft.md, from it
+
+One step (forward and backward) of four Llama layers, 1024 wide, with LoRA on every linear layer
+(r = 16, dropout 0.05, fp32 adapters over bf16), on 512 tokens. Each round times the three ways one
+after the other on one model; a ratio is the median over the rounds. `kept_mib` is the distinct
+memory that the graph keeps for the backward, parameters and quant states left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import fastlora
+from benchmarks.report.document import fill, markdown
+from fastlora.cli.bench.measure import interleave
+from fastlora.cli.bench.plan import Budget
+from fastlora.cli.bench.rows import append, machine, quantiles
+from tests.integrations.models import linear4bit
+
+RESULTS = Path(__file__).parents[1] / "results" / "fuse.csv"
+PAGE = Path(__file__).parents[2] / "docs" / "peft.md"
+COLUMNS = ("base", "fuse", "rounds", "ms", "ratio_p20", "ratio_p50", "ratio_p80", "kept_mib")
+BASES = ("bf16", "nf4")
+WAYS = (None, "inputs", "mlp")
+TOKENS = 512
+
+
+class Step:
+    """A forward and a backward of one model, its layers joined in one way."""
+
+    def __init__(self, base: str) -> None:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=512,
+            hidden_size=1024,
+            intermediate_size=2816,
+            num_hidden_layers=4,
+            num_attention_heads=16,
+            num_key_value_heads=16,
+        )
+        llama = LlamaForCausalLM(config).to(torch.bfloat16)
+        if base == "nf4":
+            pack(llama)
+        lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear")
+        self.model: Any = get_peft_model(llama, lora).train()
+        for name, parameter in self.model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(0, 0.02)
+        self.tokens = torch.randint(0, 512, (1, TOKENS))
+
+    def switch(self, way: str) -> None:
+        """Joins the layers as `fuse=way` does; "None" joins none."""
+        fastlora.restore(self.model)
+        fuse: Any = None if way == "None" else way
+        fastlora.accelerate(self.model, fuse=fuse, verbose=False)
+
+    def __call__(self) -> None:
+        self.model.zero_grad()
+        self.forward().backward()
+
+    def forward(self) -> Tensor:
+        """The loss."""
+        loss: Tensor = self.model(input_ids=self.tokens, labels=self.tokens).loss
+        return loss
+
+    def kept_mib(self) -> float:
+        """The distinct memory that the graph of `forward` keeps beyond the model's own."""
+        own = {t.untyped_storage().data_ptr() for t in self.model.state_dict().values()}
+        kept: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if tensor.is_floating_point() and storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = self.forward()
+            total = sum(kept.values())
+        del loss
+        return total / 2**20
+
+
+def pack(model: nn.Module) -> None:
+    """Gives every linear layer of the decoder an NF4 weight of its shape."""
+    for layer in model.model.layers.modules():  # type: ignore[union-attr,operator]
+        for name, child in list(layer.named_children()):
+            if type(child) is nn.Linear:
+                options = {"compute_dtype": torch.bfloat16, "dtype": torch.bfloat16}
+                packed = linear4bit(child.in_features, child.out_features, bias=False, **options)
+                setattr(layer, name, packed)
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]
+
+
+def measure(base: str, rounds: int) -> list[dict[str, str]]:
+    """The rows of one base."""
+    step = Step(base)
+    names = [str(way) for way in WAYS]
+    timings = interleave({name: [step] for name in names}, Budget(rounds), switch=step.switch)
+    rows = []
+    for name in names:
+        step.switch(name)
+        pairs = zip(timings["None"].seconds, timings[name].seconds, strict=True)
+        low, middle, high = quantiles([plain / joined for plain, joined in pairs])
+        rows.append(
+            {
+                "base": base,
+                "fuse": name,
+                "rounds": str(rounds),
+                "ms": f"{statistics.median(timings[name].seconds) * 1e3:.1f}",
+                "ratio_p20": f"{low:.3f}",
+                "ratio_p50": f"{middle:.3f}",
+                "ratio_p80": f"{high:.3f}",
+                "kept_mib": f"{step.kept_mib():.1f}",
+            }
+        )
+    return rows
+
+
+def table() -> str:
+    """The newest row of each base and way, as Markdown."""
+    with RESULTS.open(newline="") as file:
+        rows = {(row["base"], row["fuse"]): row for row in csv.DictReader(file)}
+    lines = []
+    for row in rows.values():
+        low, middle, high = (f"{float(row[f'ratio_{p}']):.2f}" for p in ("p20", "p50", "p80"))
+        lines.append(
+            (row["base"], row["fuse"], row["ms"], f"{middle} ({low}-{high})", row["kept_mib"])
+        )
+    head = ("base", "`fuse`", "step, ms", "without `fuse` / with it", "kept, MiB")
+    return markdown(head, lines, numbers=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="of each way (9)")
+    parser.add_argument("--write", action="store_true", help="write the table, measure nothing")
+    args = parser.parse_args()
+    if args.write:
+        PAGE.write_text(fill(PAGE.read_text(), {"fuse": table()}))
+        return
+    facts = machine()
+    for base in BASES:
+        rows = measure(base, args.rounds)
+        print(*rows, sep="\n", flush=True)
+        append(RESULTS, [facts | row for row in rows], (*facts, *COLUMNS))
+
+
+if __name__ == "__main__":
+    main()
