@@ -471,15 +471,6 @@ def test_layer_takes_a_quant_state_of_bitsandbytes_kind() -> None:
         assert torch.equal(out, want[name]), name
 
 
-def test_layer_is_what_it_is_under_autocast(backend: str) -> None:
-    layer = make_layer("dense", FP32, FP32, (9, 66, 64, 2))
-    want = layer_results(lambda *t: run_layer(layer, *t, backend=backend), layer)
-    with torch.autocast("cpu", BF16):
-        got = layer_results(lambda *t: run_layer(layer, *t, backend=backend), layer)
-    for name, out in got.items():
-        assert torch.equal(out, want[name]), name
-
-
 def test_layer_refuses_a_bias_of_another_shape() -> None:
     layer = make_layer("dense", FP32, FP32, (9, 6, 8, 2))
     for shape, p in (((5,), 0.0), ((8, 6), 0.0), ((9, 6), P)):

@@ -290,9 +290,14 @@ def test_the_library_checks_what_it_reads() -> None:
     for wrong in ([2, 2, 7], [2, 1, 5], [-1, 2, 5]):
         with pytest.raises(RuntimeError, match="offsets must ascend from 0 to at most 6"):
             torch.ops.fastlora.grouped_lora_linear_fwd(x, *flatten(layer), torch.tensor(wrong))
-    narrow = layer._replace(lora_B=layer.lora_B[:, :31])
-    with pytest.raises(RuntimeError, match=r"lora_B must be \[3, 32, 2\]"):
-        torch.ops.fastlora.grouped_lora_linear_fwd(x, *flatten(narrow), ends)
+    for wrong, message in (
+        (layer.lora_B[:, :, :1], r"lora_B must be \[3, 32, 2\]"),
+        (layer.lora_B[:, :31], r"weight must be \[3, 31, 64\]"),  # N is lora_B's
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.fastlora.grouped_lora_linear_fwd(
+                x, *flatten(layer._replace(lora_B=wrong)), ends
+            )
 
 
 @pytest.mark.parametrize(
