@@ -1,7 +1,7 @@
 """fastlora: fused LoRA and QLoRA linear layers, with PEFT's exact meaning.
 
 Three ways in: `accelerate(model)` for a PEFT model; `LoraLinear`, `QLoraLinear`, `lora_linear` for
-models of one's own; `register(lora_config)`, `patch_peft()` for trainers that build the model.
+your own models; `register(lora_config)`, `patch_peft()` for trainers that build the model.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One LoRA layer as data: what every op takes, from the modules down to the kernels.
+"""One LoRA layer as data: the argument of every op, from the modules down to the kernels.
 
 The C++ twin is `LoraLinearFwd` in csrc/common/params.h. Sizes: M tokens, N out_features,
 K in_features, R rank, E experts.
@@ -18,7 +18,7 @@ class Layer(NamedTuple):
     """A frozen weight with its adapter: `y = x W^T + bias + scaling * drop(x) A^T B^T`.
 
     Args:
-        weight: [N, K], dense, or where quant_state is given its packed bytes; [E, N, K] with
+        weight: [N, K], dense, or its packed bytes if quant_state is given; [E, N, K] with
             offsets.
         lora_A: [R, K], fp32 or x's dtype; [E, R, K] with offsets.
         lora_B: [N, R], lora_A's dtype; [E, N, R] with offsets.
@@ -29,7 +29,7 @@ class Layer(NamedTuple):
             x's dtype when None. The LoRA term always reads x as it is, and y keeps x's dtype.
         dropout_p: probability of dropping an element of x on the LoRA path, 0 to 1.
         seed: int64, one element: the dropout's key. Needed when dropout_p > 0.
-        offsets: [E], int64, ascending, of a stack of experts: where the rows of each expert end.
+        offsets: [E], int64, ascending, of a stack of experts: the end of each expert's rows.
     """
 
     weight: Tensor

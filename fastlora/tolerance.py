@@ -5,8 +5,8 @@
 
 `exact` is the float64 reference on the already rounded inputs and `base` the plain torch sequence
 in the working dtypes. Both bounds have to hold: the largest error alone hides a bias, the RMS error
-alone hides one bad tile. The tests and `fastlora verify` read the policy from here, so that a
-user's machine is held to what the tests are held to.
+alone hides one bad tile. The tests and `fastlora verify` both use this policy, so a user's machine
+is held to the same bounds.
 
 Source: the test of flash-attention (largest error, factor two); the RMS bound is added here.
 """
@@ -23,7 +23,7 @@ FACTOR = 2.0
 
 @dataclass(frozen=True)
 class Report:
-    """What `exceeds` found. Ratios are error / bound: up to 1 is allowed, inf is a NaN or Inf."""
+    """Errors and bounds. Ratios are error / bound: up to 1 is allowed, inf is a NaN or Inf."""
 
     max_error: float
     max_bound: float

@@ -1,11 +1,11 @@
-"""The cache of what `fastlora tune` measured: the best choice for an op, a shape and a device.
+"""The cache of `fastlora tune`: the best measured choice for an op, a shape and a device.
 
 One JSON file a device in `$FASTLORA_CACHE`, else `~/.cache/fastlora`:
 
     {"device": "...", "fastlora": "0.1.0", "choices": {"<op> | <shape>": {"tile": 64, ...}}}
 
 A choice is a flat dictionary whose meaning belongs to the backend that stores it. Nothing here
-measures, and nothing is ever stored but by a call of `store`.
+measures, and only `store` stores.
 
     device = device_key("NVIDIA H100", "driver 580.65", "triton 3.9.0")
     store(device, "lora_linear_fwd", "bf16 M4096 N4096 K4096 R16", {"way": "fused", "BM": 128})
@@ -29,7 +29,7 @@ _Choices = dict[str, dict[str, int | float | str]]
 
 
 def device_key(*facts: str) -> str:
-    """All that a measured time depends on, in one line: device, driver, compiler; and fastlora."""
+    """Everything a measured time depends on, in one line: device, driver, compiler, fastlora."""
     return ", ".join((*facts, f"fastlora {__version__}"))
 
 
@@ -39,7 +39,7 @@ def size_class(size: int) -> int:
 
 
 def cache_file(device: str) -> Path:
-    """Where the choices of `device` are kept."""
+    """The file with the choices of `device`."""
     chosen = os.environ.get("FASTLORA_CACHE")
     folder = Path(chosen) if chosen else Path.home() / ".cache" / "fastlora"
     name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")[:60]
@@ -47,7 +47,7 @@ def cache_file(device: str) -> Path:
 
 
 def lookup(device: str, op: str, shape: str) -> Choice | None:
-    """What was stored for this device, op and shape, or None.
+    """The choice for this device, op and shape, or None.
 
     A file that can't be read counts as empty. It is read once in a process, and after a `store`.
 
@@ -99,7 +99,7 @@ def _read(path: Path, device: str) -> _Choices:
         content = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    # The name has but a part of the device's hash.
+    # The name has only a part of the device's hash.
     if not isinstance(content, dict) or content.get("device") != device:
         return {}
     choices = content.get("choices")

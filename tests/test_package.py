@@ -21,7 +21,8 @@ from .csrc.isa_check import escapes
 
 ROOT = Path(__file__).resolve().parents[1]
 EVERY_OP = ROOT / "tests" / "every_op.py"
-ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx", "neon", "neon_bf16")
+BUILD = native.build_info()
+ISAS = BUILD["cpu_isas"].split() if BUILD else []
 
 needs_native = pytest.mark.skipif(
     native.build_info() is None, reason=native.unavailable_reason() or ""

@@ -44,7 +44,7 @@ def test_every_kernel_passes_its_gates() -> None:
     )
     assert done.returncode == 0, done.stderr
     archs = {line.split(", ")[1] for line in done.stdout.splitlines()}
-    assert archs == {"sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942"}
+    assert archs == {row.arch for row in static_report.read_gates()}
 
 
 def test_the_gate_file_holds_both_tritons() -> None:

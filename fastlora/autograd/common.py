@@ -1,6 +1,6 @@
-"""What the autograd Functions of LoRA layers share: arguments, saved tensors, double backward.
+"""Arguments, saved tensors and double backward of all autograd Functions of LoRA layers.
 
-A Function takes what is differentiable as arguments of its own, beside the layers as data:
+A Function takes the differentiable tensors as arguments, in addition to the layers as data:
 
     apply(x, ..., layers, backend, *differentiable(layers))
 
@@ -119,7 +119,7 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 
 
 class Saved:
-    """What a backward needs: tensors, layers and the backend.
+    """Everything that a backward needs: tensors, layers and the backend.
 
     Every tensor goes through `save_for_backward`, so that hooks on saved tensors (offloading,
     checkpointing) see it and a change in place of it is an error. A bias is not kept.
@@ -196,11 +196,11 @@ def differentiable_gradients(
 
     Args:
         run: the forward in plain torch, on the reference backend, as a function of `inputs`.
-        inputs: what to differentiate by, each where `needs` says so; the others give None.
+        inputs: the tensors to differentiate by if their `needs` is True; the others give None.
         dys: the gradient of each result of `run`.
     """
-    # Views: the graph above the inputs, where one may depend on another, and hooks on them are the
-    # business of the backward that has called this one.
+    # Views: one input may depend on another, or have hooks. Both belong to the backward that called
+    # this function.
     aliases = [t.view_as(t) for t in inputs]
     wanted = [t for t, need in zip(aliases, needs, strict=True) if need]
     if not wanted:

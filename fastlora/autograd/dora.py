@@ -152,7 +152,7 @@ def _dora_linear_bwd(
 
 
 def _scaled(factor: Tensor, dropout_p: float) -> tuple[Tensor, float]:
-    """The factor of what dropout keeps, `scale * factor`, and scale."""
+    """The factor of the elements that dropout keeps, `scale * factor`, and scale."""
     if dropout_p == 0.0:
         return factor, 1.0
     _, scale = dropout_threshold(dropout_p)

@@ -30,7 +30,7 @@ class GatedMLPFunction(torch.autograd.Function):
     """`down(act(gate(x)) * up(x))` with gradients for x and each bias, lora_A and lora_B.
 
     Saves x, the outputs of gate and up, each S [M, R], the adapters, biases and dropout seeds. The
-    other two [M, I] that autograd would keep, act(gate) and the product, are computed anew.
+    other two [M, I] that autograd would keep, act(gate) and the product, are recomputed.
     """
 
     @staticmethod

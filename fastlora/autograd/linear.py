@@ -115,7 +115,7 @@ def lora_linear(
 
 def linear(x: Tensor, layer: Layer, *, backend: str | None = None) -> Tensor:
     """`lora_linear` on a layer's fields."""
-    # As `prepared`, for one layer: what a short call costs is Python.
+    # As `prepared`, for one layer: a short call spends its time in Python.
     dtype = autocast_dtype(x)
     layer, backend = prepared_layer(x, layer, dtype), settled(backend)
     if dtype is None:

@@ -47,7 +47,7 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.pop()
 
 
-# `backend=` for a call whose backend was asked about before: nobody has named one.
+# `backend=` for a call whose backend was settled before: none is forced.
 UNFORCED = ""
 
 
@@ -91,8 +91,8 @@ def choose(request: Request, backend: str | None = None, prefer: str | None = No
     raise RuntimeError(f"no backend can run {request.op} on {request.device}. {' '.join(reasons)}")
 
 
-# Backends that serve a layer's op for one kind of layer, with their `unsupported`. A backend that
-# serves a kind of layer once serves it for good.
+# The backend that runs a layer's op for one kind of layer, with its `unsupported`. A backend that
+# supports a kind of layer once always supports it.
 _serving: dict[tuple[Any, ...], tuple[Backend, Any]] = {}
 
 

@@ -64,7 +64,7 @@ def shared_linear_bwd(
 def grouped_lora_linear_fwd(forward: Forward, x: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
     """`reference.grouped_lora_linear_fwd` without dropout, one call for each expert.
 
-    No slice is copied. Where the offsets are on a GPU, reading them waits for it once.
+    No slice is copied. Reading offsets on a GPU waits for it once.
     """
     y = x.new_zeros(x.shape[0], layer.lora_B.shape[1])
     S = x.new_zeros(x.shape[0], layer.lora_A.shape[1], dtype=torch.float32)
@@ -88,7 +88,7 @@ def grouped_lora_linear_bwd(
 
 
 def separable(state: QuantState) -> QuantState:
-    """`state`, of which `expert` can give a part: nested absmax that experts share is decoded."""
+    """`state` for use with `expert`: nested absmax that experts share is decoded."""
     blocks = state.absmax.numel() // state.shape[0]
     if state.state2 is None or blocks % state.state2.blocksize == 0:
         return state
@@ -96,7 +96,7 @@ def separable(state: QuantState) -> QuantState:
 
 
 def _experts(layer: Layer) -> Iterator[tuple[int, slice, Layer]]:
-    """Each expert that has rows: its number, its rows, and itself as a layer of its own."""
+    """Each expert that has rows: its number, its rows, and the expert as a layer."""
     weight, state = layer.weight, layer.quant_state
     if state is not None:
         state = separable(state)

@@ -1,4 +1,4 @@
-"""What a backend is: the reference's ops, a name, and a reason for what it can't run."""
+"""A backend: the reference's ops, a name, and a reason for each request it can't run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Request(NamedTuple):
-    """An op as `unsupported` sees it, before it is called.
+    """An op, described for `unsupported` before it is called.
 
     Args:
         op: its name in `reference`.
@@ -23,7 +23,7 @@ class Request(NamedTuple):
         device_index: of a GPU; torch's current one when None.
         dtype: of x.
         adapter_dtype: of A and B.
-        compute_dtype: of the base product, where it isn't x's.
+        compute_dtype: of the base product, if it isn't x's.
         four_bit: the base is in 4 bits.
         dropout: the call drops elements of x.
     """
@@ -144,10 +144,10 @@ def unsupported_dtype(request: Request) -> str | None:
 
 
 def is_empty(layer: Layer) -> bool:
-    """True for a weight without elements: a kernel has nothing to compute."""
+    """True for a weight without elements, for which no kernel is called."""
     return layer.lora_A.shape[-1] == 0 or layer.lora_B.shape[-2] == 0
 
 
 def asked(grads: Sequence[Tensor], needs: Needs) -> Grads:
-    """The gradients of an op, which returns empty tensors for those that nobody asked for."""
+    """The gradients that an op returned, with None in place of those not asked for."""
     return Grads(*(grad if need else None for grad, need in zip(grads, needs, strict=True)))

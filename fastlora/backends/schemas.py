@@ -1,14 +1,14 @@
-"""The torch ops behind the kernels: one table of schemas and of fakes, which give shapes alone.
+"""The torch ops behind the kernels: one table of schemas and of fakes, which only give shapes.
 
 The libraries `fastlora` (csrc/bindings), `fastlora_triton` and, in the tests, `fastlora_emulated`
 are defined from this table; each brings its own implementations. `flatten` and `unflatten` are the
-only places that know in which order an op takes the fields of a layer. In a schema stand
+only places that know the order in which an op takes the fields of a layer. A schema has
 
     {LAYER}   the fields of one Layer           {LAYERS}  the same of several, as lists
     {PACKED}  a 4-bit weight and its state      {NEEDS}   which gradients to compute
 
-and fakes and Python implementations get a Layer, a list of them, a Packed and a Needs there. A
-gradient that is not asked for comes back as an empty tensor.
+and fakes and Python implementations get a Layer, a list of them, a Packed and a Needs for these. A
+gradient that is not asked for is returned as an empty tensor.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ _NO_STATE = (None, None, None, None, None, 0)
 
 
 def flatten(layer: Layer) -> tuple[Any, ...]:
-    """The fields of a layer in the order of {LAYER}; offsets are an argument of their own."""
+    """The fields of a layer in the order of {LAYER}; offsets are a separate argument."""
     weight, A, B, scaling, bias, state, compute_dtype, dropout_p, seed, _ = layer
     stored = (weight, *_NO_STATE) if state is None else packed(weight, state)
     return *stored, compute_dtype, bias, A, B, scaling, dropout_p, seed
@@ -376,7 +376,7 @@ OPS = {
         _quantize_4bit,
     ),
     "dequantize_4bit_out": Op("{PACKED}, Tensor(a!) out", "()", _dequantize_4bit_out),
-    # The parts of a 4-bit layer on CUDA, of which backends/native/cuda.py composes the layer.
+    # The parts of a 4-bit layer on CUDA, from which backends/native/cuda.py composes the layer.
     "quantize_absmax": Op(
         "Tensor absmax, Tensor offset, Tensor code",
         "(Tensor absmax_8bit, Tensor nested_absmax)",
@@ -410,7 +410,7 @@ CUDA_OPS = (
 TRITON_OPS = ("lora_linear_fwd", "lora_linear_bwd", "dequantize_4bit_out", "shrink", "skinny_bwd")
 NATIVE_OPS = tuple(op for op in OPS if op not in ("shrink", "skinny_bwd"))
 
-# What stands for the names in braces: the arguments, and the function that rebuilds one object.
+# The meaning of the names in braces: the arguments, and the function that rebuilds the object.
 _GROUPS: dict[str, tuple[str, Callable[..., Any]]] = {
     "{LAYER}": (_LAYER, unflatten),
     "{LAYERS}": (_LAYERS, unflatten_all),
@@ -451,7 +451,7 @@ def define(namespace: str, ops: Iterable[str]) -> torch.library.Library:
     """Defines `torch.ops.<namespace>.<op>` for each op, with its fake.
 
     Returns:
-        The library, which has to be kept: the ops go with it.
+        The library, which the caller keeps: the ops are removed with it.
     """
     library = torch.library.Library(namespace, "FRAGMENT")
     for op in ops:
@@ -462,7 +462,7 @@ def define(namespace: str, ops: Iterable[str]) -> torch.library.Library:
 
 
 def filled(grads: Grads, x: Tensor) -> tuple[Tensor, ...]:
-    """Gradients as an op returns them: an empty tensor for those that nobody asked for."""
+    """Gradients as an op returns them: an empty tensor for each that is None."""
     dtypes = (x.dtype, torch.float32, torch.float32, torch.float32)
     return tuple(
         x.new_empty((0,), dtype=dtype) if grad is None else grad

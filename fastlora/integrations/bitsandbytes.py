@@ -4,7 +4,7 @@ On CPUs with AVX512-BF16, bitsandbytes 0.50 rewrites a `Linear4bit` weight in pl
 forward in eval mode, into a layout that its inference kernel reads. Nothing undoes that on
 `.train()`: the frozen weight then gives no gradient to its input, `dequantize_4bit` and merges
 decode the wrong layout, and absmax has been rounded to bf16. `disable_cpu_repacking` prevents it,
-`unpack` undoes it where nothing was lost.
+`unpack` undoes it if nothing was lost.
 
 bitsandbytes is never imported here: its modules are told by name, so that a model without them
 costs no import.
@@ -59,7 +59,7 @@ def raw_quant_state(linear: nn.Module) -> Any:
 def compute_dtype(linear: nn.Module, x_dtype: torch.dtype) -> torch.dtype:
     """The dtype of the base product for an input in `x_dtype`, without the side effects of a call.
 
-    A layer built without `compute_dtype` takes that of its first input, if fp32 or bf16, for good.
+    A layer built without `compute_dtype` keeps that of its first input, if fp32 or bf16.
     """
     dtype: Any = linear.compute_dtype
     if not linear.compute_type_is_set and x_dtype in (torch.float32, torch.bfloat16):
@@ -68,7 +68,7 @@ def compute_dtype(linear: nn.Module, x_dtype: torch.dtype) -> torch.dtype:
 
 
 def settle_compute_dtype(linear: Any, x: Tensor) -> None:
-    """What `Linear4bit.forward` does to its `compute_dtype` on the first call."""
+    """Sets `compute_dtype` as `Linear4bit.forward` does on the first call."""
     if not linear.compute_type_is_set:
         linear.set_compute_type(x)
         linear.compute_type_is_set = True
@@ -107,7 +107,7 @@ def parts(
 
 
 def store(linear: nn.Module, packed: Tensor, state: QuantState) -> None:
-    """Writes another quantised weight into a `Linear4bit`, over the bytes of its own.
+    """Overwrites the bytes of a `Linear4bit` with another quantised weight.
 
     Args:
         linear: a `Linear4bit`, quantised and not repacked.

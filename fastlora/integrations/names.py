@@ -1,4 +1,4 @@
-"""Names of layers: without what PEFT puts before them, and by kind."""
+"""Names of layers: without PEFT's prefix, and by kind."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def plain_name(name: str) -> str:
 
 
 def kind_of(name: str) -> str:
-    """What layers that differ in their numbers alone share: `model.layers.*.mlp.up_proj`."""
+    """The name of all layers that differ only in numbers: `model.layers.*.mlp.up_proj`."""
     return _NUMBER.sub("*", plain_name(name))
 
 

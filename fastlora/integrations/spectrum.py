@@ -67,7 +67,7 @@ class Spectrum:
     @property
     def regex(self) -> str:
         """One regular expression that matches just the chosen layers, for the same argument."""
-        # (what stands before the number, the numbers) -> what stands after it
+        # (the text before the number, the numbers) -> the text after it
         shared: dict[tuple[str, tuple[int, ...]], list[str]] = {}
         parts = []
         for kind, group in groupby(self.rows, lambda row: row.kind):
@@ -85,7 +85,7 @@ class Spectrum:
         return "|".join(parts)
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it as JSON takes it; an infinite ratio is None."""
+        """Everything as JSON; an infinite ratio is None."""
         layers = [asdict(row) for row in self.rows]
         for layer in layers:
             layer["shape"] = list(layer["shape"])
@@ -186,9 +186,8 @@ def signal_to_noise(weight: Tensor) -> float:
 
         t = sigma (1 + sqrt(beta)),    sigma = IQR(s) / 1.349,    beta = min(N, K) / max(N, K)
 
-    t is where the singular values of a random matrix would end, by Marchenko and Pastur, with its
-    scale taken from the middle half of s. A weight without values up to t has an infinite ratio, a
-    zero weight 0.
+    t is the largest singular value of a random matrix (Marchenko and Pastur) whose scale is taken
+    from the middle half of s. Without values up to t the ratio is infinite, for a zero weight 0.
 
     Args:
         weight: `[N, K]`, any float dtype.
@@ -197,8 +196,8 @@ def signal_to_noise(weight: Tensor) -> float:
     """
     N, K = weight.shape
     wide = weight.double()
-    # The eigenvalues of the smaller Gram matrix are s^2. In fp64, what squaring costs is 1e-8 of
-    # the largest s, and it takes a fraction of the time of a singular value decomposition.
+    # The eigenvalues of the smaller Gram matrix are s^2. In fp64 squaring costs an error of 1e-8 of
+    # the largest s, and takes a fraction of the time of a singular value decomposition.
     gram = wide @ wide.mT if N <= K else wide.mT @ wide
     s = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     low, high = s.quantile(torch.tensor([0.25, 0.75], dtype=s.dtype, device=s.device)).tolist()
@@ -212,7 +211,7 @@ def signal_to_noise(weight: Tensor) -> float:
 
 def _of_model(model: nn.Module) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     for key, module in model.named_modules():
-        # Adapters lie inside the layers that PEFT has put around the linear layers.
+        # Adapters are inside the layers that PEFT puts around the linear layers.
         if "lora_" not in key and "modules_to_save" not in key and _is_linear(module):
             name = plain_name(key).removesuffix(".base_layer")
             yield name, functools.partial(_weight, module)

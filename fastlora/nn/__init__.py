@@ -1,4 +1,4 @@
-"""LoRA and QLoRA linear layers for models of one's own. Parameters are named as PEFT names them.
+"""LoRA and QLoRA linear layers for your own models. Parameters have the names that PEFT uses.
 
 State-dict keys are `base_layer.weight`, `base_layer.bias`, `lora_A.<adapter_name>.weight` and
 `lora_B.<adapter_name>.weight`; an NF4 or FP4 base adds bitsandbytes' keys
@@ -25,6 +25,6 @@ __all__ = [
     "QuantOptions",
 ]
 
-# Pickles name the module of a class: they go on naming this one, whatever file holds the class.
+# Pickles name the module of a class: they keep naming this one, whichever file has the class.
 for _class in (Linear4bit, LoraLinear, MergeError, QLoraLinear):
     _class.__module__ = __name__

@@ -1,4 +1,4 @@
-"""What the LoRA layers share: the adapter, and merging it into the base layer."""
+"""The base of the LoRA layers: the adapter, and merging it into the base layer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class LoraModule(nn.Module):
-    """What LoraLinear and QLoraLinear share: the adapter, and merging it into `base_layer`."""
+    """Base of LoraLinear and QLoraLinear: the adapter, and merging it into `base_layer`."""
 
     base_layer: nn.Linear | Linear4bit
 
@@ -56,7 +56,7 @@ class LoraModule(nn.Module):
         base_layer.weight.requires_grad_(False)
         if base_layer.bias is not None:
             base_layer.bias.requires_grad_(train_bias != "none")
-        # Made on the CPU in PEFT's order, so that a seed gives the weights that PEFT would draw.
+        # Drawn on the CPU in PEFT's order, so that a seed gives the same weights as in PEFT.
         lora_A = nn.Linear(self.in_features, r, bias=False)
         lora_B = nn.Linear(r, self.out_features, bias=False)
         self.lora_A = nn.ModuleDict({adapter_name: lora_A})
@@ -69,7 +69,7 @@ class LoraModule(nn.Module):
             adapter.to(base_layer.weight.device, adapter_dtype)
 
     def reset_lora_parameters(self, init_lora_weights: bool | Literal["gaussian"] = True) -> None:
-        """Draws A and B anew; see `LoraOptions`. False leaves them as they are, as PEFT's does."""
+        """Draws new A and B; see `LoraOptions`. False leaves them as they are, as in PEFT."""
         if init_lora_weights is False:
             return
         if init_lora_weights is True:
@@ -106,7 +106,7 @@ class LoraModule(nn.Module):
         )
 
     def _base_options(self) -> dict[str, Any]:
-        """What `lora_linear` must know of the base, beside weight and bias."""
+        """Further arguments of `lora_linear` for the base."""
         return {}
 
     @property
@@ -121,7 +121,7 @@ class LoraModule(nn.Module):
 
     @property
     def merged(self) -> bool:
-        """True while the adapter stands inside the base layer's weight."""
+        """True while the adapter is merged into the base layer's weight."""
         return self.merge_error is not None
 
     @property
@@ -156,7 +156,7 @@ class LoraModule(nn.Module):
         if not exact.isfinite().all():
             raise ValueError("lora_A, lora_B: expected a finite merged weight, got inf or NaN")
         original = self._stored()
-        # Without an update, what is stored is exact: a second rounding to 4 bits would spoil it.
+        # Without an update the stored weight is exact; a second rounding to 4 bits would change it.
         if not torch.equal(exact, dense.to(exact.dtype)):
             self._store(exact)
         self.merge_error = MergeError.of(dense, exact, self._dense_weight())
@@ -194,11 +194,11 @@ class LoraModule(nn.Module):
         raise NotImplementedError
 
     def _stored(self) -> Any:
-        """The base's weight as it is stored: what `_restore` needs to put it back."""
+        """The base's weight as it is stored, for `_restore`."""
         raise NotImplementedError
 
     def _store(self, exact: Tensor) -> None:
-        """Stores `exact` as the base's weight; what `_stored` has returned stays as it was."""
+        """Stores `exact` as the base's weight, without a change to what `_stored` returned."""
         raise NotImplementedError
 
     def _restore(self, original: Any) -> None:
@@ -206,7 +206,7 @@ class LoraModule(nn.Module):
 
 
 def check_linear(linear: nn.Module) -> None:
-    """Refuses what computes something other than nn.Linear."""
+    """Refuses a module that computes something other than nn.Linear."""
     if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
         hint = "; use QLoraLinear.from_linear4bit" if hasattr(linear, "quant_state") else ""
         raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}{hint}")

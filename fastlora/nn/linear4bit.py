@@ -24,7 +24,7 @@ class Linear4bit(nn.Module):
 
     A state dict has the keys of the format: bitsandbytes' for NF4 and FP4 (`weight`,
     `weight.absmax`, ...), those of gpt-oss checkpoints for MXFP4 (`weight_blocks`,
-    `weight_scales`). A layer loads any of them, whichever format it has had before.
+    `weight_scales`). A layer loads any of them, whatever its format was before.
 
     Args:
         packed: bytes of the packed weight, in any storage dtype; shared, not copied.
@@ -73,7 +73,7 @@ class Linear4bit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] to y [..., N], in x's dtype."""
-        # A rank-1 adapter of zeros: the base product alone, by the kernel that serves QLoraLinear.
+        # A rank-1 adapter of zeros: only the base product, by the kernel of QLoraLinear.
         return lora_linear(
             x,
             self.weight,

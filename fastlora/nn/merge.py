@@ -23,7 +23,7 @@ class MergeError:
 
     @classmethod
     def of(cls, before: Tensor, exact: Tensor, stored: Tensor) -> MergeError:
-        """The error of `stored` where `exact` was wanted in place of `before`; all dense."""
+        """The error of `stored`, if `exact` was to replace `before`; all dense."""
         off = stored.to(exact.dtype) - exact
         size = torch.linalg.vector_norm(off)
         return cls(

@@ -55,7 +55,7 @@ class QLoraOptions(LoraOptions, QuantOptions, total=False):
 
 
 def split(options: QLoraOptions) -> tuple[QuantOptions, LoraOptions]:
-    """The two kinds of keywords apart."""
+    """Separates the two kinds of keywords."""
     names = QuantOptions.__annotations__
     quant = {key: value for key, value in options.items() if key in names}
     lora = {key: value for key, value in options.items() if key not in names}

@@ -1,6 +1,6 @@
 """The stateless ops: check the arguments once, choose a backend, call it.
 
-Same names, arguments and results as in `reference`, where the formulas stand. None of them is
+They have the names, arguments and results of `reference`, which has the formulas. None of them is
 differentiable; `fastlora.lora_linear` is.
 """
 

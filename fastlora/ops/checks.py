@@ -1,4 +1,4 @@
-"""What several ops ask of their arguments."""
+"""Checks of arguments that several ops share."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _check_4bit(x: Tensor, layer: Layer, state: QuantState) -> tuple[Layer, torc
 
 
 def check_bytes(packed: Tensor, state: QuantState) -> None:
-    """How many bytes and how many absmax a quant state's shape and blocksize ask for."""
+    """Checks the number of bytes and of absmax against a quant state's shape and blocksize."""
     elements = 1
     for size in state.shape:
         elements *= size
@@ -104,7 +104,7 @@ def check_adapter(x: Tensor, layer: Layer) -> None:
 
 
 def check_backward(dy: Tensor, x: Tensor, layer: Layer, S: Tensor) -> None:
-    """What the backward takes beside the forward's arguments."""
+    """Checks the arguments that the backward has in addition to the forward's."""
     M, (N, R) = x.shape[0], layer.lora_B.shape
     if tuple(dy.shape) != (M, N):
         raise ValueError(f"dy must be [{M}, {N}], got {tuple(dy.shape)}")

@@ -1,7 +1,7 @@
 """The stateless ops of DoRA: check the arguments once, choose a backend, call it.
 
-Same names, arguments and results as in `reference`, where the formulas stand. A backend that has no
-kernel of an op leaves it to the reference: these are parts of a layer, whose products it does run.
+They have the names, arguments and results of `reference`, which has the formulas. A backend without
+a kernel for one of them leaves it to the reference, and still runs the products of the layer.
 """
 
 from __future__ import annotations

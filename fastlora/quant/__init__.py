@@ -1,4 +1,4 @@
-"""4-bit weights: how they are decoded (`QuantState`), and the formats that make them (`FORMATS`).
+"""4-bit weights: how they are decoded (`QuantState`), and their formats (`FORMATS`).
 
 A format is one instance in one file: `nf4`, `fp4` and `mxfp4`. Adding one touches its file, the
 tuple in `registry` and the bases in tests/cases.py.
@@ -30,5 +30,5 @@ __all__ = [
     "to_mxfp4",
 ]
 
-# Pickles name the module of a class: QuantState goes on naming this one.
+# Pickles name the module of a class: QuantState keeps naming this one.
 QuantState.__module__ = __name__

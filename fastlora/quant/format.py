@@ -1,4 +1,4 @@
-"""What a 4-bit format is: one instance, in one file, listed in `quant.FORMATS`."""
+"""A 4-bit format: one instance, in one file, listed in `quant.FORMATS`."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class Format(ABC):
             state: how to decode them.
 
         Returns:
-            What follows the weight's own name in the key ("", ".absmax", "_scales") -> tensor.
+            The rest of the key after the weight's name ("", ".absmax", "_scales") -> tensor.
         """
 
     @abstractmethod

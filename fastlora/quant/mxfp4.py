@@ -7,8 +7,8 @@ or NaN for 255. 32 neighbours along the last dimension share a scale.
 
 The kernels know neither. E2M1 is a code table like any other, and a scale is an 8-bit absmax whose
 table holds the 256 powers of two, with `state2.absmax` 1 and offset 0. These products are exact in
-fp32, except that 2^127 times 2 or more overflows to infinity. Beside the bytes of the checkpoint, a
-state holds 4 bytes for each 256 scales, and the two tables.
+fp32, except that 2^127 times 2 or more overflows to infinity. A state adds 4 bytes for each 256
+scales, and the two tables, to the bytes of the checkpoint.
 
 Checkpoints store the first of two elements in the low nibble; kernels read it from the high one.
 The nibbles are swapped once, when a weight is read, and again when it is written. That costs one
@@ -54,9 +54,9 @@ class Mxfp4(Format):
 
         e is clamped to E8M0's range, [-127, 127]. An element is rounded to the nearest value, or
         midway between two to the one with an even mantissa, and saturates at 6; zeros keep their
-        sign. A block of zeros gets scale 0 (2^-127). The specification leaves open what becomes of
-        NaN and infinity, which E2M1 doesn't have: the block gets the scale NaN and decodes to NaN,
-        since a finite number would hide them.
+        sign. A block of zeros gets scale 0 (2^-127). E2M1 has no NaN and
+        infinity, and the specification leaves them open: the block gets the scale NaN and decodes
+        to NaN, since a finite number would hide them.
 
         Source: OCP MX 1.0, section 6.3.
         """
@@ -106,8 +106,8 @@ def from_mxfp4(
         blocks: `[N, K / 32, 16]`, or `[E, N, K / 32, 16]` for a stack of experts; uint8, the first
             of two elements in the low nibble. They are copied, nibbles swapped.
         scales: `[N, K / 32]` or `[E, N, K / 32]`, uint8: exponents with a bias of 127. Shared with
-            the state, not copied, where they are contiguous.
-        dtype: to which the weight is decoded where nobody asks for another.
+            the state, not copied, if they are contiguous.
+        dtype: to which the weight is decoded by default.
 
     Returns:
         The packed bytes, uint8 `[n / 2, 1]`, and their state, of shape (N, K) or (E, N, K).

@@ -1,4 +1,4 @@
-"""The quantisation state of a 4-bit weight: what decodes its packed bytes, whatever the format.
+"""The quantisation state of a 4-bit weight, which decodes its packed bytes, whatever the format.
 
 A weight of `n` elements is flattened row-major and cut into blocks of `blocksize` elements (the
 last block may be short). Each block has one `absmax`; each element is one of 16 codes, two to a
@@ -30,7 +30,7 @@ _EMPTY = torch.empty(0, device="cpu")
 
 @dataclass(eq=False)
 class QuantState:
-    """What is needed, beside the packed bytes, to decode a 4-bit weight.
+    """Everything that decodes the packed bytes of a 4-bit weight.
 
     Args:
         absmax: fp32 `[nblocks]`, or uint8 `[nblocks]` with a `state2`.

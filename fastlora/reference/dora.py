@@ -1,4 +1,4 @@
-"""The definition of what DoRA adds to LoRA, in plain torch, as `reference` has that of the layers.
+"""The definition of DoRA's additions to LoRA, in plain torch.
 
 Sizes: M tokens, N out_features, K in_features, R rank.
 
@@ -17,8 +17,8 @@ from .dropout import dropout_mask, dropout_threshold
 from .precision import sum_dtype
 from .quantize import dequantize_4bit
 
-# Elements of a matrix that are widened to fp32 at a time: never many, and on a CPU they stay in a
-# cache. A GPU is kept busy by more.
+# Elements of a matrix that are widened to fp32 at a time: few enough for a CPU's cache, and enough
+# to keep a GPU busy.
 _BLOCK, _GPU_BLOCK = 2**19, 2**25
 
 

@@ -47,13 +47,13 @@ def dropout_mask(
         counter = (q % 16, k // 128, m mod 2^32, m // 2^32),   key = (seed mod 2^32, seed // 2^32).
 
     Sixteen neighbouring counters fill one vector along k (fixed m) and also one along m (fixed k),
-    so that forward and backward both make the mask in the order in which they read x.
+    so that forward and backward both compute the mask in the order in which they read x.
 
     Args:
         M, K: shape of the mask.
         p: probability of dropping an element.
         seed: int64, one element.
-        device: where the mask is made.
+        device: of the mask.
         first_row: m of the mask's first row: these are rows of a larger batch.
 
     Returns:

@@ -23,7 +23,7 @@ def activate(x: Tensor, activation: str) -> Tensor:
 
 
 def gated_fwd(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """`h = act(gate) * up`, taken in fp32 and rounded once.
+    """`h = act(gate) * up`, computed in fp32 and rounded once.
 
     Args:
         gate, up: [M, I], fp32, bf16 or fp16 (fp64 for checks).

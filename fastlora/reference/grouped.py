@@ -55,7 +55,7 @@ def grouped_lora_linear_bwd(
         x: [M, K]; may be None where dA is not asked for.
         layer: as given to the forward.
         S: [M, R]; may be None where dB is not asked for.
-        needs: which gradients to compute; there is none for a bias.
+        needs: which gradients to compute; a bias has none.
 
     Returns:
         dx [M, K] in dy's dtype, dA [E, R, K] and dB [E, N, R] in the adapter's dtype. Zeros for

@@ -16,9 +16,9 @@ def lora_linear_fwd(x: Tensor, layer: Layer, first_row: int = 0) -> tuple[Tensor
 
     Args:
         x: [M, K], fp32, bf16 or fp16 (fp64 for checks).
-        layer: see `Layer`; W [N, K] is its weight, decoded where it is in 4 bits. Where W has
+        layer: see `Layer`; W [N, K] is its weight, decoded if it is in 4 bits. If W has
             another dtype than x, x is rounded to that one for the base product alone.
-        first_row: m of x's first row in the dropout's mask, where x is a part of a larger batch.
+        first_row: m of x's first row in the dropout's mask, if x is a part of a larger batch.
 
     Returns:
         y [M, N] in x's dtype; S [M, R] in fp32 (fp64 for fp64), unscaled, saved for the backward.
@@ -59,7 +59,7 @@ def lora_linear_bwd(
 
 
 def dense_weight(layer: Layer, dtype: torch.dtype) -> Tensor:
-    """The layer's W, decoded to `compute_dtype or dtype` where it is in 4 bits."""
+    """The layer's W, decoded to `compute_dtype or dtype` if it is in 4 bits."""
     if layer.quant_state is None:
         return layer.weight
     return dequantize_4bit(layer.weight, layer.quant_state, layer.compute_dtype or dtype)

@@ -38,7 +38,7 @@ def lora_linear(
     Args:
         x: [..., K], fp32, bf16 or fp16 (fp64 for exact results).
         layer: as the ops take it; no experts.
-        factors: what dropout multiplies x by, if not that of the layer's seed.
+        factors: the factors of dropout, if not those of the layer's seed.
         weight: the decoded weight, if the caller has it.
 
     Returns:
@@ -49,7 +49,7 @@ def lora_linear(
 
 
 def base_linear(x: Tensor, layer: Layer, weight: Tensor | None = None) -> Tensor:
-    """`x W^T + bias`, taken in W's dtype and rounded to x's.
+    """`x W^T + bias`, computed in W's dtype and rounded to x's.
 
     Source: bitsandbytes' `Linear4bit.forward`, which rounds x and bias to `compute_dtype`; W is
     decoded to that dtype.
@@ -80,7 +80,7 @@ def decoded_weight(layer: Layer, dtype: torch.dtype) -> Tensor:
 
 
 def dropout_factors(mask: Tensor, dropout_p: float, dtype: torch.dtype) -> Tensor:
-    """`mask / (1 - p)`: what dropout multiplies its input by.
+    """`mask / (1 - p)`, by which dropout multiplies its input.
 
     On a CPU torch draws it in the dtype of the input, which rounds `1 / (1 - p)` to that dtype; on
     a GPU the factor is fp32 (ATen's native/Dropout.cpp and native/cuda/Dropout.cu).

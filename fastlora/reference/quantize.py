@@ -43,7 +43,7 @@ def dequantize_4bit(
     Args:
         packed: `(n + 1) // 2` bytes, any shape, uint8 or a float dtype used as storage; the first
             of two elements in the high nibble.
-        quant_state: what `quantize_4bit` returned, or bitsandbytes' own.
+        quant_state: from `quantize_4bit`, or bitsandbytes' own.
         dtype: of the result; `out.dtype`, else `quant_state.dtype`, when None. fp64 gives the fp32
             product, widened.
         out: where the result goes; `quant_state.shape`, `dtype`.

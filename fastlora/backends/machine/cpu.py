@@ -15,7 +15,7 @@ _OP = "tile_sizes"
 
 
 def cpuinfo() -> dict[str, str]:
-    """The first processor of /proc/cpuinfo, by the kernel's names; empty where there is none."""
+    """The first processor of /proc/cpuinfo, by the kernel's names; empty if there is none."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -40,7 +40,7 @@ def caches() -> dict[int, str]:
 
 
 def device(isa: str) -> str:
-    """What measured tile sizes hold for: processor, caches, instruction set and fastlora.
+    """The key of measured tile sizes: processor, caches, instruction set and fastlora.
 
     Virtual machines hide the processor's model, and give one model different caches.
     """

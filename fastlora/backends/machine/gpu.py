@@ -75,7 +75,7 @@ def device_key(index: int) -> str:
 
 
 def _driver() -> str:
-    """The kernel driver's version, or the toolkit that torch was built with where it is hidden."""
+    """The kernel driver's version, or torch's toolkit if that is hidden."""
     try:
         words = Path("/proc/driver/nvidia/version").read_text().split()
         return "driver " + next(word for word in words if word[0].isdigit() and "." in word)

@@ -1,4 +1,4 @@
-"""Which backend, and which of its kernels, `fastlora tune` found the fastest for an op on a GPU."""
+"""The backend and kernel that `fastlora tune` found fastest for an op on a GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ... import tuning
 from ...layer import Layer
 from .gpu import Sizes, device_key, shape_key, triton_version
 
-# Tokens above this share what was kept for the last class.
+# A compiled graph has choices for up to this many tokens.
 _MOST_TOKENS = 2**24
 
 
@@ -21,17 +21,17 @@ def op_key(op: str, four_bit: bool) -> str:
 
 
 def backend_key(op: str) -> str:
-    """How the cache names the choice of a backend, beside the op's own choice of a tile."""
+    """How the cache names the choice of a backend; the choice of a tile has the op's name."""
     return f"{op}, backend"
 
 
 class Kept(NamedTuple):
-    """What was kept for an op and a class of sizes.
+    """The stored choice for an op and a class of sizes.
 
     Args:
         backend: the fastest one.
-        kernel: the fastest of the native backend's, as `native.cuda.kernels` names them; None where
-            all were slower than addmm, or where none was measured by its name.
+        kernel: the native backend's fastest, as `native.cuda.kernels` names them; None if all were
+            slower than addmm, or if none was measured by its name.
     """
 
     backend: str
@@ -39,7 +39,7 @@ class Kept(NamedTuple):
 
 
 def kept(op: str, x: Tensor, layer: Layer) -> Kept | None:
-    """What was kept for an op on x's device, or None.
+    """The stored choice for an op on x's device, or None.
 
     Args:
         op: `lora_linear_fwd` or `_bwd`; only for a 4-bit base do two backends have kernels.
@@ -73,7 +73,7 @@ def _lookup(op: str, index: int, dtype: torch.dtype, sizes: Sizes) -> Kept | Non
 def _by_tokens(
     op: str, index: int, dtype: torch.dtype, sizes: tuple[int, int, int]
 ) -> tuple[tuple[int, Kept], ...]:
-    """What was kept by class of M: a compiled graph compares its M, which may be a symbol."""
+    """Stored choices by class of M: a compiled graph compares its M, which may be a symbol."""
     found, tokens = [], 1
     while tokens <= _MOST_TOKENS:
         if choice := _lookup(op, index, dtype, (tokens, *sizes)):

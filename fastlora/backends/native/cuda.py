@@ -2,7 +2,7 @@
 
 `x W^T` and `dy W` come from one of three kernels, as `plan` says. The products without W around
 them come from another backend, Triton's or the reference; but `qlora_decode` computes S and adds
-the LoRA term itself. Where W is decoded before its product, Triton runs the whole op.
+the LoRA term itself. If W is decoded before its product, Triton runs the whole op.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ _LINEAR = (
 _FORMAT = ("quantize_4bit", "dequantize_4bit")
 
 # The most tokens for which decoding W inside the product pays, by compute capability; above, W is
-# decoded once and multiplied by cuBLAS. Estimates from data sheets: nobody has measured them, and
-# what `fastlora tune` has measured goes before them.
+# decoded once and multiplied by cuBLAS. These are estimates from data sheets, not measurements;
+# choices of `fastlora tune` take precedence.
 FUSED_TOKENS = {(8, 0): 512, (8, 6): 1024, (8, 9): 1024, (9, 0): 512, (10, 0): 128, (12, 0): 1024}
 DECODE_TOKENS = 64  # kDecodeTokens in csrc/cuda/kernels.h
 
 ops: Any = torch.ops.fastlora
 _reason = library.load_cuda()
-# The backend of the products without W, where it can run: `backends` hands it over.
+# The backend of the products without W, if it can run; set by `backends`.
 _skinny: list[SkinnyBackend] = []
 
 
@@ -70,7 +70,7 @@ def _fault(index: int | None) -> str | None:
 
 @functools.cache
 def _fault_of(index: int) -> str | None:
-    """Why the library's kernels don't run on a GPU, or None: it is asked once."""
+    """Why the library's kernels don't run on a GPU, or None; asked once a device."""
     loaded = ctypes.CDLL(str(library.CUDA_LIBRARY))
     loaded.fastlora_cuda_fault.restype = ctypes.c_char_p
     fault = loaded.fastlora_cuda_fault(index)
@@ -96,7 +96,7 @@ def unsupported(request: Request) -> str | None:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def fused_tokens(device: torch.device) -> int:
-    """`FUSED_TOKENS` of a device; unknown ones are taken for the next older one that is listed."""
+    """`FUSED_TOKENS` of a device; an unknown one counts as the next older one that is listed."""
     capability = torch.cuda.get_device_capability(device)
     known = [listed for listed in FUSED_TOKENS if listed <= capability]
     return FUSED_TOKENS[max(known)] if known else 0
@@ -118,11 +118,11 @@ def kernels(op: str, M: int, K: int, blocksize: int, dtype: torch.dtype) -> tupl
 
 
 def plan(op: str, M: int, K: int, blocksize: int, dtype: torch.dtype, most: int) -> str:
-    """One of `kernels`, or "dequantize" and torch's product: what is taken until it is measured.
+    """One of `kernels`, or "dequantize" and torch's product: the choice until one is measured.
 
     Args:
         op, M, K, blocksize, dtype: as in `kernels`.
-        most: tokens above which W is decoded apart.
+        most: tokens above which W is decoded before the product.
     """
     able = kernels(op, M, K, blocksize, dtype)
     if "decode" in able:
@@ -142,8 +142,8 @@ def _fastest(op: str, x: Tensor, layer: Layer, dtype: torch.dtype, blocksize: in
 def nested(state: QuantState) -> QuantState:
     """`reference.nested`: torch's mean, then one launch for codes and scales.
 
-    The mean is torch's because the order of its sum is each device's own: so the offset has the
-    bits that torch, and whoever calls torch, gets on the same device.
+    The mean is torch's, since each device sums in its own order: the offset then has the same bits
+    as any other caller of torch gets on the device.
     """
     offset, code = state.absmax.mean(), dynamic_code().to(state.absmax.device)
     absmax, scales = ops.quantize_absmax(state.absmax, offset, code)

@@ -12,7 +12,7 @@ from ..machine import cpu
 
 CUDA_LIBRARY = Path(__file__).parents[2] / "_CUDA.so"
 
-# The ops are there even if no library is: then no device has an implementation of them.
+# The ops exist even without a library; then no device has an implementation of them.
 LIBRARY = schemas.define("fastlora", schemas.NATIVE_OPS)
 
 _build: dict[str, Any] | None

@@ -1,4 +1,4 @@
-"""Kernels compiled ahead of time, without a GPU: exactly the launches that the ops would make.
+"""Compiles kernels ahead of time, without a GPU: exactly those that the ops would launch.
 
 An op runs on tensors without data (device "meta") with a launcher that notes each launch instead
 of making it. The notes hold the arguments, and so the types, divisibilities and constants for which
@@ -157,7 +157,7 @@ def op_calls(
 ) -> Iterator[tuple[str, Callable[[Launcher], Any]]]:
     """The ops on [M, K] tokens without data: the direction of their base product, and the call.
 
-    For the 4-bit ops M is held to what their class of GPU takes inside the product.
+    For the 4-bit ops M is at most what their class of GPU decodes inside the product.
     """
     N, K = shape
 

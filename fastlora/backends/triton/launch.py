@@ -1,4 +1,4 @@
-"""From a torch device to a launch: what the device is, which tile it takes, how work is split."""
+"""From a torch device to a launch: the device's class, its tile, and how work is split."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def tile_of(choice: tuning.Choice) -> Tile | None:
 
 
 def _is_whole(choice: tuning.Choice) -> bool:
-    """False for what someone else has written into the cache."""
+    """False for an entry of the cache that isn't ours."""
     if choice.get("way") == "vendor":
         return True
     return all(isinstance(choice.get(field.name), int) for field in fields(Tile))
@@ -47,7 +47,7 @@ class Launcher:
         processors: streaming multiprocessors, or compute units.
         device: CUDA device index; None in the interpreter.
         key: the device in the cache of tuned choices.
-        trial: a choice to take in place of a kept one, while it is being measured.
+        trial: a choice that is being measured, used in place of the stored one.
     """
 
     arch: str
@@ -58,12 +58,12 @@ class Launcher:
 
     @property
     def limits(self) -> Arch:
-        """What the device's class allows."""
+        """The limits of the device's class."""
         return ARCHS[self.arch]
 
     @property
     def words(self) -> bool:
-        """True where the 4-bit decoder is NVIDIA's byte permute, False for its plain twin."""
+        """True if the 4-bit decoder is NVIDIA's byte permute, False for its plain twin."""
         return self.arch.startswith("sm_")
 
     def table_tile(self, kernel: str, dtype: torch.dtype, *, M: int, R: int) -> Tile:
@@ -75,14 +75,14 @@ class Launcher:
         return self.table_tile(kernel, dtype, M=M, R=R)
 
     def choice(self, op: str, dtype: torch.dtype, sizes: Sizes) -> tuning.Choice | None:
-        """What `fastlora tune` kept for this op, dtype and class of sizes, or None."""
+        """The choice of `fastlora tune` for this op, dtype and class of sizes, or None."""
         if self.trial is not None:
             return self.trial
         choice = tuning.lookup(self.key, op, shape_key(dtype, sizes))
         return choice if choice is not None and _is_whole(choice) else None
 
     def dense_tile(self, op: str, dtype: torch.dtype, sizes: Sizes) -> Tile | None:
-        """The tile of op's dense product; None where the vendor's product is taken."""
+        """The tile of op's dense product; None for the vendor's product."""
         choice = self.choice(op, dtype, sizes)
         if choice is not None:
             return tile_of(choice)
@@ -108,7 +108,7 @@ class Launcher:
         return self.table_tile("base_product_4bit", base, M=sizes[0], R=sizes[3]), dense
 
     def split(self, jobs: int, steps: int) -> tuple[int, int]:
-        """How many of `steps` one program takes, and how many programs share them.
+        """How many of `steps` one program runs, and how many programs share them.
 
         Args:
             jobs: programs when no sum is split.

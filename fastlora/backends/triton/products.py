@@ -18,7 +18,7 @@ from .tiles import Tile
 
 # `out = left W + bias + drop'(factor * P Q)`, its arguments in this order; it fills out.
 Product = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, float, Dropout], None]
-# A decoded weight takes no more than this; a larger one is decoded panel by panel.
+# A decoded weight takes at most this much; a larger one is decoded panel by panel.
 WORKSPACE_BYTES = 256 * 2**20
 
 

@@ -17,9 +17,9 @@ class Tile:
 
     Args:
         BM, BN, BK: rows, columns and depth of a tile's product. For the adapter's kernels BN is a
-            chunk of ranks and BK the tile of columns that is walked.
+            chunk of ranks and BK the tile of columns of each step.
         warps, stages: of Triton's launch.
-        group: rows of tiles that are walked together.
+        group: rows of tiles that are computed together.
     """
 
     BM: int
@@ -32,7 +32,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Arch:
-    """What a class of GPUs allows.
+    """The limits of a class of GPUs.
 
     Args:
         shared: bytes of shared memory that one program may use.
@@ -59,11 +59,11 @@ ARCHS: dict[str, Arch] = {
     "sm_100": Arch(227 * KIB, "UTCHMMA", 128, weight_left=True),
     "sm_120": Arch(99 * KIB, "HMMA", 1024),
     "gfx942": Arch(64 * KIB, "v_mfma", 512),
-    # Triton's interpreter, on the CPU: there is no shared memory to run out of.
+    # Triton's interpreter, on the CPU, has no limit of shared memory.
     "interpreter": Arch(2**30, "", 64, vendor=False),
 }
 
-# Compute capability -> class; a newer one than all takes the last.
+# Compute capability -> class; one newer than all gets the last.
 _CLASSES = (((8, 0), "sm_80"), ((8, 6), "sm_86"), ((9, 0), "sm_90"), ((10, 0), "sm_100"),
             ((12, 0), "sm_120"))  # fmt: skip
 

@@ -1,7 +1,7 @@
-"""What `fastlora tune` measures: an op's candidates, and the plain addmm sequence beside them.
+"""What `fastlora tune` measures: the candidates for an op, and the plain addmm sequence.
 
 The candidates are tiles of the Triton kernels, the vendor's product between them, and the native
-backend's kernels for the same op where there are any.
+backend's kernels for the same op, if there are any.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from .tiles import candidates
 
 _SCALING = 1.5
 _NEEDS = Needs()
-# y and dx are compared on so many tokens, the first, the last and some between: each row of them
-# depends on its own token alone, and each tile of tokens may be at fault.
+# y and dx are compared on this many tokens, the first, the last and some between: each row of them
+# depends only on its own token, and any tile of tokens may be wrong.
 _ROWS = 192
 
 Call = Callable[[], Any]
-# The candidate that is no tile: the op on the native backend; with "kernel", one that is named.
+# The candidate that is no tile: the op on the native backend, by the kernel named "kernel", if any.
 NATIVE: tuning.Choice = {"way": native.NAME}
 
 
@@ -68,7 +68,7 @@ class Problem:
 
     @property
     def linear_op(self) -> str:
-        """The op's name for the backends, which don't tell a 4-bit base by it."""
+        """The op's name for the backends, which is the same for a 4-bit base."""
         return self.op.removeprefix("q")
 
     @property
@@ -114,7 +114,7 @@ class Trial:
         _, self.S = lora_linear_fwd(self.gpu, self.x, self.layer)
 
     def choices(self) -> list[tuning.Choice]:
-        """What may run the op here: the vendor's product, the native backend, tiles that fit."""
+        """Choices that can run the op: the vendor's product, the native backend, tiles that fit."""
         problem = self.problem
         M, _, K, R = problem.sizes
         if not problem.four_bit:
@@ -157,7 +157,7 @@ class Trial:
         return native.cuda.lora_linear_bwd(self.dy, x, layer, self.S, _NEEDS, kernel=kernel)
 
     def fault(self, choice: tuning.Choice) -> str | None:
-        """What is wrong with the op's result under this choice, or None; the error policy."""
+        """How the op's result under this choice breaks the error policy, or None."""
         if self._right is None:
             self._right = self._expected(exact=True), self._expected(exact=False)
         out = self.call(choice)()[0][self.rows]
@@ -206,7 +206,7 @@ class Trial:
 
 
 def keep(trial: Trial, faster: Sequence[tuning.Choice]) -> None:
-    """Stores what won for the trial's problem and device, and forgets what has won there before.
+    """Stores the winners for the trial's problem and device in place of earlier ones.
 
     Args:
         faster: the choices that beat addmm, the fastest first; it names the backend. The first

@@ -1,4 +1,4 @@
-"""Every result of every op against its bound."""
+"""Every result against its bound."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def check(
     stop: Callable[[], bool] = lambda: False,
     console: Console | None = None,
 ) -> dict[str, Results]:
-    """Runs every op of `backends` on `device` and measures each result against its bound.
+    """Runs the ops of `backends` on `device` and measures each result against its bound.
 
     Args:
         backends: names of backends that support the device.

@@ -111,7 +111,7 @@ def base_product(
 
     Args:
         out: [M, N], rows of any stride, columns next to each other; written.
-        left: [M, C], any strides; rounded to right's dtype where it has another.
+        left: [M, C], any strides; rounded to right's dtype.
         right: [C, N], any strides. With C = 0 the result is the LoRA term and the bias alone.
         bias: [N] or None.
         P: fp32 [M, R], contiguous. Q: [R, N], any strides.

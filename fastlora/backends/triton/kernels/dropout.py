@@ -1,4 +1,4 @@
-"""The dropout mask of a tile, made where it is used; its definition is `reference.dropout_mask`."""
+"""The dropout mask of a tile, computed where it is used and defined in `reference.dropout_mask`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`dA = dS^T drop(x)`: one pass over x, dropout's mask made again on the way."""
+"""`dA = dS^T drop(x)`: one pass over x, which recomputes dropout's mask."""
 
 from __future__ import annotations
 

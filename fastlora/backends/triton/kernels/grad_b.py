@@ -38,7 +38,7 @@ def grad_b_kernel(
     BN: tl.constexpr,
 ):
     # A program owns BM tokens and `steps` tiles of columns: dS is summed in registers over those
-    # columns, dB is complete for those tokens. What is left to add are `splits` and M / BM parts.
+    # columns, dB is complete for those tokens. `splits` and M / BM parts are left to add.
     chunks = tl.cdiv(R, BR)
     tile, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     split = tl.program_id(1)

@@ -1,4 +1,4 @@
-"""What both base products share: the order of tiles, and the LoRA term they begin with."""
+"""Shared by both base products: the order of tiles, and the LoRA term they begin with."""
 
 from __future__ import annotations
 

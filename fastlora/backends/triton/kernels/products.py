@@ -1,4 +1,4 @@
-"""Products on tensor cores as the kernels use them: what is rounded, and into how many parts.
+"""Products on tensor cores: how operands are rounded and split into parts.
 
 The adapter's side of a product is often fp32 while tokens are bf16 or fp16. It is then split into
 16-bit parts whose sum is the fp32 value, so that the tokens are read once, in their own dtype, and
@@ -42,7 +42,7 @@ def dot_wide(narrow, wide, acc, EXACT: tl.constexpr):
     """`acc + narrow wide`: tokens [m, c] in their dtype, wide [c, n] in fp32 or the same dtype.
 
     EXACT: an fp32 `wide` keeps its 24 bits, as three parts. Otherwise it is rounded to the
-    tokens' dtype first, which is what PEFT does where the adapter has that dtype.
+    tokens' dtype first, as PEFT does if the adapter has that dtype.
     """
     if narrow.dtype == wide.dtype:
         return dot(narrow, wide, acc)
@@ -58,7 +58,7 @@ def dot_wide(narrow, wide, acc, EXACT: tl.constexpr):
         acc = dot(narrow, middle, acc)
         return dot(narrow, high, acc)
     else:
-        # fp16 has 11 bits a part but little range: what is left over is scaled up by 2^11 before
+        # fp16 has 11 bits a part but little range: the remainder is scaled up by 2^11 before
         # it is rounded, and all of it down by 2^8, so that values up to 1.6e7 fit.
         rest = wide * (1 / 256)
         first = rest.to(tl.float16)
@@ -75,7 +75,7 @@ def column_sums(values):
     """Sum over the rows of [m, n], m a multiple of 16, in fp32."""
     wide = values.to(tl.float32)
     if INTERPRETED:
-        # It adds row after row, and loses as much more than a GPU's tree of sums.
+        # It adds row after row, which loses more than a GPU's tree of sums.
         pairs: tl.constexpr = values.shape[0] // 16
         wide = tl.sum(wide.reshape([pairs, 16, values.shape[1]]), axis=0)
     return tl.sum(wide, axis=0)
