@@ -101,24 +101,11 @@ class Recorded:
         return getattr(torch.ops.fastlora_emulated, op)
 
 
-# What native.cuda has: the module takes CUDA tensors alone for its own.
-OPS = (
-    "unsupported",
-    "lora_linear_fwd",
-    "lora_linear_bwd",
-    "shared_linear_fwd",
-    "shared_linear_bwd",
-    "grouped_lora_linear_fwd",
-    "grouped_lora_linear_bwd",
-    "quantize_4bit",
-    "dequantize_4bit",
-)
-
-
 @contextmanager
 def as_backend() -> Iterator[str]:
     """Inside, `backend="cuda emulated"` runs the ops' CUDA side on CPU tensors."""
-    module = SimpleNamespace(NAME=NAME, **{name: getattr(cuda, name) for name in OPS})
+    backend = cuda.Cuda()
+    entry = SimpleNamespace(unsupported=backend.unsupported, on=lambda device: backend)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "ops", Recorded())
         patch.setattr(cuda, "_reason", None)
@@ -127,5 +114,5 @@ def as_backend() -> Iterator[str]:
         patch.setattr(cuda, "fused_tokens", lambda device: FUSED_TOKENS)
         # Triton's interpreter would take most of the time, and has tests of its own: the reference.
         patch.setattr(cuda, "_skinny", [])
-        patch.setitem(backends.BACKENDS, NAME, module)
+        patch.setitem(backends.BACKENDS, NAME, entry)
         yield NAME

@@ -528,8 +528,8 @@ def test_what_was_tuned_goes_before_the_plan(
         weight, state = reference.quantize_4bit(torch.randn(40, 64), blocksize)
         layer = Layer(weight, inputs.lora_A, inputs.lora_B, 1.0, quant_state=state)
         emulated.called.clear()
-        _, S = native.cuda.lora_linear_fwd(inputs.x, layer)
-        native.cuda.lora_linear_bwd(inputs.dy, inputs.x, layer, S, Needs())
+        _, S = native.on("cuda").lora_linear_fwd(inputs.x, layer)
+        native.on("cuda").lora_linear_bwd(inputs.dy, inputs.x, layer, S, Needs())
         assert emulated.called == [
             "qlora_decode" if forward == "decode" else "qlora_gemm_fwd",
             "qlora_gemm_dx",
@@ -548,7 +548,7 @@ def test_a_named_kernel_runs(backend: str) -> None:
         case = Case("", M, 40, 64, 3)
         inputs = make_inputs(case, NESTED, DTYPES["bf16"])
         emulated.called.clear()
-        y, _ = native.cuda.lora_linear_fwd(inputs.x, inputs.layer, kernel=kernel)
+        y, _ = native.on("cuda").lora_linear_fwd(inputs.x, inputs.layer, kernel=kernel)
         assert emulated.called == [f"qlora_{op}"]
         plain = plain_results(case, inputs).y
         assert_close_to_exact(y, exact_results(case, inputs).y, plain, what="y")

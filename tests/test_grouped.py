@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastlora import backends, grouped_lora_linear, ops, reference
 from fastlora.backends import composed, native
-from fastlora.backends.contract import Request
+from fastlora.backends.contract import Request, unsupported_dropout
 from fastlora.backends.schemas import flatten
 from fastlora.layer import Layer, Needs
 from fastlora.quant import QuantState
@@ -218,16 +218,16 @@ def test_loop_over_experts() -> None:
     for base in (Base(), Base("nf4", 64), Base("nf4", 32, nested=True)):
         inputs = make_inputs(case, base, DTYPES["fp32"])
         want = run(inputs, "reference")
-        module, layer = backends.BACKENDS["reference"], inputs.layer
-        y, S = composed.grouped_lora_linear_fwd(module.lora_linear_fwd, inputs.x, layer)
+        layer = inputs.layer
+        y, S = composed.grouped_lora_linear_fwd(reference.lora_linear_fwd, inputs.x, layer)
         grads = composed.grouped_lora_linear_bwd(
-            module.lora_linear_bwd, inputs.dy, inputs.x, layer, S, Needs()
+            reference.lora_linear_bwd, inputs.dy, inputs.x, layer, S, Needs()
         )
         assert grads.bias is None
         for name, got in zip(want, (y, *grads[:3]), strict=True):
             assert torch.equal(got, want[name]), (base, name)
         dx, *others = composed.grouped_lora_linear_bwd(
-            module.lora_linear_bwd, inputs.dy, None, layer, None, Needs(True, False, False)
+            reference.lora_linear_bwd, inputs.dy, None, layer, None, Needs(True, False, False)
         )
         assert torch.equal(dx, want["dx"]) and others == [None, None, None]
 
@@ -249,9 +249,9 @@ def test_triton(base: Base) -> None:
 
 
 def test_a_gpu_loop_declines_dropout() -> None:
-    assert composed.unsupported(CALL) is None
-    assert composed.unsupported(CALL._replace(op="lora_linear_fwd", dropout=True)) is None
-    reason = composed.unsupported(CALL._replace(op="grouped_lora_linear_bwd", dropout=True))
+    assert unsupported_dropout(CALL) is None
+    assert unsupported_dropout(CALL._replace(op="lora_linear_fwd", dropout=True)) is None
+    reason = unsupported_dropout(CALL._replace(op="grouped_lora_linear_bwd", dropout=True))
     assert reason == (
         "grouped_lora_linear_bwd has no kernel whose dropout counts rows from the first of all "
         "experts."

@@ -2,7 +2,7 @@
 
 `backend=` decides, then `with use_backend(...)`, FASTLORA_BACKEND, and the device's own order.
 
-A backend is a module that fits `contract.Backend`.
+A backend is a `contract.Backend`; a name may stand for one on CPUs and one on GPUs.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ..layer import Layer
 from . import native, reference, triton
-from .contract import Backend, Request
+from .contract import Backend, Entry, Request
 from .machine import tuned
 
-BACKENDS: dict[str, Backend] = {"native": native, "triton": triton, "reference": reference}
+BACKENDS: dict[str, Entry] = {"native": native, "triton": triton, "reference": reference}
 DEVICE_ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("native", "reference"),
     "cuda": ("native", "triton", "reference"),
@@ -86,14 +86,14 @@ def choose(request: Request, backend: str | None = None, prefer: str | None = No
     for candidate in order:
         reason = BACKENDS[candidate].unsupported(request)
         if reason is None:
-            return BACKENDS[candidate]
+            return BACKENDS[candidate].on(request.device)
         reasons.append(f"{candidate}: {reason}")
     raise RuntimeError(f"no backend can run {request.op} on {request.device}. {' '.join(reasons)}")
 
 
-# The backend that runs a layer's op for one kind of layer, with its `unsupported`. A backend that
-# supports a kind of layer once always supports it.
-_serving: dict[tuple[Any, ...], tuple[Backend, Any]] = {}
+# The backend that runs a layer's op for one kind of layer, its entry and the entry's `unsupported`.
+# A backend that supports a kind of layer once always supports it.
+_serving: dict[tuple[Any, ...], tuple[Backend, Entry, Any]] = {}
 
 
 def choose_linear(op: str, x: Tensor, layer: Layer, backend: str | None) -> Backend:
@@ -106,15 +106,15 @@ def choose_linear(op: str, x: Tensor, layer: Layer, backend: str | None) -> Back
     if name is None and (kept := tuned.kept(op, x, layer)) is not None:
         return choose(Request.of(op, x, layer), UNFORCED, kept.backend)
     key = (op, x.device, x.dtype, layer.lora_A.dtype, layer.compute_dtype, four_bit)
-    if name is None and layer.dropout_p == 0.0:
-        found = _serving.get(key)
-        if found is not None and found[0].unsupported is found[1]:
-            return found[0]
+    found = _serving.get(key) if name is None else None
+    if found is not None and found[1].unsupported is found[2]:
+        return found[0]
     chosen = choose(Request.of(op, x, layer), name or UNFORCED)
     if name is None:
-        _serving[key] = chosen, chosen.unsupported
+        entry = BACKENDS[chosen.name]
+        _serving[key] = chosen, entry, entry.unsupported
     return chosen
 
 
 # Triton computes the products without W around the CUDA C++ kernels.
-native.cuda.use_for_skinny(triton)
+native.cuda.use_for_skinny(triton.TRITON)

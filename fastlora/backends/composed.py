@@ -11,20 +11,10 @@ from torch import Tensor
 from ..layer import Grads, Layer, Needs
 from ..quant import QuantState
 from ..reference import dequantize_absmax, empty_grads, fill, segments
-from .contract import Request
 
 # `lora_linear_fwd` and `lora_linear_bwd` of a backend.
 Forward = Callable[[Tensor, Layer], tuple[Tensor, Tensor]]
 Backward = Callable[[Tensor, Tensor, Layer, Tensor, Needs], Grads]
-
-
-def unsupported(request: Request) -> str | None:
-    """One sentence that says why an op can't run expert by expert, or None."""
-    if request.op.startswith("grouped_") and request.dropout:
-        return (
-            f"{request.op} has no kernel whose dropout counts rows from the first of all experts."
-        )
-    return None
 
 
 def shared_linear_fwd(

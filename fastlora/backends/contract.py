@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from .. import reference
 from ..layer import Grads, Layer, Needs
 from ..quant import QuantState
+from . import composed
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -53,26 +56,31 @@ class Request(NamedTuple):
         )
 
 
-class Backend(Protocol):
-    """A module with the functions of `reference`, whose formulas are there.
+class Backend(ABC):
+    """Runs ops under the names of `reference`, whose formulas are there.
 
-    An op that `unsupported` gives a reason for may be missing or may fail.
+    An op without a kernel here is composed of those of one layer, or is the reference's, which
+    `unsupported` declines: so a new op is added to the backends that have a kernel for it.
     """
 
-    NAME: str
+    name: str
 
-    def unsupported(self, request: Request, /) -> str | None:
+    @abstractmethod
+    def unsupported(self, request: Request) -> str | None:
         """One sentence that says why the backend can't run a request, or None."""
 
-    def lora_linear_fwd(self, x: Tensor, layer: Layer, /) -> tuple[Tensor, Tensor]: ...
+    @abstractmethod
+    def lora_linear_fwd(self, x: Tensor, layer: Layer) -> tuple[Tensor, Tensor]: ...
 
+    @abstractmethod
     def lora_linear_bwd(
-        self, dy: Tensor, x: Tensor, layer: Layer, S: Tensor, needs: Needs, /
+        self, dy: Tensor, x: Tensor, layer: Layer, S: Tensor, needs: Needs
     ) -> Grads: ...
 
     def shared_linear_fwd(
-        self, x: Tensor, layers: Sequence[Layer], /
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]: ...
+        self, x: Tensor, layers: Sequence[Layer]
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        return composed.shared_linear_fwd(self.lora_linear_fwd, x, layers)
 
     def shared_linear_bwd(
         self,
@@ -81,54 +89,75 @@ class Backend(Protocol):
         layers: Sequence[Layer],
         Ss: Sequence[Tensor],
         needs: Sequence[Needs],
-        /,
-    ) -> tuple[Tensor | None, tuple[Grads, ...]]: ...
+    ) -> tuple[Tensor | None, tuple[Grads, ...]]:
+        return composed.shared_linear_bwd(self.lora_linear_bwd, dys, x, layers, Ss, needs)
 
-    def grouped_lora_linear_fwd(self, x: Tensor, layer: Layer, /) -> tuple[Tensor, Tensor]: ...
+    def grouped_lora_linear_fwd(self, x: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
+        return composed.grouped_lora_linear_fwd(self.lora_linear_fwd, x, layer)
 
     def grouped_lora_linear_bwd(
-        self, dy: Tensor, x: Tensor | None, layer: Layer, S: Tensor | None, needs: Needs, /
-    ) -> Grads: ...
+        self, dy: Tensor, x: Tensor | None, layer: Layer, S: Tensor | None, needs: Needs
+    ) -> Grads:
+        return composed.grouped_lora_linear_bwd(self.lora_linear_bwd, dy, x, layer, S, needs)
 
-    def lora_embedding_fwd(self, ids: Tensor, layer: Layer, weight_scale: float, /) -> Tensor: ...
+    def lora_embedding_fwd(self, ids: Tensor, layer: Layer, weight_scale: float) -> Tensor:
+        return reference.lora_embedding_fwd(ids, layer, weight_scale)
 
     def lora_embedding_bwd(
-        self, dy: Tensor, ids: Tensor, layer: Layer, padding_idx: int | None, needs: Needs, /
-    ) -> Grads: ...
+        self, dy: Tensor, ids: Tensor, layer: Layer, padding_idx: int | None, needs: Needs
+    ) -> Grads:
+        return reference.lora_embedding_bwd(dy, ids, layer, padding_idx, needs)
 
-    def dora_norm(self, layer: Layer, /) -> Tensor: ...
+    def dora_norm(self, layer: Layer) -> Tensor:
+        return reference.dora_norm(layer)
 
-    def dora_magnitude_fwd(self, z: Tensor, factor: Tensor, rest: Tensor | None, /) -> Tensor: ...
+    def dora_magnitude_fwd(self, z: Tensor, factor: Tensor, rest: Tensor | None) -> Tensor:
+        return reference.dora_magnitude_fwd(z, factor, rest)
 
     def dora_magnitude_bwd(
-        self, dy: Tensor, z: Tensor, factor: Tensor, needs: tuple[bool, bool, bool], /
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
+        self, dy: Tensor, z: Tensor, factor: Tensor, needs: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return reference.dora_magnitude_bwd(dy, z, factor, needs)
 
-    def dora_dropout_fwd(
-        self, x: Tensor, dropout_p: float, seed: Tensor, /
-    ) -> tuple[Tensor, Tensor]: ...
+    def dora_dropout_fwd(self, x: Tensor, dropout_p: float, seed: Tensor) -> tuple[Tensor, Tensor]:
+        return reference.dora_dropout_fwd(x, dropout_p, seed)
 
     def dora_dropout_bwd(
-        self, dkept: Tensor, drest: Tensor, dropout_p: float, seed: Tensor, /
-    ) -> Tensor: ...
+        self, dkept: Tensor, drest: Tensor, dropout_p: float, seed: Tensor
+    ) -> Tensor:
+        return reference.dora_dropout_bwd(dkept, drest, dropout_p, seed)
 
     def quantize_4bit(
-        self, weight: Tensor, blocksize: int, quant_type: str, compress_statistics: bool, /
-    ) -> tuple[Tensor, QuantState]: ...
+        self, weight: Tensor, blocksize: int, quant_type: str, compress_statistics: bool
+    ) -> tuple[Tensor, QuantState]:
+        return reference.quantize_4bit(weight, blocksize, quant_type, compress_statistics)
 
     def dequantize_4bit(
-        self, packed: Tensor, quant_state: QuantState, dtype: torch.dtype, out: Tensor | None, /
-    ) -> Tensor: ...
+        self, data: Tensor, quant_state: QuantState, dtype: torch.dtype, out: Tensor | None = None
+    ) -> Tensor:
+        return reference.dequantize_4bit(data, quant_state, dtype, out)
 
 
-class SkinnyBackend(Backend, Protocol):
+class SkinnyBackend(Backend):
     """A backend that also has the parts of a layer without W."""
 
-    def shrink(self, x: Tensor, layer: Layer, /) -> Tensor: ...
+    @abstractmethod
+    def shrink(self, x: Tensor, layer: Layer) -> Tensor: ...
 
+    @abstractmethod
     def skinny_bwd(
-        self, dy: Tensor, x: Tensor, layer: Layer, S: Tensor, needs: Needs, /
+        self, dy: Tensor, x: Tensor, layer: Layer, S: Tensor, needs: Needs
     ) -> tuple[Tensor, Grads]: ...
+
+
+class Entry(Protocol):
+    """What a name stands for: a package with one backend, or one for each kind of device."""
+
+    def unsupported(self, request: Request, /) -> str | None:
+        """As `Backend.unsupported`."""
+
+    def on(self, device: str, /) -> Backend:
+        """The backend for a torch device type."""
 
 
 def unsupported_dtype(request: Request) -> str | None:
@@ -140,6 +169,15 @@ def unsupported_dtype(request: Request) -> str | None:
     ):
         if dtype is not None and dtype not in KERNEL_DTYPES:
             return f"{request.op} takes fp32, bf16 and fp16, got {name} in {dtype}."
+    return None
+
+
+def unsupported_dropout(request: Request) -> str | None:
+    """Why the experts of a request can't run one by one, or None."""
+    if request.op.startswith("grouped_") and request.dropout:
+        return (
+            f"{request.op} has no kernel whose dropout counts rows from the first of all experts."
+        )
     return None
 
 

@@ -2,62 +2,63 @@
 
 from __future__ import annotations
 
-from ..reference import (
-    dequantize_4bit as dequantize_4bit,
-)
-from ..reference import (
-    dora_dropout_bwd as dora_dropout_bwd,
-)
-from ..reference import (
-    dora_dropout_fwd as dora_dropout_fwd,
-)
-from ..reference import (
-    dora_magnitude_bwd as dora_magnitude_bwd,
-)
-from ..reference import (
-    dora_magnitude_fwd as dora_magnitude_fwd,
-)
-from ..reference import (
-    dora_norm as dora_norm,
-)
-from ..reference import (
-    grouped_lora_linear_bwd as grouped_lora_linear_bwd,
-)
-from ..reference import (
-    grouped_lora_linear_fwd as grouped_lora_linear_fwd,
-)
-from ..reference import (
-    lora_embedding_bwd as lora_embedding_bwd,
-)
-from ..reference import (
-    lora_embedding_fwd as lora_embedding_fwd,
-)
-from ..reference import (
-    lora_linear_bwd as lora_linear_bwd,
-)
-from ..reference import (
-    lora_linear_fwd as lora_linear_fwd,
-)
-from ..reference import (
-    quantize_4bit as quantize_4bit,
-)
-from ..reference import (
-    shared_linear_bwd as shared_linear_bwd,
-)
-from ..reference import (
-    shared_linear_fwd as shared_linear_fwd,
-)
-from ..reference import (
-    shrink as shrink,
-)
-from ..reference import (
-    skinny_bwd as skinny_bwd,
-)
-from .contract import Request
+from collections.abc import Sequence
 
-NAME = "reference"
+from torch import Tensor
+
+from .. import reference
+from ..layer import Grads, Layer, Needs
+from .contract import Backend, Request, SkinnyBackend
 
 
-def unsupported(request: Request) -> str | None:
-    """None: the reference runs every op."""
-    return None
+class Reference(SkinnyBackend):
+    """`fastlora.reference`; the ops that are not here are the reference's already."""
+
+    name = "reference"
+
+    def unsupported(self, request: Request) -> str | None:
+        """None: the reference runs every op."""
+        return None
+
+    def lora_linear_fwd(self, x: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
+        return reference.lora_linear_fwd(x, layer)
+
+    def lora_linear_bwd(
+        self, dy: Tensor, x: Tensor, layer: Layer, S: Tensor, needs: Needs
+    ) -> Grads:
+        return reference.lora_linear_bwd(dy, x, layer, S, needs)
+
+    def shared_linear_bwd(
+        self,
+        dys: Sequence[Tensor | None],
+        x: Tensor,
+        layers: Sequence[Layer],
+        Ss: Sequence[Tensor],
+        needs: Sequence[Needs],
+    ) -> tuple[Tensor | None, tuple[Grads, ...]]:
+        return reference.shared_linear_bwd(dys, x, layers, Ss, needs)
+
+    def grouped_lora_linear_fwd(self, x: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
+        return reference.grouped_lora_linear_fwd(x, layer)
+
+    def grouped_lora_linear_bwd(
+        self, dy: Tensor, x: Tensor | None, layer: Layer, S: Tensor | None, needs: Needs
+    ) -> Grads:
+        return reference.grouped_lora_linear_bwd(dy, x, layer, S, needs)
+
+    def shrink(self, x: Tensor, layer: Layer) -> Tensor:
+        return reference.shrink(x, layer)
+
+    def skinny_bwd(
+        self, dy: Tensor, x: Tensor, layer: Layer, S: Tensor, needs: Needs
+    ) -> tuple[Tensor, Grads]:
+        return reference.skinny_bwd(dy, x, layer, S, needs)
+
+
+REFERENCE = Reference()
+unsupported = REFERENCE.unsupported
+
+
+def on(device: str) -> Backend:
+    """The reference, whatever the device."""
+    return REFERENCE

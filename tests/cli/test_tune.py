@@ -201,10 +201,10 @@ def test_kernels_of_the_native_backend_compete(
 
 
 def test_a_preferred_backend_is_asked_first() -> None:
-    assert backends.choose(DEQUANTIZE, prefer="reference").NAME == "reference"
+    assert backends.choose(DEQUANTIZE, prefer="reference").name == "reference"
     # Triton is not in the CPU's order, and who names a backend gets that one.
-    assert backends.choose(DEQUANTIZE, prefer="triton").NAME != "triton"
-    assert backends.choose(DEQUANTIZE, "triton", prefer="reference").NAME == "triton"
+    assert backends.choose(DEQUANTIZE, prefer="triton").name != "triton"
+    assert backends.choose(DEQUANTIZE, "triton", prefer="reference").name == "triton"
 
 
 def test_a_wrong_candidate_is_neither_timed_nor_kept(monkeypatch: pytest.MonkeyPatch) -> None:

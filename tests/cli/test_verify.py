@@ -9,16 +9,10 @@ import pytest
 
 from fastlora import backends, reference
 from fastlora.backends.native import library
+from fastlora.backends.reference import Reference
 from fastlora.cli import main, verify
 from fastlora.cli.verify import check
 from fastlora.layer import Grads
-
-FUNCTIONS = (
-    "lora_linear_fwd",
-    "lora_linear_bwd",
-    "quantize_4bit",
-    "dequantize_4bit",
-)
 
 
 @pytest.fixture
@@ -31,9 +25,11 @@ def backend_with(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Makes a backend "odd": the reference with some functions replaced."""
 
     def make(**replaced: object) -> None:
-        functions = {name: getattr(reference, name) for name in FUNCTIONS}
-        odd = SimpleNamespace(**{**functions, **replaced}, unsupported=lambda *a, **k: None)
-        monkeypatch.setitem(backends.BACKENDS, "odd", odd)  # type: ignore[arg-type]
+        odd = Reference()
+        for name, function in replaced.items():
+            monkeypatch.setattr(odd, name, function, raising=True)
+        entry = SimpleNamespace(unsupported=odd.unsupported, on=lambda device: odd)
+        monkeypatch.setitem(backends.BACKENDS, "odd", entry)  # type: ignore[arg-type]
 
     return make
 

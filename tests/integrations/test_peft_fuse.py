@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastlora
 from fastlora.autograd.shared import SharedLinearFunction
-from fastlora.backends import reference as torch_reference
+from fastlora.backends.reference import REFERENCE
 from fastlora.integrations.peft.fuse.mlp import GATED
 from fastlora.integrations.peft.plan.reasons import SHARED
 from tests.integrations.fusing import (
@@ -209,9 +209,9 @@ def test_the_mode_changes_between_the_calls(nodes: Nodes, monkeypatch: pytest.Mo
         assert not layers.k(x).requires_grad
     layers.q(x)
     served: list[Tensor] = []
-    plain = torch_reference.lora_linear_fwd
+    plain = REFERENCE.lora_linear_fwd
     monkeypatch.setattr(
-        torch_reference, "lora_linear_fwd", lambda *a: served.append(a[1].weight) or plain(*a)
+        REFERENCE, "lora_linear_fwd", lambda *a: served.append(a[1].weight) or plain(*a)
     )
     with fastlora.use_backend("reference"):
         layers.k(x)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,8 +24,14 @@ from ...quant import (
     dynamic_code,
     find_format,
 )
-from .. import composed
-from ..contract import Request, SkinnyBackend, is_empty, unsupported_dtype
+from ..contract import (
+    Backend,
+    Request,
+    SkinnyBackend,
+    is_empty,
+    unsupported_dropout,
+    unsupported_dtype,
+)
 from ..machine import tuned
 from ..machine.gpu import unsupported_gpu
 from ..schemas import flatten, packed
@@ -82,16 +87,6 @@ def _fault_of(index: int) -> str | None:
 def unavailable_reason() -> str | None:
     """One sentence: why the library is missing and how to get it; None when it is there."""
     return _reason
-
-
-def unsupported(request: Request) -> str | None:
-    """One sentence that says why a request can't run on a CUDA device, or None."""
-    if reason := _reason or unsupported_gpu(request.device_index) or _fault(request.device_index):
-        return reason
-    if request.op not in _FORMAT and not (request.four_bit and request.op in _LINEAR):
-        weights = " for dense weights" if request.op in _LINEAR else ""
-        return f"{request.op} has no CUDA kernel in the native backend{weights}."
-    return unsupported_dtype(request) or composed.unsupported(request)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -155,101 +150,94 @@ def _contiguous(layer: Layer) -> Layer:
     return layer._replace(lora_A=layer.lora_A.contiguous(), lora_B=layer.lora_B.contiguous())
 
 
-def lora_linear_fwd(x: Tensor, layer: Layer, kernel: str | None = None) -> tuple[Tensor, Tensor]:
-    """`reference.lora_linear_fwd`; `kernel` is one of `kernels`, or the fastest when None."""
-    assert layer.quant_state is not None
-    if is_empty(layer):
-        return reference.lora_linear_fwd(x, layer)
-    state, dtype, others = layer.quant_state, layer.compute_dtype or x.dtype, skinny(x.device)
-    if kernel is None:
-        kernel = _fastest("lora_linear_fwd", x, layer, dtype, state.blocksize)
-    if kernel == "dequantize" and others is not None:
-        return others.lora_linear_fwd(x, layer)
-    layer = _contiguous(layer)
-    # The decode kernel reads x once, for both products: in one dtype.
-    if kernel == "decode" and x.dtype == dtype:
-        return ops.qlora_decode(x, *flatten(layer))
-    S = (others or reference).shrink(x, layer)
-    B, scaling, bias = layer.lora_B, layer.scaling, layer.bias
-    if kernel != "dequantize":
-        weight = packed(layer.weight, state)
-        return ops.qlora_gemm_fwd(x.to(dtype), *weight, bias, S, B, scaling, x.dtype), S
-    W = dequantize_4bit(layer.weight, state, dtype)
-    y = torch.nn.functional.linear(x.to(dtype), W)
-    y = torch.addmm(y.float(), S, B.float().T, alpha=scaling)
-    return (y if bias is None else y + bias.float()).to(x.dtype), S
+class Cuda(Backend):
+    """The compiled kernels for GPUs: 4-bit layers and the format itself."""
 
+    name = "native"
 
-def lora_linear_bwd(
-    dy: Tensor, x: Tensor, layer: Layer, S: Tensor, needs: Needs, kernel: str | None = None
-) -> Grads:
-    """`reference.lora_linear_bwd`; `kernel` as in `lora_linear_fwd`."""
-    assert layer.quant_state is not None
-    if is_empty(layer):
-        return reference.lora_linear_bwd(dy, x, layer, S, needs)
-    state, dtype, others = layer.quant_state, layer.compute_dtype or x.dtype, skinny(x.device)
-    if kernel is None:
-        kernel = _fastest("lora_linear_bwd", x, layer, dtype, state.blocksize)
-    if kernel == "dequantize" and others is not None:
-        return others.lora_linear_bwd(dy, x, layer, S, needs)
-    dS, grads = (others or reference).skinny_bwd(dy, x, layer, S, needs)
-    if not needs.x:
-        return grads
-    if kernel != "dequantize":
-        A, p, seed = layer.lora_A.contiguous(), layer.dropout_p, layer.seed
-        weight = packed(layer.weight, state)
-        dx = ops.qlora_gemm_dx(dy.to(dtype), *weight, dS, A, p, seed, x.dtype)
-        return grads._replace(x=dx)
-    dx = dy.to(dtype) @ dequantize_4bit(layer.weight, state, dtype)
-    return grads._replace(x=(dx + reference.expand_dx(dS, layer)).to(x.dtype))
+    def unsupported(self, request: Request) -> str | None:
+        """One sentence that says why a request can't run on a CUDA device, or None."""
+        if (
+            reason := _reason
+            or unsupported_gpu(request.device_index)
+            or _fault(request.device_index)
+        ):
+            return reason
+        if request.op not in _FORMAT and not (request.four_bit and request.op in _LINEAR):
+            weights = " for dense weights" if request.op in _LINEAR else ""
+            return f"{request.op} has no CUDA kernel in the native backend{weights}."
+        return unsupported_dtype(request) or unsupported_dropout(request)
 
+    def lora_linear_fwd(
+        self, x: Tensor, layer: Layer, kernel: str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`reference.lora_linear_fwd`; `kernel` is one of `kernels`, or the fastest when None."""
+        assert layer.quant_state is not None
+        if is_empty(layer):
+            return reference.lora_linear_fwd(x, layer)
+        state, dtype, others = layer.quant_state, layer.compute_dtype or x.dtype, skinny(x.device)
+        if kernel is None:
+            kernel = _fastest("lora_linear_fwd", x, layer, dtype, state.blocksize)
+        if kernel == "dequantize" and others is not None:
+            return others.lora_linear_fwd(x, layer)
+        layer = _contiguous(layer)
+        # The decode kernel reads x once, for both products: in one dtype.
+        if kernel == "decode" and x.dtype == dtype:
+            return ops.qlora_decode(x, *flatten(layer))
+        S = (others or reference).shrink(x, layer)
+        B, scaling, bias = layer.lora_B, layer.scaling, layer.bias
+        if kernel != "dequantize":
+            weight = packed(layer.weight, state)
+            return ops.qlora_gemm_fwd(x.to(dtype), *weight, bias, S, B, scaling, x.dtype), S
+        W = self.dequantize_4bit(layer.weight, state, dtype)
+        y = torch.nn.functional.linear(x.to(dtype), W)
+        y = torch.addmm(y.float(), S, B.float().T, alpha=scaling)
+        return (y if bias is None else y + bias.float()).to(x.dtype), S
 
-def shared_linear_fwd(
-    x: Tensor, layers: Sequence[Layer]
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """`reference.shared_linear_fwd`, layer by layer."""
-    return composed.shared_linear_fwd(lora_linear_fwd, x, layers)
+    def lora_linear_bwd(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        layer: Layer,
+        S: Tensor,
+        needs: Needs,
+        kernel: str | None = None,
+    ) -> Grads:
+        """`reference.lora_linear_bwd`; `kernel` as in `lora_linear_fwd`."""
+        assert layer.quant_state is not None
+        if is_empty(layer):
+            return reference.lora_linear_bwd(dy, x, layer, S, needs)
+        state, dtype, others = layer.quant_state, layer.compute_dtype or x.dtype, skinny(x.device)
+        if kernel is None:
+            kernel = _fastest("lora_linear_bwd", x, layer, dtype, state.blocksize)
+        if kernel == "dequantize" and others is not None:
+            return others.lora_linear_bwd(dy, x, layer, S, needs)
+        dS, grads = (others or reference).skinny_bwd(dy, x, layer, S, needs)
+        if not needs.x:
+            return grads
+        if kernel != "dequantize":
+            A, p, seed = layer.lora_A.contiguous(), layer.dropout_p, layer.seed
+            weight = packed(layer.weight, state)
+            dx = ops.qlora_gemm_dx(dy.to(dtype), *weight, dS, A, p, seed, x.dtype)
+            return grads._replace(x=dx)
+        dx = dy.to(dtype) @ self.dequantize_4bit(layer.weight, state, dtype)
+        return grads._replace(x=(dx + reference.expand_dx(dS, layer)).to(x.dtype))
 
+    def quantize_4bit(
+        self, weight: Tensor, blocksize: int, quant_type: str, compress_statistics: bool
+    ) -> tuple[Tensor, QuantState]:
+        """`reference.quantize_4bit`: kernels for bitsandbytes' formats, plain torch for others."""
+        fmt = find_format(quant_type)
+        if not isinstance(fmt, AbsmaxFormat):
+            return fmt.quantize(weight, blocksize, compress_statistics)
+        data, state = cpu.plain_4bit(ops, fmt, weight, blocksize)
+        return data, nested(state) if compress_statistics else state
 
-def shared_linear_bwd(
-    dys: Sequence[Tensor | None],
-    x: Tensor,
-    layers: Sequence[Layer],
-    Ss: Sequence[Tensor],
-    needs: Sequence[Needs],
-) -> tuple[Tensor | None, tuple[Grads, ...]]:
-    """`reference.shared_linear_bwd`, layer by layer."""
-    return composed.shared_linear_bwd(lora_linear_bwd, dys, x, layers, Ss, needs)
-
-
-def grouped_lora_linear_fwd(x: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
-    """`reference.grouped_lora_linear_fwd`, expert by expert; no dropout."""
-    return composed.grouped_lora_linear_fwd(lora_linear_fwd, x, layer)
-
-
-def grouped_lora_linear_bwd(
-    dy: Tensor, x: Tensor | None, layer: Layer, S: Tensor | None, needs: Needs
-) -> Grads:
-    """`reference.grouped_lora_linear_bwd`, expert by expert; no dropout."""
-    return composed.grouped_lora_linear_bwd(lora_linear_bwd, dy, x, layer, S, needs)
-
-
-def quantize_4bit(
-    weight: Tensor, blocksize: int, quant_type: str, compress_statistics: bool
-) -> tuple[Tensor, QuantState]:
-    """`reference.quantize_4bit`: a kernel for bitsandbytes' formats, plain torch for the others."""
-    fmt = find_format(quant_type)
-    if not isinstance(fmt, AbsmaxFormat):
-        return fmt.quantize(weight, blocksize, compress_statistics)
-    data, state = cpu.plain_4bit(ops, fmt, weight, blocksize)
-    return data, nested(state) if compress_statistics else state
-
-
-def dequantize_4bit(
-    data: Tensor, quant_state: QuantState, dtype: torch.dtype, out: Tensor | None = None
-) -> Tensor:
-    """`reference.dequantize_4bit`."""
-    if out is None:
-        out = torch.empty(tuple(quant_state.shape), dtype=dtype, device=data.device)
-    ops.dequantize_4bit_out(*packed(data, quant_state), out)
-    return out
+    def dequantize_4bit(
+        self, data: Tensor, quant_state: QuantState, dtype: torch.dtype, out: Tensor | None = None
+    ) -> Tensor:
+        """`reference.dequantize_4bit`."""
+        if out is None:
+            out = torch.empty(tuple(quant_state.shape), dtype=dtype, device=data.device)
+        ops.dequantize_4bit_out(*packed(data, quant_state), out)
+        return out

@@ -5,7 +5,6 @@ Triton itself is imported when an op first runs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,34 +13,15 @@ from torch import Tensor
 from ... import reference
 from ...layer import Grads, Layer, Needs
 from ...quant import QuantState
-
-# Ops without a Triton kernel: `unsupported` declines them.
-from ...reference import (
-    dora_dropout_bwd as dora_dropout_bwd,
+from ..contract import (
+    Backend,
+    Request,
+    SkinnyBackend,
+    asked,
+    is_empty,
+    unsupported_dropout,
+    unsupported_dtype,
 )
-from ...reference import (
-    dora_dropout_fwd as dora_dropout_fwd,
-)
-from ...reference import (
-    dora_magnitude_bwd as dora_magnitude_bwd,
-)
-from ...reference import (
-    dora_magnitude_fwd as dora_magnitude_fwd,
-)
-from ...reference import (
-    dora_norm as dora_norm,
-)
-from ...reference import (
-    lora_embedding_bwd as lora_embedding_bwd,
-)
-from ...reference import (
-    lora_embedding_fwd as lora_embedding_fwd,
-)
-from ...reference import (
-    quantize_4bit as quantize_4bit,
-)
-from .. import composed
-from ..contract import Request, asked, is_empty, unsupported_dtype
 from ..machine.gpu import interpreted, triton_version, unsupported_gpu
 from ..schemas import flatten, packed
 from . import library as library  # defines torch.ops.fastlora_triton
@@ -65,88 +45,69 @@ def unavailable_reason() -> str | None:
     return None
 
 
-def unsupported(request: Request) -> str | None:
-    """One sentence that says why a request can't run here, or None."""
-    if request.op not in _OPS:
-        return f"{request.op} has no Triton kernel."
-    if request.device not in ("cpu", "cuda"):
-        return f"{request.op} has no Triton kernel for device {request.device!r}."
-    if reason := unavailable_reason():
-        return reason
-    if request.device == "cpu" and not interpreted():
-        return (
-            "Triton runs on the CPU only in its interpreter: "
-            "set TRITON_INTERPRET=1 before Python starts."
-        )
-    if request.device == "cuda" and (reason := unsupported_gpu(request.device_index)):
-        return reason
-    return unsupported_dtype(request) or composed.unsupported(request)
+class Triton(SkinnyBackend):
+    """The Triton kernels."""
+
+    name = NAME
+
+    def unsupported(self, request: Request) -> str | None:
+        """One sentence that says why a request can't run here, or None."""
+        if request.op not in _OPS:
+            return f"{request.op} has no Triton kernel."
+        if request.device not in ("cpu", "cuda"):
+            return f"{request.op} has no Triton kernel for device {request.device!r}."
+        if reason := unavailable_reason():
+            return reason
+        if request.device == "cpu" and not interpreted():
+            return (
+                "Triton runs on the CPU only in its interpreter: "
+                "set TRITON_INTERPRET=1 before Python starts."
+            )
+        if request.device == "cuda" and (reason := unsupported_gpu(request.device_index)):
+            return reason
+        return unsupported_dtype(request) or unsupported_dropout(request)
+
+    def lora_linear_fwd(self, x: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
+        """`reference.lora_linear_fwd`."""
+        if is_empty(layer):
+            return reference.lora_linear_fwd(x, layer)
+        return ops.lora_linear_fwd(x, *flatten(layer))
+
+    def lora_linear_bwd(
+        self, dy: Tensor, x: Tensor, layer: Layer, S: Tensor, needs: Needs
+    ) -> Grads:
+        """`reference.lora_linear_bwd`."""
+        if is_empty(layer):
+            return reference.lora_linear_bwd(dy, x, layer, S, needs)
+        return asked(ops.lora_linear_bwd(dy, x, *flatten(layer), S, *needs), needs)
+
+    def dequantize_4bit(
+        self, data: Tensor, quant_state: QuantState, dtype: torch.dtype, out: Tensor | None = None
+    ) -> Tensor:
+        """`reference.dequantize_4bit`."""
+        if out is None:
+            out = torch.empty(quant_state.shape, dtype=dtype, device=data.device)
+        if out.numel():
+            ops.dequantize_4bit_out(*packed(data, quant_state), out)
+        return out
+
+    def shrink(self, x: Tensor, layer: Layer) -> Tensor:
+        """`reference.shrink`."""
+        return ops.shrink(x, layer.lora_A, layer.dropout_p, layer.seed)
+
+    def skinny_bwd(
+        self, dy: Tensor, x: Tensor, layer: Layer, S: Tensor, needs: Needs
+    ) -> tuple[Tensor, Grads]:
+        """`reference.skinny_bwd`."""
+        needs = needs._replace(x=False)
+        dS, dA, dB, dbias = ops.skinny_bwd(dy, x, *flatten(layer), S, *needs)
+        return dS, asked((dS, dA, dB, dbias), needs)
 
 
-def lora_linear_fwd(x: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
-    """`reference.lora_linear_fwd`."""
-    if is_empty(layer):
-        return reference.lora_linear_fwd(x, layer)
-    return ops.lora_linear_fwd(x, *flatten(layer))
+TRITON = Triton()
+unsupported = TRITON.unsupported
 
 
-def lora_linear_bwd(dy: Tensor, x: Tensor, layer: Layer, S: Tensor, needs: Needs) -> Grads:
-    """`reference.lora_linear_bwd`."""
-    if is_empty(layer):
-        return reference.lora_linear_bwd(dy, x, layer, S, needs)
-    return asked(ops.lora_linear_bwd(dy, x, *flatten(layer), S, *needs), needs)
-
-
-def shared_linear_fwd(
-    x: Tensor, layers: Sequence[Layer]
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """`reference.shared_linear_fwd`, layer by layer."""
-    return composed.shared_linear_fwd(lora_linear_fwd, x, layers)
-
-
-def shared_linear_bwd(
-    dys: Sequence[Tensor | None],
-    x: Tensor,
-    layers: Sequence[Layer],
-    Ss: Sequence[Tensor],
-    needs: Sequence[Needs],
-) -> tuple[Tensor | None, tuple[Grads, ...]]:
-    """`reference.shared_linear_bwd`, layer by layer."""
-    return composed.shared_linear_bwd(lora_linear_bwd, dys, x, layers, Ss, needs)
-
-
-def grouped_lora_linear_fwd(x: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
-    """`reference.grouped_lora_linear_fwd`, one launch for each expert; no dropout."""
-    return composed.grouped_lora_linear_fwd(lora_linear_fwd, x, layer)
-
-
-def grouped_lora_linear_bwd(
-    dy: Tensor, x: Tensor | None, layer: Layer, S: Tensor | None, needs: Needs
-) -> Grads:
-    """`reference.grouped_lora_linear_bwd`, one launch for each expert; no dropout."""
-    return composed.grouped_lora_linear_bwd(lora_linear_bwd, dy, x, layer, S, needs)
-
-
-def dequantize_4bit(
-    data: Tensor, quant_state: QuantState, dtype: torch.dtype, out: Tensor | None = None
-) -> Tensor:
-    """`reference.dequantize_4bit`."""
-    if out is None:
-        out = torch.empty(quant_state.shape, dtype=dtype, device=data.device)
-    if out.numel():
-        ops.dequantize_4bit_out(*packed(data, quant_state), out)
-    return out
-
-
-def shrink(x: Tensor, layer: Layer) -> Tensor:
-    """`reference.shrink`."""
-    return ops.shrink(x, layer.lora_A, layer.dropout_p, layer.seed)
-
-
-def skinny_bwd(
-    dy: Tensor, x: Tensor, layer: Layer, S: Tensor, needs: Needs
-) -> tuple[Tensor, Grads]:
-    """`reference.skinny_bwd`."""
-    needs = needs._replace(x=False)
-    dS, dA, dB, dbias = ops.skinny_bwd(dy, x, *flatten(layer), S, *needs)
-    return dS, asked((dS, dA, dB, dbias), needs)
+def on(device: str) -> Backend:
+    """The Triton kernels, whatever the device."""
+    return TRITON

@@ -148,13 +148,15 @@ class Trial:
 
     def _native(self, kernel: Any) -> tuple[Tensor, Tensor] | Grads:
         x, layer = self.x, self.layer
+        if kernel is not None:
+            cuda = native.cuda.Cuda()
+            if self.problem.is_forward:
+                return cuda.lora_linear_fwd(x, layer, kernel)
+            return cuda.lora_linear_bwd(self.dy, x, layer, self.S, _NEEDS, kernel)
+        backend = native.on(x.device.type)
         if self.problem.is_forward:
-            if kernel is None:
-                return native.lora_linear_fwd(x, layer)
-            return native.cuda.lora_linear_fwd(x, layer, kernel=kernel)
-        if kernel is None:
-            return native.lora_linear_bwd(self.dy, x, layer, self.S, _NEEDS)
-        return native.cuda.lora_linear_bwd(self.dy, x, layer, self.S, _NEEDS, kernel=kernel)
+            return backend.lora_linear_fwd(x, layer)
+        return backend.lora_linear_bwd(self.dy, x, layer, self.S, _NEEDS)
 
     def fault(self, choice: tuning.Choice) -> str | None:
         """How the op's result under this choice breaks the error policy, or None."""

@@ -13,7 +13,7 @@ import torch
 from peft.tuners.lora.layer import Conv1D, Embedding, LoraLayer, ParamWrapper
 from torch import nn
 
-from ...backends import choose
+from ...backends import choose, native
 from ...backends.contract import Request
 from ...backends.machine.tuned import op_key
 from ...version import __version__
@@ -263,10 +263,10 @@ def _named(request: Request) -> tuple[str, str]:
     """The names of the backend that is chosen and of its op, on a CPU with the instruction set."""
     backend = choose(request)
     kernel = op_key(request.op, request.four_bit).removesuffix("_fwd")
-    build = backend.build_info() if hasattr(backend, "build_info") else None
+    build = native.build_info() if backend.name == native.NAME else None
     if build is not None and request.device == "cpu":
         kernel += f" ({build['cpu_isa']})"
-    return backend.NAME, kernel
+    return backend.name, kernel
 
 
 def _stock_reason(layer: nn.Module) -> str:
