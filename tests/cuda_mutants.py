@@ -23,9 +23,8 @@ import torch
 
 from fastlora import ops, reference
 from tests import emulated
-from tests.cases import DTYPES, Base, Case, exact_results, make_inputs, plain_results
+from tests.cases import DTYPES, Base, Case, exact_results, make_inputs, plain_results, run
 from tests.conftest import poisoned_memory
-from tests.test_backends import run
 from tests.test_cuda import (
     LORA_TERM_ERROR,
     PLAIN_CONFLICTS,

@@ -29,10 +29,10 @@ from tests.cases import (
     exact_results,
     make_inputs,
     plain_results,
+    run,
 )
 from tests.conftest import poisoned_memory
 from tests.csrc import cuda_gates
-from tests.test_backends import run
 from tests.tolerance import assert_close_to_exact
 
 NESTED = Base("nf4", 64, nested=True)

@@ -21,7 +21,7 @@ from fastlora.ops import dequantize_4bit, quantize_4bit
 from fastlora.quant import QuantState
 from fastlora.reference import dropout_mask
 from tests.conftest import poisoned_memory
-from tests.test_double_backward import second_order
+from tests.second_order import second_order
 from tests.tolerance import assert_close_to_exact
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
