@@ -22,8 +22,6 @@ from tests.second_order import second_order
 from tests.tolerance import assert_close_to_exact
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-
-
 SCALING, SEED, P = 0.7, torch.tensor([-12345]), 0.3
 
 
