@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora import reference
+from fastlora import ops, reference
 from fastlora.layer import Layer, Needs
 from fastlora.quant import FORMATS, QuantState
 from fastlora.reference import plain
@@ -187,6 +187,17 @@ class Results:
     def items(self) -> list[tuple[str, Tensor | None]]:
         """Name and tensor of each result."""
         return list(vars(self).items())
+
+
+EVERYTHING = Needs(bias=True)
+
+
+def run(case: Case, inputs: Inputs, backend: str, needs: Needs = EVERYTHING) -> Results:
+    """The op's forward and backward on a backend."""
+    layer = inputs.layer._replace(dropout_p=case.dropout_p)
+    y, S = ops.lora_linear_fwd(inputs.x, layer, backend=backend)
+    grads = ops.lora_linear_bwd(inputs.dy, inputs.x, layer, S, needs, backend=backend)
+    return Results(y, *grads)
 
 
 def exact_results(case: Case, inputs: Inputs) -> Results:

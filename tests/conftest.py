@@ -15,6 +15,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 
+# Checks that several modules run: their asserts say as much as those of a test module.
+pytest.register_assert_rewrite("tests.backend_checks", "tests.cuda_checks", "tests.peft_layers")
 # What the user tuned is none of the tests' business; the library reads it when it loads.
 os.environ["FASTLORA_CACHE"] = tempfile.mkdtemp(prefix="fastlora-cache-")
 # Triton reads it when it is first imported, by whichever test comes first.

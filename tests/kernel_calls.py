@@ -18,8 +18,7 @@ from torch import Tensor
 
 from fastlora import reference
 from fastlora.quant import QuantState, from_mxfp4, quantize_bounds
-from tests import embedding_cases
-from tests import test_grouped as grouped
+from tests import embedding_cases, grouped_cases
 from tests.cases import (
     BASES,
     CASES,
@@ -179,11 +178,11 @@ def layer_calls(case: Case, base: Base, dtypes: str) -> Iterator[Call]:
     yield Call(f"backward: {name}", record, (x_dtype, f32, f32, f32), check_backward)
 
 
-def grouped_calls(case: grouped.Case, base: Base, dtypes: str) -> Iterator[Call]:
+def grouped_calls(case: grouped_cases.Case, base: Base, dtypes: str) -> Iterator[Call]:
     """Forward and backward of a stack of experts, held to the error policy."""
     torch.manual_seed(0)
-    inputs = grouped.make_inputs(case, base, DTYPES[dtypes])
-    exact, plain = (grouped.segment_results(inputs, exactly) for exactly in (True, False))
+    inputs = grouped_cases.make_inputs(case, base, DTYPES[dtypes])
+    exact, plain = (grouped_cases.segment_results(inputs, exactly) for exactly in (True, False))
     x, A, B, E = inputs.x, inputs.lora_A, inputs.lora_B, len(case.ends)
     kept = reference.dropout_mask(case.M, case.K, case.dropout_p, inputs.seed)
     kept = x.float() * kept * reference.dropout_threshold(case.dropout_p)[1]
@@ -427,8 +426,8 @@ def make_calls() -> list[Call]:
             if base.quant_type is None and DTYPES[dtypes][2] is not None:
                 dtypes = names[i % 5]  # a dense weight has no compute dtype of its own
             calls += layer_calls(case, base, dtypes)
-    nested = grouped.Case("whole nested blocks", (2, 2, 41, 44), 46, 128, 256, 6, 0.2)
-    for i, stack in enumerate((*grouped.CASES, nested)):
+    nested = grouped_cases.Case("whole nested blocks", (2, 2, 41, 44), 46, 128, 256, 6, 0.2)
+    for i, stack in enumerate((*grouped_cases.CASES, nested)):
         for j, base in enumerate(
             (Base(), Base("nf4", 64, nested=stack is nested), Base("fp4", 256))
         ):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -11,12 +11,11 @@ from torch import Tensor
 from fastlora import grouped_lora_linear, lora_linear, reference
 from fastlora.autograd.shared import shared_linear
 from fastlora.layer import Layer
+from tests.second_order import Run, second_order
 
 M, N, K, R, SCALING, P = 12, 10, 14, 3, 1.5, 0.25
 SEED = torch.tensor([5])
 ENDS = torch.tensor([5, 5, 12])
-
-Run = Callable[..., Tensor | Sequence[Tensor]]
 
 
 def plain(
@@ -24,16 +23,6 @@ def plain(
 ) -> Tensor:
     layer = Layer(W, A, B, SCALING, bias, dropout_p=p, seed=SEED)
     return reference.plain.lora_linear(x, layer)
-
-
-def second_order(run: Run, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of the squared gradients of a function that is not quadratic."""
-    leaves = [t.clone().requires_grad_() for t in tensors]
-    result = run(*leaves)
-    ys = [result] if isinstance(result, Tensor) else result
-    first = torch.autograd.grad(sum(y.sin().sum() for y in ys), leaves, create_graph=True)
-    squares = sum((i + 1) * g.square().sum() for i, g in enumerate(first))
-    return list(torch.autograd.grad(squares, leaves))
 
 
 def check(run: Run, same: Run, *tensors: Tensor) -> None:

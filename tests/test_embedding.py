@@ -14,7 +14,7 @@ from fastlora.backends.contract import Request
 from fastlora.layer import Layer, Needs
 from tests.conftest import poisoned_memory
 from tests.embedding_cases import CASES, DTYPES, Case, Inputs, make_inputs, peft_results
-from tests.test_double_backward import second_order
+from tests.second_order import second_order
 from tests.tolerance import assert_close_to_exact
 
 SOME = Case("", M=200, N=150, V=60, R=12, padding_idx=3)

@@ -34,6 +34,7 @@ LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 PEERS = ("accelerate", "bitsandbytes", "datasets", "gguf", "matplotlib", "peft", "transformers")
 MODULES = sorted(PACKAGE.rglob("*.py"))
+TEST_MODULES = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
 
 # csrc folder -> folders whose headers it may include. Torch and Python are named in bindings alone.
 CSRC_MAY_INCLUDE = {
@@ -368,3 +369,45 @@ def test_includes_go_down() -> None:
 def test_no_module_named_utils() -> None:
     named = [path for path in PACKAGE.rglob("*") if path.stem in ("utils", "util", "helpers")]
     assert not named, "name the file after what it holds"
+
+
+# ---- tests -------------------------------------------------------------------------------------
+
+
+def imported_tests(source: str) -> list[str]:
+    """The imports of test modules: what two of them share stands in a module that is none."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            named = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            named += [alias.name for alias in node.names]
+            if TEST_MODULES & {part for name in named for part in name.split(".")}:
+                found.append(f"{node.lineno}: `{ast.unparse(node)}`")
+    return found
+
+
+def test_no_module_imports_a_test_module() -> None:
+    paths = [path for name in ("tests", "benchmarks") for path in (ROOT / name).rglob("*.py")]
+    assert TEST_MODULES and len(paths) > len(TEST_MODULES)
+    faults = [
+        f"{path.relative_to(ROOT)}:{fault}"
+        for path in sorted(paths)
+        for fault in imported_tests(path.read_text())
+    ]
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize(
+    ("source", "allowed"),
+    [
+        ("from tests.test_backends import run", False),
+        ("from tests import cases, test_grouped as grouped", False),
+        ("import tests.integrations.test_peft", False),
+        ("def f():\n    from .test_cuda import EDGES", False),
+        ("from . import test_cuda", False),
+        ("from tests.cases import run", True),
+        ("from tests.backend_checks import test_dequantize_writes_into_out", True),
+    ],
+)
+def test_the_rule_of_tests_itself(source: str, allowed: bool) -> None:
+    assert bool(imported_tests(source)) != allowed

@@ -13,7 +13,8 @@ import torch
 from fastlora import backends, ops, reference
 from fastlora.backends.contract import Request
 from fastlora.layer import Layer
-from tests import emulated, test_backends
+from tests import emulated
+from tests.backend_checks import check_against_definition
 from tests.cases import Base, Case
 
 RUNNERS = ("native", emulated.NAME, "triton")
@@ -45,7 +46,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_one_error_policy(case: Case, base: Base, dtypes: str, backend: str) -> None:
     emulated.called.clear()
-    test_backends.test_against_definition(case, base, dtypes, backend)
+    check_against_definition(case, base, dtypes, backend)
     if backend == emulated.NAME:
         # qlora_decode takes blocks of 64 codes.
         decodes = case.name == "decoding" and "computed" not in dtypes and base.blocksize >= 64

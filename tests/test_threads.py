@@ -18,8 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from fastlora.backends import native
-from tests.cases import DTYPES, Base, Case, Inputs, Results, make_inputs
-from tests.test_backends import run
+from tests.cases import DTYPES, Base, Case, Inputs, Results, make_inputs, run
 
 pytestmark = [
     pytest.mark.skipif(native.build_info() is None, reason=str(native.unavailable_reason())),

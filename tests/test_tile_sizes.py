@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from fastlora.backends import native
-from tests.cases import DTYPES, Base, Case, exact_results, make_inputs, plain_results
+from tests.cases import DTYPES, Base, Case, exact_results, make_inputs, plain_results, run
 from tests.conftest import poisoned_memory
-from tests.test_backends import run
 from tests.tolerance import assert_close_to_exact
 
 if native.build_info() is None:

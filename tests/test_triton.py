@@ -19,11 +19,11 @@ from fastlora.backends import native, schemas, triton
 from fastlora.backends.contract import Request
 from fastlora.backends.machine import gpu
 from fastlora.layer import Layer, Needs
-from tests import every_op, test_backends
-from tests.cases import BASES, CASES, DTYPES, Base, Case, make_inputs
+from tests import every_op
 
-# Run again here, with this module's `backend`.
-from tests.test_backends import (  # noqa: F401
+# Run here with this module's `backend`.
+from tests.backend_checks import (  # noqa: F401
+    check_against_definition,
     test_a_weight_without_elements,
     test_code_table_comes_from_the_state,
     test_computes_only_what_is_needed,
@@ -31,6 +31,19 @@ from tests.test_backends import (  # noqa: F401
     test_dropout_mask_is_the_references,
     test_no_adapter_is_the_frozen_layer,
 )
+from tests.cases import (
+    BASES,
+    CASES,
+    DTYPES,
+    Base,
+    Case,
+    exact_results,
+    make_inputs,
+    plain_results,
+    run,
+)
+from tests.conftest import poisoned_memory
+from tests.tolerance import assert_close_to_exact
 
 ON_CPU = Request("lora_linear_fwd", "cpu")
 
@@ -65,7 +78,7 @@ def backend() -> str:
     ids=str,
 )
 def test_against_definition(case: Case, base: Base, dtypes: str, backend: str) -> None:
-    test_backends.test_against_definition(case, base, dtypes, backend)
+    check_against_definition(case, base, dtypes, backend)
 
 
 def test_every_combination_is_chosen() -> None:
@@ -105,7 +118,7 @@ def test_one_launch_shrinks_for_several_adapters(p: float) -> None:
         layer = Layer(x, lora_A, torch.ones(5, 5), 1.0, dropout_p=p, seed=seed)
         plain = reference.plain.shrink(x, layer)
         exact = reference.plain.shrink(x.double(), reference.plain.widened(layer))
-        test_backends.assert_close_to_exact(one, exact, plain, what="S")
+        assert_close_to_exact(one, exact, plain, what="S")
     recorder = Recorder("sm_90", 132)
     many = torch.empty(8192, 200, device="meta")
     shrink(recorder, many, A.to("meta"), p, seeds.to("meta") if p else None)
@@ -130,14 +143,14 @@ def test_tokens_in_slabs(case: Case, backend: str, monkeypatch: pytest.MonkeyPat
     _, *exact = reference.lora_linear_bwd(*wide, needs)
     _, *plain = reference.lora_linear_bwd(inputs.dy, inputs.x, layer, S, needs)
     for name, *three in zip(("dA", "dB", "dbias"), got, exact, plain, strict=True):
-        test_backends.assert_close_to_exact(*three, what=name)
+        assert_close_to_exact(*three, what=name)
 
 
 def test_same_call_same_bits(backend: str) -> None:
     case = Case("", M=70, N=80, K=300, R=16, dropout_p=0.1)
     inputs = make_inputs(case, Base("nf4", 32, nested=True), DTYPES["bf16, fp32 adapter"])
-    first = test_backends.run(case, inputs, backend)
-    for name, tensor in test_backends.run(case, inputs, backend).items():
+    first = run(case, inputs, backend)
+    for name, tensor in run(case, inputs, backend).items():
         assert torch.equal(tensor, getattr(first, name)), name
 
 
@@ -153,7 +166,7 @@ def test_dequantize_is_bit_exact(
         weight = torch.randn(shape)
         weight.view(-1)[:: max(1, weight.numel() // 5)] *= 1e-30
         packed, state = reference.quantize_4bit(weight, blocksize, quant_type, nested)
-        with test_backends.poisoned_memory():
+        with poisoned_memory():
             out = ops.dequantize_4bit(packed, state, dtype, backend=backend)
         assert torch.equal(out, reference.dequantize_4bit(packed, state, dtype))
 
@@ -184,13 +197,11 @@ def test_every_way_through_a_4bit_base(name: str, monkeypatch: pytest.MonkeyPatc
             cut = products.panels(packed, shape, is_forward, torch.bfloat16, 2048 * 40 * 2)
             assert len(cut) > 1
     assert launch.launcher(inputs.x).limits == changed
-    got = test_backends.run(case, inputs, "triton")
-    exact = test_backends.exact_results(case, inputs)
-    plain = test_backends.plain_results(case, inputs)
+    got = run(case, inputs, "triton")
+    exact = exact_results(case, inputs)
+    plain = plain_results(case, inputs)
     for result, out in got.items():
-        test_backends.assert_close_to_exact(
-            out, getattr(exact, result), getattr(plain, result), what=result
-        )
+        assert_close_to_exact(out, getattr(exact, result), getattr(plain, result), what=result)
 
 
 @pytest.mark.parametrize("K", [35, 64])
@@ -206,7 +217,7 @@ def test_panels_of_rows_that_are_no_whole_blocks(K: int) -> None:
     cut = panels(packed, (N, K), True, torch.float16, 70 * K * 2)
     assert len(cut) > 1 and cut[0][0] == 0 and cut[-1][1] == N
     for begin, end in cut:
-        with test_backends.poisoned_memory():
+        with poisoned_memory():
             got = decoded_panel(launcher(want), packed, (N, K), True, (begin, end), torch.float16)
         assert torch.equal(got, want[begin:end].t())
 
@@ -217,11 +228,11 @@ def test_weight_as_left_operand(monkeypatch: pytest.MonkeyPatch) -> None:
 
     case = Case("", M=35, N=70, K=192, R=8, dropout_p=0.2)
     inputs = make_inputs(case, Base("nf4", 64), DTYPES["bf16"])
-    straight = test_backends.run(case, inputs, "triton")
+    straight = run(case, inputs, "triton")
     limits = tiles.ARCHS["interpreter"]
     swapped = tiles.Arch(limits.shared, "", limits.fused_4bit, weight_left=True, vendor=False)
     monkeypatch.setitem(tiles.ARCHS, "interpreter", swapped)
-    assert torch.equal(test_backends.run(case, inputs, "triton").y, straight.y)
+    assert torch.equal(run(case, inputs, "triton").y, straight.y)
 
 
 def test_offsets_past_two_to_the_31(backend: str) -> None:

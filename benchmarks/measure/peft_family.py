@@ -33,7 +33,8 @@ from fastlora.cli.bench.plan import Budget
 from fastlora.cli.bench.rows import append, machine, quantiles
 from fastlora.integrations.peft.plan.plan import LAST_REASON
 from tests.integrations.models import gradients, linear4bit, lora_layers
-from tests.integrations.peft_table import CASES, Case
+from tests.integrations.peft_case import Case
+from tests.integrations.peft_table import CASES
 
 RESULTS = Path(__file__).parents[1] / "results" / "peft_family.csv"
 PAGE = Path(__file__).parents[2] / "docs" / "peft.md"

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.csrc import cuda_gates
-from tests.cuda_mutants import FAULTS
+from tests.cuda_faults import FAULTS
 
 from .document import fill, markdown
 

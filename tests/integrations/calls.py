@@ -55,6 +55,19 @@ class Call:
         return self.layer.lora_B["default"]
 
 
+Case = Callable[[], Call]
+
+
+def into(cases: list[tuple[str, str, Case]], reason: str) -> Callable[[Case], Case]:
+    """Adds a case to `cases` under its function's name: it makes a call that gets this reason."""
+
+    def register(function: Case) -> Case:
+        cases.append((function.__name__, reason, function))
+        return function
+
+    return register
+
+
 def begun(call: Call) -> Call:
     """`call`, after it has been made once if `CALL_FIRST`."""
     if CALL_FIRST:

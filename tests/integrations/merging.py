@@ -19,7 +19,8 @@ from tests.integrations.models import (
     lora_layers,
     peft_model,
 )
-from tests.integrations.peft_table import CASES, add
+from tests.integrations.peft_acts import add
+from tests.integrations.peft_table import CASES
 
 DENSE = [
     "LoRA",

@@ -8,17 +8,11 @@ docs/peft.md from the same cases:
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import torch
-from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from peft import AdaLoraConfig
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from peft.tuners.lora.config import (
     BdLoraConfig,
@@ -29,363 +23,28 @@ from peft.tuners.lora.config import (
     LoraGAConfig,
     VeloraConfig,
 )
-from peft.tuners.lora.corda import preprocess_corda
-from peft.tuners.lora.eva import initialize_lora_eva_weights
-from peft.tuners.lora.loraga import preprocess_loraga
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from transformers import GptOssConfig, MixtralConfig
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
-from transformers.models.mixtral.modeling_mixtral import MixtralExperts
-from transformers.pytorch_utils import Conv1D
 
-import fastlora
 from benchmarks.report.document import fill
-from tests.integrations.models import (
-    ReplayDropout,
-    Results,
-    exact,
-    gradients,
-    last_reasons,
-    linear4bit,
-    lora_layers,
-    replay_dropout,
-    replaying,
+from tests.integrations.peft_acts import (
+    by_eva,
+    combined,
+    disabled,
+    evaluated,
+    invoked,
+    invoked_in_mixed_batches,
+    merged,
+    merged_and_unmerged,
+    mixed,
+    narrow,
+    narrow_table,
+    optimised,
+    ranks_cut,
+    switched,
+    together,
 )
+from tests.integrations.peft_case import LENGTH, Case, experts
 
-VOCAB, WIDTH, HIDDEN, BATCH, LENGTH = 31, 64, 128, 3, 7
 PAGE = Path(__file__).parents[2] / "docs" / "peft.md"
-IDS = torch.randint(0, VOCAB, (BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
-
-
-class Net(nn.Module):
-    """An embedding, two linears, a convolution, GPT-2's Conv1D, a head, and experts if given."""
-
-    def __init__(self, four_bit: bool = False, experts: nn.Module | None = None) -> None:
-        super().__init__()
-        linear: Callable[[int, int], nn.Module] = linear4bit if four_bit else nn.Linear
-        self.embed = nn.Embedding(VOCAB, WIDTH)
-        self.up, self.down = linear(WIDTH, HIDDEN), linear(HIDDEN, WIDTH)
-        self.conv = nn.Conv1d(WIDTH, WIDTH, 3, padding=1)
-        self.gpt = Conv1D(WIDTH, WIDTH)
-        nn.init.normal_(self.gpt.weight, std=WIDTH**-0.5)
-        self.head = nn.Linear(WIDTH, VOCAB)
-        self.is_loaded_in_4bit = four_bit
-        self.experts = experts
-        if experts is not None:
-            for parameter in experts.parameters():
-                nn.init.normal_(parameter, std=WIDTH**-0.5)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids)
-        x = x + self.down(torch.nn.functional.silu(self.up(x)))
-        if self.experts is not None:
-            # Two of five experts for each token; the third one gets none.
-            chosen = torch.stack([ids % 2, 3 + ids % 2], -1).flatten(0, 1)
-            shares = torch.tensor([0.7, 0.3], dtype=x.dtype).expand(chosen.shape)
-            x = x + self.experts(x.flatten(0, 1), chosen, shares).view(x.shape)
-        x = x + self.conv(x.mT).mT
-        return self.head(torch.tanh(self.gpt(x)))
-
-
-def experts(kind: str, implementation: str = "grouped_mm") -> Callable[[], nn.Module]:
-    """Five experts of Mixtral, `[E, out, in]`, or of gpt-oss, `[E, in, out]` with biases."""
-
-    def make() -> nn.Module:
-        sizes = {"hidden_size": WIDTH, "intermediate_size": HIDDEN, "num_local_experts": 5}
-        config = MixtralConfig(**sizes) if kind == "Mixtral" else GptOssConfig(**sizes)
-        config._experts_implementation = implementation
-        return MixtralExperts(config) if kind == "Mixtral" else GptOssExperts(config)
-
-    return make
-
-
-class OnCPU(TorchFunctionMode):
-    """PEFT's LoftQ computes on a GPU whatever there is; here what it moves there stays."""
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        named = kwargs or {}
-        if function is Tensor.to:
-            args = (args[0], *("cpu" if str(arg) == "cuda" else arg for arg in args[1:]))
-            named = {name: "cpu" if str(arg) == "cuda" else arg for name, arg in named.items()}
-        return function(*args, **named)
-
-
-Act = Callable[[nn.Module], Results]
-
-
-def step(model: nn.Module, **options: Any) -> Results:
-    """Logits and every gradient."""
-    torch.manual_seed(0)
-    model.zero_grad()
-    logits = model(IDS, **options)
-    weights = torch.linspace(-1, 2, logits.numel(), dtype=logits.dtype).view(logits.shape)
-    (logits * weights).sum().backward()
-    return {"logits": logits.detach(), **gradients(model)}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One configuration.
-
-    Args:
-        config: `LoraConfig`'s arguments, or another config.
-        reasons: why layers ran PEFT's code; {""} when all ran on fastlora.
-        explained: what `explain` says, where it judges without the call; `reasons` when None.
-        act: what is done with the model.
-        prepare: what PEFT does to the model once it is built.
-        four_bit: `up` and `down` are bitsandbytes' Linear4bit.
-        experts: makes the experts of the model.
-    """
-
-    config: Mapping[str, Any] | AdaLoraConfig = field(default_factory=dict)
-    reasons: frozenset[str] = frozenset({""})
-    explained: frozenset[str] | None = None
-    act: Act = step
-    prepare: Callable[[nn.Module, Any], None] = lambda model, config: None
-    four_bit: bool = False
-    experts: Callable[[], nn.Module] | None = None
-
-    def trio(self) -> tuple[nn.Module, nn.Module, nn.Module]:
-        """The model on fastlora, in float64 and on PEFT's code, its zeros replaced."""
-        torch.manual_seed(0)
-        base = Net(self.four_bit, self.experts and self.experts())
-        config = self.config
-        if not isinstance(config, AdaLoraConfig):
-            settings = {"r": 4, "lora_alpha": 6, "target_modules": ["up", "down"], **config}
-            config = LoraConfig(**copy.deepcopy(settings))
-        if getattr(config, "lora_ga_config", None) is not None:
-            preprocess_loraga(base, config, lambda: base(IDS).square().sum().backward())
-        if getattr(config, "corda_config", None) is not None:
-            preprocess_corda(base, config, run_model=lambda: [base(row[None]) for row in IDS])
-        with OnCPU() if config.init_lora_weights == "loftq" else nullcontext():
-            stock = get_peft_model(base, config)
-        self.prepare(stock, config)
-        generator = torch.Generator().manual_seed(2)
-        for name, parameter in stock.named_parameters():
-            if "lora_" in name and not parameter.any():
-                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-        fast = fastlora.accelerate(copy.deepcopy(stock), verbose=False)
-        wide = exact(stock)
-        for module in wide.modules():
-            if hasattr(module, "is_transposed"):
-                module.config._experts_implementation = "eager"  # torch's grouped_mm has no float64
-        return fast.train(), wide.train(), replaying(stock).train()
-
-    def run(self) -> Outcome:
-        """Runs it three times."""
-        models = self.trio()
-        # A mask that PEFT's code draws for a fast model, too, is one that can be replayed.
-        with mock.patch("torch.nn.functional.dropout", replay_dropout):
-            results = [self.act(model) for model in models]
-        rows = fastlora.explain(models[0]).rows
-        shown = {row.reason or row.last_call or "" for row in rows}
-        return Outcome(*results, last_reasons(models[0]), shown)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The results of the three models, why layers ran PEFT's code, and what `explain` says."""
-
-    fast: Results
-    exact: Results
-    stock: Results
-    reasons: set[str | None]
-    explained: set[str]
-
-    def units(self) -> float:
-        """Our largest error in units of PEFT's, each entry scaled by its largest value."""
-        scales = {name: t.abs().max().clamp(min=1e-30) for name, t in self.exact.items()}
-        errors = [
-            max(
-                float((results[name].double() - t).abs().max() / scales[name])
-                for name, t in self.exact.items()
-            )
-            for results in (self.fast, self.stock)
-        ]
-        return errors[0] / errors[1] if errors[1] else 1.0
-
-
-# ---- what is done with a model -----------------------------------------------------------------
-
-
-def add(model: Any, name: str = "other", **options: Any) -> None:
-    settings = {"r": 5, "lora_alpha": 3, "target_modules": ["up", "down"], **options}
-    model.add_adapter(name, LoraConfig(**settings))
-    generator = torch.Generator().manual_seed(3)
-    for parameter_name, parameter in model.named_parameters():
-        if f".{name}." in f"{parameter_name}.":
-            values = torch.randn(parameter.shape, generator=generator) * 0.1
-            parameter.data.copy_(values)
-    for layer in lora_layers(model):
-        if any(type(d) is ReplayDropout for d in layer.lora_dropout.values()):
-            p = getattr(layer.lora_dropout[name], "p", 0.0)
-            layer.lora_dropout[name] = ReplayDropout(p)
-
-
-def together(dtype: torch.dtype | None = None, **options: Any) -> Act:
-    def act(model: Any) -> Results:
-        add(model, **options)
-        for name, parameter in model.named_parameters():
-            if dtype is not None and ".other." in name:
-                rounded = parameter.data.to(dtype)
-                exactly = parameter.dtype == torch.float64
-                parameter.data = rounded.double() if exactly else rounded
-        model.base_model.set_adapter(["default", "other"])
-        return step(model)
-
-    return act
-
-
-def mixed(training: bool) -> Act:
-    def act(model: Any) -> Results:
-        add(model)
-        x = torch.linspace(-1, 1, BATCH * LENGTH * WIDTH).view(BATCH, LENGTH, WIDTH)
-        layer = lora_layers(model)[0]
-        x = x.to(next(layer.lora_A.parameters()).dtype).requires_grad_(training)
-        for adapter in ("default", "other"):
-            for part in (layer.lora_A, layer.lora_B):
-                part[adapter].requires_grad_(training)
-        names = ["other", "__base__", "default"]
-        y = layer(x, adapter_names=names)
-        # The others are called as well, so that each has a latest call.
-        for further in lora_layers(model)[1:]:
-            width = further.in_features
-            further(x.detach().new_ones(BATCH, width), adapter_names=names)
-        if not training:
-            return {"y": y.detach()}
-        y.square().sum().backward()
-        return {"y": y.detach(), "dx": x.grad, **gradients(layer)}
-
-    return act
-
-
-def switched(model: Any) -> Results:
-    add(model)
-    model.set_adapter("other")
-    return step(model)
-
-
-def disabled(model: Any) -> Results:
-    with model.disable_adapter(), torch.no_grad():
-        return {"logits": model(IDS)}
-
-
-def merged(**options: Any) -> Act:
-    def act(model: Any) -> Results:
-        model.merge_adapter(**options)
-        return {"logits": model(IDS).detach()}
-
-    return act
-
-
-def merged_and_unmerged(model: Any) -> Results:
-    model.merge_adapter()
-    model.unmerge_adapter()
-    return step(model)
-
-
-def ranks_cut(model: Any) -> Results:
-    """Gradients after AdaLoRA's allocator has switched singular values off."""
-    step(model)
-    model.base_model.peft_config["default"].tinit = 0
-    model.base_model.update_and_allocate(4)
-    zeros = [int((layer.lora_E["default"] == 0).sum()) for layer in lora_layers(model)]
-    assert any(zeros), zeros
-    return step(model)
-
-
-def combined(kind: str, **options: Any) -> Act:
-    def act(model: Any) -> Results:
-        add(model, r=4)
-        torch.manual_seed(0)
-        model.add_weighted_adapter(
-            ["default", "other"], [0.5, 0.7], "mix", combination_type=kind, **options
-        )
-        model.set_adapter("mix")
-        return {"logits": model(IDS).detach()}
-
-    return act
-
-
-def optimised(make: Callable[..., torch.optim.Optimizer], **options: Any) -> Act:
-    """Gradients after a step of PEFT's own optimizer."""
-
-    def act(model: Any) -> Results:
-        optimizer = make(model=model, lr=1e-2, **options)
-        step(model)
-        optimizer.step()
-        return step(model)
-
-    return act
-
-
-def evaluated(model: nn.Module) -> Results:
-    with torch.no_grad():
-        return {"logits": model.eval()(IDS)}
-
-
-def invoked(*offsets: int | None, further: bool = False, training: bool = True) -> Act:
-    """aLoRA with an offset for each row, and with a plain adapter beside it."""
-
-    def act(model: Any) -> Results:
-        if further:
-            add(model, alora_invocation_tokens=None)
-            model.base_model.set_adapter(["default", "other"])
-        if training:
-            return step(model, alora_offsets=list(offsets))
-        with torch.no_grad():
-            return {"logits": model.eval()(IDS, alora_offsets=list(offsets))}
-
-    return act
-
-
-def invoked_in_mixed_batches(model: Any) -> Results:
-    """Rows with an aLoRA adapter, with a plain one, and with none."""
-    add(model, alora_invocation_tokens=None)
-    options = {"adapter_names": ["default", "other", "__base__"], "alora_offsets": [4, 2, 3]}
-    with torch.no_grad():
-        return {"logits": model.eval()(IDS, **options)}
-
-
-# ---- what PEFT does to a model once it is built -------------------------------------------------
-
-
-def by_eva(model: Any, config: LoraConfig) -> None:
-    loader = [IDS, IDS.flip(1)]
-    initialize_lora_eva_weights(
-        model,
-        loader,
-        forward_fn=lambda model, ids: model(ids),
-        prepare_model_inputs_fn=None,
-        prepare_layer_inputs_fn=lambda x, *_: x[0].reshape(-1, x[0].shape[-1]),
-        show_progress_bar=False,
-    )
-
-
-def narrow(model: Any, config: LoraConfig) -> None:
-    """bf16 linears under fp32 adapters, as PEFT makes them of a model loaded in bf16."""
-    for layer in lora_layers(model):
-        layer.base_layer.to(torch.bfloat16)
-        layer.register_forward_pre_hook(to_weight_dtype)
-        layer.register_forward_hook(from_bf16)
-
-
-def narrow_table(model: nn.Module, config: LoraConfig) -> None:
-    """A bf16 table under fp32 adapters."""
-    for layer in lora_layers(model):
-        layer.base_layer.to(torch.bfloat16)
-        layer.register_forward_hook(from_bf16)
-
-
-def to_weight_dtype(layer: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (args[0].to(layer.base_layer.weight.dtype),)
-
-
-def from_bf16(layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
-    return y.float() if y.dtype == torch.bfloat16 else y
 
 
 def why(*reasons: str) -> frozenset[str]:
@@ -585,7 +244,7 @@ CASES: dict[str, Case] = {
 }
 
 
-# ---- docs/peft.md --------------------------------------------------------------------------------
+# ---- docs/peft.md ------------------------------------------------------------------------------
 
 
 def table() -> str:

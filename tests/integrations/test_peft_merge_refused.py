@@ -22,7 +22,8 @@ from tests.integrations.models import (
     lora_layers,
     peft_model,
 )
-from tests.integrations.peft_table import CASES, IDS, Net
+from tests.integrations.peft_case import IDS, Net
+from tests.integrations.peft_table import CASES
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

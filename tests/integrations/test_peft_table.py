@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from tests.integrations.models import assert_network_close, last_reasons
-from tests.integrations.peft_table import CASES, PAGE, add, mixed, served, step
+from tests.integrations.peft_acts import add, mixed
+from tests.integrations.peft_case import step
+from tests.integrations.peft_table import CASES, PAGE, served
 
 
 @pytest.mark.filterwarnings("ignore")
