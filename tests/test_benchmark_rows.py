@@ -188,13 +188,13 @@ def test_rows_of_uncommitted_changes_are_counted(
     assert performance.dirty(made[:1]) is None
 
 
-def test_the_table_of_merging_is_that_of_its_results() -> None:
-    """It is what `python -m benchmarks.measure.merging --docs` writes from the rows in git."""
-    from benchmarks.measure import merging
+def test_the_tables_of_peft_are_those_of_their_results() -> None:
+    """They are what the programs in benchmarks/measure write from the rows in git."""
+    from benchmarks.measure import fuse, merging
     from benchmarks.report.document import fill
 
     text = merging.PAGE.read_text()
-    assert fill(text, {"merging": merging.table()}) == text
+    assert fill(text, {"merging": merging.table(), "fuse": fuse.table()}) == text
 
 
 def test_the_limit_counts_products_and_bytes() -> None:
