@@ -26,7 +26,8 @@ class Layer(NamedTuple):
         bias: [N] or None.
         quant_state: how to decode a 4-bit weight; None for a dense one.
         compute_dtype: dtype to which a 4-bit weight is decoded and x rounded for the base product;
-            x's dtype when None. The LoRA term always reads x as it is, and y keeps x's dtype.
+            x's dtype when None. The LoRA term always reads x as it is, and y keeps x's dtype. The
+            differentiable functions cast a dense weight to it; the ops take that one as it is.
         dropout_p: probability of dropping an element of x on the LoRA path, 0 to 1.
         seed: int64, one element: the dropout's key. Needed when dropout_p > 0.
         offsets: [E], int64, ascending, of a stack of experts: the end of each expert's rows.

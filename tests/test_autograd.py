@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
+from fastlora import backends
+from fastlora.autograd.dora import dora_linear
+from fastlora.autograd.gated import gated_mlp
+from fastlora.autograd.linear import linear
+from fastlora.autograd.shared import shared_linear
 from fastlora.backends import native
+from fastlora.layer import Layer
 from tests.cases import DTYPES, Base, Case, exact_results, make_inputs, plain_results
 from tests.tolerance import assert_close_to_exact
 
@@ -230,3 +239,57 @@ def test_compiles_as_one_graph(base: Base) -> None:
     forward(*compiled).backward(inputs.dy)
     for a, b in zip(eager, compiled, strict=True):
         assert torch.equal(a.grad, b.grad)
+
+
+def compiled_functions() -> dict[str, Callable[[Tensor, list[Layer]], Tensor]]:
+    """The differentiable functions of a layer, each as one of x and layers."""
+    return {
+        "linear": lambda x, layers: linear(x, layers[0]),
+        "shared": lambda x, layers: torch.cat(shared_linear(x, layers[:2]), 1),
+        "gated": lambda x, layers: gated_mlp(x, *layers, "silu"),
+        "dora": lambda x, layers: dora_linear(x, layers[0], torch.ones(40)),
+    }
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("name", compiled_functions())
+def test_the_first_call_of_a_kind_compiles(
+    name: str, dropout_p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also before any eager call has found out which backend serves such layers."""
+    monkeypatch.setattr(backends, "_serving", {})
+    layers = [
+        Layer(
+            torch.randn(N, K) / K**0.5,
+            torch.randn(3, K, requires_grad=True),
+            torch.randn(N, 3, requires_grad=True),
+            0.5,
+            dropout_p=dropout_p,
+            seed=torch.tensor([7]),
+        )
+        for N, K in ((40, 24), (40, 24), (24, 40))
+    ]
+    x, function = torch.randn(5, 24), compiled_functions()[name]
+    compiled = torch.compile(lambda x: function(x, layers), fullgraph=True, backend="aot_eager")
+    got = compiled(x)
+    got.sum().backward()
+    grad, layers[0].lora_A.grad = layers[0].lora_A.grad, None
+    want = function(x, layers)
+    want.sum().backward()
+    assert torch.equal(got, want) and torch.equal(grad, layers[0].lora_A.grad)
+
+
+def test_a_seed_without_dropout_is_not_looked_at() -> None:
+    inputs = make_inputs(CASE, Base(), DTYPES["fp32"])
+    tensors = (inputs.x, inputs.weight, None, inputs.lora_A, inputs.lora_B, 1.0)
+    elsewhere = torch.zeros(1, dtype=torch.int64, device="meta")
+    want = fastlora.lora_linear(*tensors)
+    for options in ({}, {"dropout_p": 0.5, "training": False}):
+        assert torch.equal(fastlora.lora_linear(*tensors, seed=elsewhere, **options), want)
+
+
+def test_no_name_is_no_backend() -> None:
+    inputs = make_inputs(CASE, Base(), DTYPES["fp32"])
+    tensors = (inputs.x, inputs.weight, None, inputs.lora_A, inputs.lora_B, 1.0)
+    with pytest.raises(ValueError, match="backend must be one of"):
+        fastlora.lora_linear(*tensors, backend="")

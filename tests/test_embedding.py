@@ -257,3 +257,12 @@ def test_the_reference_sums_the_ids_gradients() -> None:
     _, dA, dB, _ = reference.lora_embedding_bwd(dy, ids, layer, padding_idx=2)
     assert dA is not None and dB is not None
     assert dA.tolist() == [[0.0, 11.0, 0.0]] and dB.tolist() == [[0.5 * (55.0 + 700.0)]]
+
+
+def test_ids_are_kept_once() -> None:
+    """And the table not at all."""
+    kept: list[Tensor] = []
+    A, B = torch.randn(3, 9, requires_grad=True), torch.randn(6, 3, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        lora_embedding(torch.tensor([1, 4, 4]), torch.randn(9, 6), A, B, 1.0).sum().backward()
+    assert [tuple(t.shape) for t in kept] == [(3,), (3, 9), (6, 3)]

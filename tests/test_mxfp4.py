@@ -470,3 +470,19 @@ def test_moves_casts_and_copies_keep_the_scales() -> None:
     assert layer.base_layer.quant_state.state2.quant_type == "e8m0"
     assert layer(x).isfinite().all()
     assert all(t is None or t.is_meta for t in layer.to("meta").base_layer.quant_state.tensors())
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "mxfp4"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_default_dtype_does_not_leak_in(quant_type: str, dtype: torch.dtype) -> None:
+    """Transformers sets one while it builds a model."""
+    weight = torch.randn(8, 64)
+    options = {"quant_type": quant_type, "compress_statistics": quant_type != "mxfp4"}
+    want = dequantize_4bit(*quantize_4bit(weight, **options))
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        data, state = quantize_4bit(weight, **options)
+        assert torch.equal(dequantize_4bit(data, state), want)
+    finally:
+        torch.set_default_dtype(before)

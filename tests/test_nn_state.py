@@ -235,3 +235,11 @@ def test_from_linear4bit_shares_memory() -> None:
     fsdp.bias, fsdp.quant_state, fsdp.compute_dtype = base.bias, base.weight.quant_state, None
     x = torch.randn(2, K)
     assert torch.equal(QLoraLinear.from_linear4bit(fsdp)(x), layer(x))
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "mxfp4"])
+def test_a_key_of_another_format_is_unexpected(quant_type: str) -> None:
+    layer = QLoraLinear(64, 32, r=2, quant_type=quant_type)
+    foreign = {"base_layer.weight_scale_inv": torch.ones(1)}
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*weight_scale_inv"):
+        layer.load_state_dict({**layer.state_dict(), **foreign})

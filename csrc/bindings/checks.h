@@ -62,7 +62,7 @@ inline void check_matrix(const Tensor& t, const char* name, int64_t rows, int64_
   STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name, " must be [",
                   rows, ", ", columns, "]");
 }
-// The kernels divide by sizes; fastlora/backends/native.py answers for a weight without elements.
+// The kernels divide by sizes; fastlora/backends/native/cpu.py handles empty weights before it calls.
 inline void check_not_empty(const Weight& weight) {
   STD_TORCH_CHECK(weight.N > 0 && weight.K > 0, "weight must have elements, got [", weight.N, ", ",
                   weight.K, "]");

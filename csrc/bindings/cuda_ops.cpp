@@ -1,5 +1,5 @@
-// torch.ops.fastlora.*: CUDA implementations, on torch's stable ABI. A library of its own, apart from
-// the CPU's: fastlora/backends/native/library.py loads it and puts the layers' ops together from these.
+// torch.ops.fastlora.*: CUDA implementations, on torch's stable ABI. They are in a library of their own,
+// which fastlora/backends/native/library.py loads; native/cuda.py composes the layers' ops from them.
 //
 // All work is enqueued on torch's current stream; scratch memory comes from torch's allocator.
 #include <tuple>

@@ -61,9 +61,9 @@ def prepared_layer(x: Tensor, layer: Layer, dtype: torch.dtype | None) -> Layer:
         A, B = layer.lora_A.to(dtype), layer.lora_B.to(dtype)
         compute_dtype = dtype if layer.quant_state is None else layer.compute_dtype
         layer = layer._replace(lora_A=A, lora_B=B, bias=bias, compute_dtype=compute_dtype)
-    if layer.dropout_p != 0.0 and layer.seed is None:
-        layer = layer._replace(seed=draw_seed(x))
-    return layer
+    if layer.dropout_p == 0.0:
+        return layer if layer.seed is None else layer._replace(seed=None)
+    return layer if layer.seed is not None else layer._replace(seed=draw_seed(x))
 
 
 def settled(backend: str | None) -> str:

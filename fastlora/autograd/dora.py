@@ -130,7 +130,7 @@ def _dora_linear_bwd(
     if dfactor is not None:
         dfactor = scale * dfactor
     kept = x
-    if seed is not None and p != 0.0 and need.A:
+    if seed is not None and need.A:
         kept, _ = ops.dora_dropout_fwd(x, p, seed, backend=backend)
     dx = dA = dB = None
     if dz is not None:
@@ -142,7 +142,7 @@ def _dora_linear_bwd(
         asked = Needs(False, need.A, need.B)
         _, dA, dB, _ = ops.lora_linear_bwd(dy, kept, scaled_B, S, asked, backend=backend)
         dB = None if dB is None else (column * dB).to(plain.lora_B.dtype)
-    if seed is not None and p != 0.0 and dx is not None:
+    if seed is not None and dx is not None:
         none = S.new_zeros(S.shape[0], 1)
         base = _base(layer)._replace(bias=None)
         drest = ops.lora_linear_bwd(dy, x, base, none, _DX_ALONE, backend=backend).x

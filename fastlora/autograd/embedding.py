@@ -39,14 +39,15 @@ class LoraEmbeddingFunction(torch.autograd.Function):
         weight_scale: float,
         padding_idx: int | None,
     ) -> Tensor:
-        # The backward doesn't read the table: it isn't kept.
-        ctx.saved = Saved(ctx, (ids,), (layer._replace(weight=ids),), backend)
+        # The backward doesn't read the table, and ids take its place.
+        ctx.saved = Saved(ctx, (), (layer._replace(weight=ids),), backend)
         ctx.padding_idx = padding_idx
         return ops.lora_embedding_fwd(ids, layer, weight_scale, backend=backend)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (ids,), (layer,) = ctx.saved.restore(ctx)
+        _, (layer,) = ctx.saved.restore(ctx)
+        ids = layer.weight
         (need,) = ctx.saved.needs(ctx, 3)
         grads = run_backward(
             dy.device,

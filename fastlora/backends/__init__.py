@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..layer import Layer
@@ -48,7 +49,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 # `backend=` for a call whose backend was settled before: none is forced.
-UNFORCED = ""
+UNFORCED = "(unforced)"
 
 
 def forced_backend(backend: str | None = None) -> str | None:
@@ -92,7 +93,8 @@ def choose(request: Request, backend: str | None = None, prefer: str | None = No
 
 
 # The backend that runs a layer's op for one kind of layer, its entry and the entry's `unsupported`.
-# A backend that supports a kind of layer once always supports it.
+# A backend that supports a kind of layer once always supports it, and BACKENDS and DEVICE_ORDER are
+# constant while a process runs.
 _serving: dict[tuple[Any, ...], tuple[Backend, Entry, Any]] = {}
 
 
@@ -102,17 +104,19 @@ def choose_linear(op: str, x: Tensor, layer: Layer, backend: str | None) -> Back
     On a GPU the backend that `fastlora tune` found faster is asked first.
     """
     name = forced_backend(backend)
+    kept = tuned.kept(op, x, layer) if name is None else None
+    if name is not None or kept is not None or torch.compiler.is_compiling():
+        # torch.compile takes no function that keeps its answer.
+        prefer = None if kept is None else kept.backend
+        return choose(Request.of(op, x, layer), name or UNFORCED, prefer)
     four_bit = layer.quant_state is not None
-    if name is None and (kept := tuned.kept(op, x, layer)) is not None:
-        return choose(Request.of(op, x, layer), UNFORCED, kept.backend)
     key = (op, x.device, x.dtype, layer.lora_A.dtype, layer.compute_dtype, four_bit)
-    found = _serving.get(key) if name is None else None
+    found = _serving.get(key)
     if found is not None and found[1].unsupported is found[2]:
         return found[0]
-    chosen = choose(Request.of(op, x, layer), name or UNFORCED)
-    if name is None:
-        entry = BACKENDS[chosen.name]
-        _serving[key] = chosen, entry, entry.unsupported
+    chosen = choose(Request.of(op, x, layer), UNFORCED)
+    entry = BACKENDS[chosen.name]
+    _serving[key] = chosen, entry, entry.unsupported
     return chosen
 
 

@@ -124,8 +124,9 @@ class Linear4bit(nn.Module):
         error_msgs: list[str],
     ) -> None:
         key, own_state = f"{prefix}weight", self.quant_state
-        entries = {k.removeprefix(key): v for k, v in state_dict.items() if k.startswith(key)}
-        own = {k: v for k, v in state_dict.items() if not k.startswith(key)}
+        named = {k.removeprefix(key): v for k, v in state_dict.items() if k.startswith(key)}
+        entries = {name: v for name, v in named.items() if _is_stored(name, v)}
+        own = {k: v for k, v in state_dict.items() if k.removeprefix(key) not in entries}
         if "" in entries:
             own[key] = packed_bytes(entries[""])[:, None]
         state, found = None, next((fmt for fmt in FORMATS.values() if fmt.owns(entries)), None)
@@ -154,6 +155,13 @@ class Linear4bit(nn.Module):
         if found is None:
             wanted = find_format(own_state.quant_type).to_entries(self.weight, own_state)
             missing_keys += [key + name for name in wanted if name not in entries]
+
+
+def _is_stored(name: str, tensor: Tensor) -> bool:
+    """Whether a state-dict entry is a part of a weight, by what follows the weight's name."""
+    if name == "" or name.startswith("."):
+        return True
+    return any(fmt.owns({name: tensor}) for fmt in FORMATS.values())
 
 
 def _map_state(fn: Callable[[Tensor], Tensor], state: QuantState) -> QuantState:

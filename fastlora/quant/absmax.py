@@ -109,7 +109,7 @@ def dynamic_code() -> Tensor:
 
     Source: 8-bit Approximations for Parallelism in Deep Learning, arXiv:1511.04561.
     """
-    values = [torch.tensor([0.0, 1.0], device="cpu")]
+    values = [torch.tensor([0.0, 1.0], dtype=torch.float32, device="cpu")]
     for exponent in range(7):
         edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32, device="cpu")
         decade = 10 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2)

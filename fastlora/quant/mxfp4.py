@@ -155,7 +155,7 @@ def scale_table(device: torch.device | str | None = None) -> Tensor:
 
 def _state(scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> QuantState:
     device, count = scales.device, scales.numel()
-    ones = torch.ones(-(-count // NESTED_BLOCKSIZE), device=device)
+    ones = torch.ones(-(-count // NESTED_BLOCKSIZE), dtype=torch.float32, device=device)
     outer = QuantState(
         ones,
         torch.Size((count,)),
@@ -164,7 +164,7 @@ def _state(scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> QuantState:
         NESTED_BLOCKSIZE,
         "e8m0",
     )
-    code, offset = MXFP4.table(device), torch.zeros((), device=device)
+    code, offset = MXFP4.table(device), torch.zeros((), dtype=torch.float32, device=device)
     return QuantState(scales.reshape(-1), shape, code, dtype, BLOCKSIZE, "mxfp4", offset, outer)
 
 
