@@ -57,7 +57,7 @@ def test_with_the_skinny_products_of_triton(
     if reason := triton.unsupported(Request("lora_linear_fwd", "cpu")):
         pytest.skip(reason)
     calls = []
-    monkeypatch.setattr(native.cuda, "skinny", lambda device: calls.append(device) or triton)
+    monkeypatch.setattr(native.cuda, "skinny", lambda device: calls.append(device) or triton.TRITON)
     if decoded_first:
         monkeypatch.setattr(native.cuda, "fused_tokens", lambda device: 0)
     test_against_definition(case, NESTED, "bf16, fp32 adapter", backend)

@@ -31,7 +31,7 @@ from benchmarks.report.document import fill, markdown
 from fastlora.cli.bench.measure import interleave
 from fastlora.cli.bench.plan import Budget
 from fastlora.cli.bench.rows import append, machine, quantiles
-from fastlora.integrations.peft.plan.plan import LAST_REASON
+from fastlora.integrations.peft.plan.reasons import LAST_REASON
 from tests.integrations.models import gradients, linear4bit, lora_layers
 from tests.integrations.peft_case import Case
 from tests.integrations.peft_table import CASES
