@@ -24,16 +24,17 @@ def pytest_configure(config: pytest.Config) -> None:
     if os.environ["PEFT_SUITE_FASTLORA"] != "1":
         return
     import fastlora
-    from fastlora.integrations.peft.run.linear import Plan
+    from fastlora.integrations.peft import layers
+    from fastlora.integrations.peft.plan.call import Plan
 
     fastlora.patch_peft()
-    run = Plan.run
+    run = layers.run
 
-    def counted(self: Plan, x: torch.Tensor) -> torch.Tensor:
+    def counted(plan: Plan, x: torch.Tensor) -> torch.Tensor:
         _calls["fastlora"] += 1
-        return run(self, x)
+        return run(plan, x)
 
-    Plan.run = counted  # type: ignore[method-assign]
+    layers.run = counted
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
