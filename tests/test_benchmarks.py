@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import itertools
 import json
 import os
+import pkgutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+import benchmarks
 from benchmarks import shapes
 from benchmarks.measure import run
 from fastlora.backends import native
@@ -39,7 +42,14 @@ NEVER_SKIPPED = {
     if name not in ("compile", "bnb-packed") and (NATIVE or not name.startswith("fastlora"))
 }
 
+PROGRAMS = [m.name for m in pkgutil.walk_packages(benchmarks.__path__, "benchmarks.")]
+
 needs_peers = pytest.mark.usefixtures("peers")
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_programs_import(name: str) -> None:
+    importlib.import_module(name)
 
 
 @pytest.fixture
