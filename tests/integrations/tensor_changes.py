@@ -33,31 +33,28 @@ case = partial(into, CASES)
 # the tensors
 
 
-@case("a weight is no parameter of its layer (parametrised or pruned)")
-def weight_is_no_parameter() -> Call:
-    call = dense()
-    weight = call.base.weight.detach()
-    del call.base.weight
-    call.base.weight = weight
-    return call
+def parameter_cases() -> None:
+    def no_parameter(module: Callable[[Call], nn.Module]) -> Case:
+        def make() -> Call:
+            call = dense()
+            target = module(call)
+            weight = target.weight.detach()
+            del target.weight
+            target.weight = weight
+            return call
+
+        return make
+
+    for name, module in (
+        ("weight", lambda call: call.base),
+        ("lora_A", lambda call: call.A),
+        ("lora_B", lambda call: call.B),
+    ):
+        reason = "a weight is no parameter of its layer (parametrised or pruned)"
+        CASES.append((f"{name}_is_no_parameter", reason, no_parameter(module)))
 
 
-@case("a weight is no parameter of its layer (parametrised or pruned)")
-def lora_A_is_no_parameter() -> Call:
-    call = dense()
-    weight = call.A.weight.detach()
-    del call.A.weight
-    call.A.weight = weight
-    return call
-
-
-@case("a weight is no parameter of its layer (parametrised or pruned)")
-def lora_B_is_no_parameter() -> Call:
-    call = dense()
-    weight = call.B.weight.detach()
-    del call.B.weight
-    call.B.weight = weight
-    return call
+parameter_cases()
 
 
 def subclass_cases() -> None:
