@@ -16,10 +16,9 @@ from torch import Tensor
 
 from fastlora import grouped_lora_linear, lora_embedding, lora_linear, ops, reference
 from fastlora.autograd.dora import dora_linear
-from fastlora.autograd.shared import shared_linear
 from fastlora.backends import BACKENDS, native
 from fastlora.backends.contract import Request
-from fastlora.layer import Layer
+from fastlora.layer import Layer, Needs
 from fastlora.reference import plain
 from fastlora.tolerance import exceeds
 
@@ -121,9 +120,12 @@ def check_shared(
         ys = [plain.lora_linear(named["x"], layer) for layer in some]
         return results(torch.cat(ys, dim=1), torch.cat(dys, dim=1), named)
 
-    mine = leaves(inputs)
-    ys = shared_linear(mine["x"], own(mine), backend=backend)
-    out = results(torch.cat(ys, dim=1), torch.cat(dys, dim=1), mine)
+    ys, Ss = ops.shared_linear_fwd(inputs["x"], layers, backend=backend)
+    needs = [Needs(bias=True)] * len(layers)
+    dx, grads = ops.shared_linear_bwd(dys, inputs["x"], layers, Ss, needs, backend=backend)
+    out = {"y": torch.cat(ys, dim=1), "dx": dx}
+    for i, grad in enumerate(grads):
+        out |= {f"dbias{i}": grad.bias, f"dlora_A{i}": grad.A, f"dlora_B{i}": grad.B}
     exact = usual(leaves(inputs, torch.float64), exactly=True)
     base = usual(leaves(inputs), exactly=False)
     for name in out:

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from fastlora import grouped_lora_linear, lora_embedding, lora_linear
 from fastlora.autograd.dora import dora_linear
 from fastlora.autograd.gated import gated_mlp
-from fastlora.autograd.shared import shared_linear
 from fastlora.backends import BACKENDS
 from fastlora.backends.contract import Request
 from fastlora.integrations.peft.run.adapted_weight import adapted_weight
@@ -98,10 +97,6 @@ def linear(x: Tensor, p: Layer, backend: str) -> Tensor:
     )  # fmt: skip
 
 
-def shared(x: Tensor, *layers: Layer, backend: str) -> Tensor:
-    return torch.cat(shared_linear(x, layers, backend=backend), 1)
-
-
 def mlp(x: Tensor, *layers: Layer, backend: str) -> Tensor:
     return gated_mlp(x, *layers, "silu", backend=backend)
 
@@ -129,7 +124,6 @@ def factor() -> Tensor:
 CALLS: dict[str, Callable[[bool], Call]] = {
     "a layer": lambda q: Call(linear, [layer(N, K, q)]),
     "a layer with dropout": lambda q: Call(linear, [dropping(q)]),
-    "shared input": lambda q: Call(shared, [layer(N, K, q), layer(N + 3, K, q)]),
     "gated MLP": lambda q: Call(mlp, [layer(N, K, q), layer(N, K, q), layer(K, N, q)]),
     "experts": lambda q: experts(transposed=False, four_bit=q),
     "experts, transposed": lambda q: experts(transposed=True, four_bit=q),

@@ -14,7 +14,6 @@ from fastlora import backends
 from fastlora.autograd.dora import dora_linear
 from fastlora.autograd.gated import gated_mlp
 from fastlora.autograd.linear import linear
-from fastlora.autograd.shared import shared_linear
 from fastlora.backends import native
 from fastlora.layer import Layer
 from tests.cases import DTYPES, Base, Case, exact_results, make_inputs, plain_results
@@ -245,7 +244,6 @@ def compiled_functions() -> dict[str, Callable[[Tensor, list[Layer]], Tensor]]:
     """The differentiable functions of a layer, each as one of x and layers."""
     return {
         "linear": lambda x, layers: linear(x, layers[0]),
-        "shared": lambda x, layers: torch.cat(shared_linear(x, layers[:2]), 1),
         "gated": lambda x, layers: gated_mlp(x, *layers, "silu"),
         "dora": lambda x, layers: dora_linear(x, layers[0], torch.ones(40)),
     }

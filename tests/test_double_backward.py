@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 import torch
 from torch import Tensor
 
 from fastlora import grouped_lora_linear, lora_linear, reference
-from fastlora.autograd.shared import shared_linear
 from fastlora.layer import Layer
 from tests.second_order import Run, second_order
 
@@ -67,20 +64,6 @@ def test_one_layer(p: float) -> None:
         lambda x, A, B, b: lora_linear(x, W, b, A, B, SCALING, dropout_p=p, seed=SEED),
         lambda x, A, B, b: plain(x, W, A, B, p, b),
         *(torch.randn(M, K), randn(R, K), randn(N, R), bias),
-    )
-
-
-def test_layers_of_one_input() -> None:
-    W, V = randn(N, K), randn(N + 3, K)
-
-    def shared(x: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Sequence[Tensor]:
-        some = Layer(W, A, B, SCALING, dropout_p=P, seed=SEED)
-        return shared_linear(x, [some, Layer(V, C, D, SCALING)])
-
-    check(
-        shared,
-        lambda x, A, B, C, D: (plain(x, W, A, B, P), plain(x, V, C, D)),
-        *(torch.randn(M, K), randn(R, K), randn(N, R), randn(R, K), randn(N + 3, R)),
     )
 
 

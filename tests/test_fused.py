@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fastlora import backends, ops, reference
 from fastlora.autograd import gated
 from fastlora.autograd.gated import gated_mlp
-from fastlora.autograd.shared import shared_linear
+from fastlora.autograd.linear import linear
 from fastlora.backends import composed
 from fastlora.backends.contract import Request
 from fastlora.layer import Layer, Needs
@@ -189,8 +189,10 @@ def test_checks() -> None:
         ops.shared_linear_bwd(group.dys, x, group.layers, Ss[:2], [Needs()] * 3)
     with pytest.raises(ValueError, match="needs must have the same x in all layers"):
         ops.shared_linear_bwd(group.dys, x, group.layers, Ss, [Needs(), Needs(), Needs(x=False)])
+    frozen = mlp_of(Base(), DTYPES["fp32"], 0.0)
+    frozen.layers[1] = frozen.layers[1]._replace(weight=frozen.layers[1].weight.requires_grad_())
     with pytest.raises(ValueError, match="weight must be frozen"):
-        shared_linear(x, [first._replace(weight=first.weight.clone().requires_grad_())])
+        gated_mlp(frozen.x, *frozen.layers, "silu")
 
 
 # ---- the nodes ---------------------------------------------------------------------------------
@@ -203,21 +205,6 @@ def trained(layer: Layer, bias: bool = True) -> tuple[Layer, list[Tensor]]:
         own["bias"] = layer.bias
     own = {name: t.detach().clone().requires_grad_() for name, t in own.items()}
     return layer._replace(**own), list(own.values())
-
-
-@pytest.mark.parametrize("base", [Base(), NF4], ids=str)
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_shared_linear_gradcheck(base: Base, dropout_p: float) -> None:
-    layers = ((5, 2, dropout_p), (4, 1, dropout_p))
-    group = Group(3, 7, layers, base, FP64)
-    x = group.x.clone().requires_grad_()
-    pairs = [trained(p) for p in group.layers]
-    leaves = [x, *(leaf for _, own in pairs for leaf in own)]
-
-    def nodes(*_: Tensor) -> tuple[Tensor, ...]:
-        return shared_linear(x, [p for p, _ in pairs], backend="reference")
-
-    assert torch.autograd.gradcheck(nodes, leaves, fast_mode=True)
 
 
 def mlp_of(base: Base, dtypes: Any, p: float, M: int = 9, K: int = 35, H: int = 70) -> Group:
@@ -325,19 +312,6 @@ def test_what_is_saved() -> None:
     S = M * 4 * sum(p.lora_A.shape[0] for p in layers)
     both = saved_bytes(lambda: gated_mlp(x, *layers, "silu"))
     assert both <= fixed + S + 2 * M * (K + 2 * H)
-    shared = saved_bytes(lambda: shared_linear(x, layers[:2]))
-    assert shared <= fixed + S + 2 * M * K
-
-
-def test_part_of_the_outputs() -> None:
-    """A y that the loss does not see costs nothing, and its adapter gets no gradient."""
-    group = Group(20, 40, GROUPS["some drop"], NF4, DTYPES["fp32"])
-    pairs = [trained(p) for p in group.layers]
-    x = group.x.clone().requires_grad_()
-    ys = shared_linear(x, [p for p, _ in pairs])
-    (ys[0] + ys[2][:, :1]).sum().backward()
-    assert all(leaf.grad is None for leaf in pairs[1][1])
-    assert all(leaf.grad.any() for leaf in (x, *pairs[0][1], *pairs[2][1]))
 
 
 def test_frozen_gate_and_up_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,9 +339,7 @@ def test_no_gradient_no_node() -> None:
     assert want.shape == (3, 3, 35) and isinstance(want.grad_fn, torch.autograd.graph.Node)
     with torch.no_grad():
         got = gated_mlp(x, *layers, "gelu")
-        ys = shared_linear(x, layers[:2])
     assert torch.equal(got, want) and got.grad_fn is None
-    assert all(y.grad_fn is None and y.shape == (3, 3, 70) for y in ys)
 
 
 @pytest.mark.parametrize("constant", [False, True])
@@ -382,8 +354,8 @@ def test_an_mlp_is_differentiated_twice(constant: bool) -> None:
         if joined:
             y = gated_mlp(x, *layers, "silu")
         else:
-            gate, up = (shared_linear(x, [p], backend="reference")[0] for p in layers[:2])
-            y = shared_linear(F.silu(gate) * up, layers[2:], backend="reference")[0]
+            gate, up = (linear(x, p, backend="reference") for p in layers[:2])
+            y = linear(F.silu(gate) * up, layers[2], backend="reference")
         loss = y.sum() if constant else y.sin().sum()
         (dx,) = torch.autograd.grad(loss, x, create_graph=True)
         tensors = [x, *(t for p in layers for t in (p.lora_A, p.lora_B, p.bias) if t is not None)]

@@ -208,3 +208,41 @@ def differentiable_gradients(
     ys = run(*aliases)
     found = iter(torch.autograd.grad(ys, wanted, dys, create_graph=True, allow_unused=True))
     return [next(found) if need else None for need in needs]
+
+
+def differentiable_bwd(
+    forward: Callable[[Tensor, list[Layer]], Tensor],
+    dy: Tensor,
+    x: Tensor,
+    layers: Sequence[Layer],
+    needs: Sequence[Needs],
+) -> tuple[Tensor | None, list[Grads]]:
+    """dx and the other gradients of each layer, those of `forward(x, layers)`, with a graph.
+
+    Args:
+        forward: in plain torch, on the reference backend; it gets the layers as `working` makes
+            them.
+        dy: the gradient of its result.
+        layers: a bias of None gets no gradient.
+        needs: those of each layer; dx is that of the first.
+    """
+    names = [
+        [name for name in ("bias", "lora_A", "lora_B") if getattr(p, name) is not None]
+        for p in layers
+    ]
+
+    def run(x: Tensor, *flat: Tensor) -> tuple[Tensor]:
+        rest = iter(flat)
+        fields: list[dict[str, Any]] = [{name: next(rest) for name in named} for named in names]
+        own = [working(p)._replace(**new) for p, new in zip(layers, fields, strict=True)]
+        return (forward(x, own),)
+
+    inputs, flags = [x], [needs[0].x]
+    for p, named, need in zip(layers, names, needs, strict=True):
+        inputs += [getattr(p, name) for name in named]
+        asked = {"bias": need.bias, "lora_A": need.A, "lora_B": need.B}
+        flags += [asked[name] for name in named]
+    dx, *flat = differentiable_gradients(run, inputs, flags, (dy,))
+    rest = iter(flat)
+    found = [{name: next(rest) for name in named} for named in names]
+    return dx, [Grads(None, g.get("lora_A"), g.get("lora_B"), g.get("bias")) for g in found]

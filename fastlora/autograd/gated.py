@@ -9,21 +9,19 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..layer import Grads, Layer, Needs
+from ..layer import Grads, Layer
 from ..reference import activate, gated_bwd, gated_fwd
 from .common import (
     Saved,
     as_matrix,
     autocast_off,
     differentiable,
-    differentiable_gradients,
+    differentiable_bwd,
     prepared,
     run_backward,
     wants_gradient,
     working,
 )
-
-_TRAINED = ("lora_A", "lora_B", "bias")
 
 
 class GatedMLPFunction(torch.autograd.Function):
@@ -76,39 +74,21 @@ class GatedMLPFunction(torch.autograd.Function):
 
         def plain() -> tuple[Tensor | None, Sequence[Grads]]:
             whole = [p._replace(bias=bias) for p, bias in zip(layers, biases, strict=True)]
-            return _differentiable_bwd(dy, x, whole, activation, needs)
+            return differentiable_bwd(
+                lambda x, own: _plain(x, own, activation), dy, x, whole, needs
+            )
 
         dx, grads = run_backward(dy.device, kernels, plain)
         return dx, None, None, None, *ctx.saved.gradients(grads)
 
 
-def _differentiable_bwd(
-    dy: Tensor, x: Tensor, layers: Sequence[Layer], activation: str, needs: Sequence[Needs]
-) -> tuple[Tensor | None, Sequence[Grads]]:
-    """dx and the other gradients of each layer with a graph, in plain torch."""
-    names = [[name for name in _TRAINED if getattr(p, name) is not None] for p in layers]
-
-    def run(x: Tensor, *flat: Tensor) -> list[Tensor]:
-        rest = iter(flat)
-        own: list[Layer] = []
-        for p, named in zip(layers, names, strict=True):
-            fields: dict[str, Any] = {name: next(rest) for name in named}
-            own.append(working(p)._replace(**fields))
-        (gate, up), _ = ops.shared_linear_fwd(x, own[:2], backend="reference")
-        wide = gate.to(torch.promote_types(gate.dtype, torch.float32))
-        h = (activate(wide, activation) * up).to(gate.dtype)
-        ys, _ = ops.shared_linear_fwd(h, own[2:], backend="reference")
-        return [ys[0]]
-
-    inputs, flags = [x], [needs[0].x]
-    for p, named, need in zip(layers, names, needs, strict=True):
-        inputs += [getattr(p, name) for name in named]
-        asked = {"lora_A": need.A, "lora_B": need.B, "bias": need.bias}
-        flags += [asked[name] for name in named]
-    dx, *flat = differentiable_gradients(run, inputs, flags, (dy,))
-    rest = iter(flat)
-    found = [{name: next(rest) for name in named} for named in names]
-    return dx, [Grads(None, g.get("lora_A"), g.get("lora_B"), g.get("bias")) for g in found]
+def _plain(x: Tensor, layers: Sequence[Layer], activation: str) -> Tensor:
+    """The MLP in plain torch, on the layers as `working` makes them."""
+    (gate, up), _ = ops.shared_linear_fwd(x, layers[:2], backend="reference")
+    wide = gate.to(torch.promote_types(gate.dtype, torch.float32))
+    h = (activate(wide, activation) * up).to(gate.dtype)
+    (y,), _ = ops.shared_linear_fwd(h, layers[2:], backend="reference")
+    return y
 
 
 def gated_mlp(
@@ -124,9 +104,10 @@ def gated_mlp(
 
     Args:
         x: [..., K], fp32, bf16 or fp16.
-        gate, up: [I, K], down: [N, I]; as in `shared_linear`. Seeds are drawn in this order.
+        gate, up: [I, K], down: [N, I], all dense or all 4-bit, with the same dtypes and frozen
+            weights. A seed that dropout needs and lacks is drawn, in this order.
         activation: one of `reference.ACTIVATIONS`.
-        backend: as in `shared_linear`.
+        backend: "native", "triton" or "reference"; the device's best when None.
 
     Under autocast as `lora_linear`.
 
@@ -134,7 +115,8 @@ def gated_mlp(
         y [..., N] in x's dtype (autocast's dtype under autocast).
 
     Raises:
-        As `shared_linear`.
+        ValueError, TypeError: a shape or dtype does not fit; a weight requires a gradient.
+        RuntimeError: the backend asked for can't run here; the message says why.
     """
     x, layers, backend = prepared(x, (gate, up, down), backend)
     rows, tensors = as_matrix(x), differentiable(layers)

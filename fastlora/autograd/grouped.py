@@ -13,7 +13,7 @@ from ..layer import Grads, Layer, Needs
 from .common import (
     Saved,
     autocast_off,
-    differentiable_gradients,
+    differentiable_bwd,
     prepared,
     run_backward,
     working,
@@ -51,7 +51,7 @@ class GroupedLoraLinearFunction(torch.autograd.Function):
             lambda: ops.grouped_lora_linear_bwd(
                 dy, x, working(layer), S, need, backend=ctx.saved.backend
             ),
-            lambda: _differentiable_bwd(
+            lambda: _plain_bwd(
                 lambda x, own: ops.grouped_lora_linear_fwd(x, own, backend="reference")[0],
                 dy,
                 x,
@@ -100,7 +100,7 @@ class TransposedLoraLinearFunction(torch.autograd.Function):
         grads = run_backward(
             dy.device,
             kernels,
-            lambda: _differentiable_bwd(
+            lambda: _plain_bwd(
                 lambda x, own: _transposed_fwd(x, own, "reference"), dy, x, layer, need
             ),
         )
@@ -121,17 +121,11 @@ def _transposed_fwd(x: Tensor, layer: Layer, backend: str | None) -> Tensor:
     return grads.x
 
 
-def _differentiable_bwd(
+def _plain_bwd(
     forward: Callable[[Tensor, Layer], Tensor], dy: Tensor, x: Tensor, layer: Layer, need: Needs
 ) -> Grads:
-    """Gradients of `forward` with a graph, in plain torch."""
-    dx, dA, dB = differentiable_gradients(
-        lambda x, A, B: (forward(x, working(layer)._replace(lora_A=A, lora_B=B)),),
-        (x, layer.lora_A, layer.lora_B),
-        need[:3],
-        (dy,),
-    )
-    return Grads(dx, dA, dB)
+    dx, (grads,) = differentiable_bwd(lambda x, own: forward(x, own[0]), dy, x, (layer,), (need,))
+    return grads._replace(x=dx)
 
 
 def grouped_lora_linear(

@@ -9,18 +9,19 @@ from torch import Tensor
 
 from .. import ops
 from ..layer import Grads, Layer
+from ..reference.precision import sum_dtype
 from .common import (
     Saved,
     as_matrix,
     autocast_dtype,
     autocast_off,
+    differentiable_bwd,
     prepared_layer,
     run_backward,
     settled,
     wants_gradient,
     working,
 )
-from .shared import differentiable_bwd
 
 
 class LoraLinearFunction(torch.autograd.Function):
@@ -52,8 +53,8 @@ class LoraLinearFunction(torch.autograd.Function):
         (need,) = ctx.saved.needs(ctx, 3)
 
         def plain() -> Grads:
-            dx, (grads,) = differentiable_bwd([dy], x, [layer], [need])
-            return grads._replace(x=dx)
+            dx, (grads,) = differentiable_bwd(_plain, dy, x, [layer], [need])
+            return grads._replace(x=dx, bias=dy.sum(0, dtype=sum_dtype(dy)) if need.bias else None)
 
         grads = run_backward(
             dy.device,
@@ -61,6 +62,11 @@ class LoraLinearFunction(torch.autograd.Function):
             plain,
         )
         return grads.x, None, None, *ctx.saved.gradients((grads,))
+
+
+def _plain(x: Tensor, layers: list[Layer]) -> Tensor:
+    y, _ = ops.lora_linear_fwd(x, layers[0], backend="reference")
+    return y
 
 
 def lora_linear(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,7 +20,6 @@ from transformers import (
 
 import fastlora
 from fastlora.autograd.gated import GatedMLPFunction
-from fastlora.integrations.peft.fuse import shared as peft_shared
 from fastlora.integrations.peft.fuse.join import Fusion
 from tests.integrations.models import (
     VOCAB,
@@ -49,7 +47,7 @@ CONFIGS: dict[str, Any] = {
     "phi3": lambda: Phi3Config(**GROUPED, pad_token_id=0),
     "gpt_neox": lambda: GPTNeoXConfig(**SIZES),
 }
-ATTENTION, MLP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj", "down_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 def network(name: str, four_bit: bool = False, **options: Any) -> nn.Module:
@@ -67,8 +65,8 @@ def network(name: str, four_bit: bool = False, **options: Any) -> nn.Module:
     return fill_adapters(get_peft_model(model, LoraConfig(**settings, **options))).train()
 
 
-def fused(model: nn.Module, fuse: str = "mlp", **options: Any) -> nn.Module:
-    return fastlora.accelerate(copy.deepcopy(model), fuse=fuse, verbose=False, **options)
+def fused(model: nn.Module) -> nn.Module:
+    return fastlora.accelerate(copy.deepcopy(model), fuse="mlp", verbose=False)
 
 
 def fusions(model: nn.Module) -> list[Fusion]:
@@ -84,46 +82,19 @@ class Nodes:
     """Counts the calls of the joined nodes."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.sizes: list[int] = []
-        run, mlp = peft_shared.run_together, GatedMLPFunction.apply
+        self.count = 0
+        apply = GatedMLPFunction.apply
 
-        def together(plans: Any, x: Tensor) -> tuple[Tensor, ...]:
-            self.sizes.append(len(plans))
-            return run(plans, x)
+        def counted(*args: Any) -> Tensor:
+            self.count += 1
+            return apply(*args)
 
-        def gated(*args: Any) -> Tensor:
-            self.sizes.append(0)
-            return mlp(*args)
+        monkeypatch.setattr(GatedMLPFunction, "apply", counted)
 
-        monkeypatch.setattr(peft_shared, "run_together", together)
-        monkeypatch.setattr(GatedMLPFunction, "apply", gated)
-
-    def take(self) -> list[int]:
-        """Layers in each node since the last time; 0 is an MLP."""
-        sizes, self.sizes = self.sizes, []
-        return sizes
-
-
-class Trio(nn.Module):
-    """Three layers of one x, whose calls a test makes as it likes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.v = nn.Linear(20, 24), nn.Linear(20, 9), nn.Linear(20, 17)
-        self.between: Callable[[Tensor], Tensor] = lambda x: x
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k = self.q(x), self.k(x)
-        x = self.between(x)
-        v = self.v(x)
-        return torch.cat([q, k, v], dim=-1)
-
-
-def trio(p: float = 0.3, **options: Any) -> tuple[nn.Module, nn.Module]:
-    """(stock, fast), q, k and v joined by an example: the source has a new x for v."""
-    config = LoraConfig(r=3, lora_alpha=5, target_modules=["q", "k", "v"], lora_dropout=p)
-    stock = fill_adapters(get_peft_model(Trio(), config)).train()
-    return stock, fused(stock, "inputs", example=torch.randn(1, 20), **options)
+    def take(self) -> int:
+        """The calls since the last time."""
+        count, self.count = self.count, 0
+        return count
 
 
 def check(stock: nn.Module, fast: nn.Module, x: Tensor | None = None) -> None:

@@ -198,21 +198,3 @@ def test_velora_is_lora_without_a_backward() -> None:
     assert last_reasons(fast) == {""}
     torch.testing.assert_close(fast.eval()(x), stock.eval()(x))
     assert last_reasons(fast) == {""}
-
-
-def test_made_adapters_share_no_launch() -> None:
-    class Two(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up, self.down = nn.Linear(K, 40), nn.Linear(K, 24)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.cat([self.up(x), self.down(x)], -1)
-
-    model = peft_model(Two(), kasa_config=KasaConfig())
-    x = torch.randn(ROWS, K)
-    want = fastlora.accelerate(copy.deepcopy(model), verbose=False)(x)
-    joined = fastlora.accelerate(model, fuse="inputs", verbose=False)
-    assert torch.equal(joined(x), want)
-    (fusion,) = fastlora.explain(joined).fusions
-    assert "its A or B is made anew at each call" in str(fusion)

@@ -84,7 +84,7 @@ class Row:
 class Explanation:
     """The rows of `explain`, printed as a table in which equal layers share a line.
 
-    `fusions` has the layers that `accelerate(model, fuse=...)` runs as one node, or why not.
+    `fusions` has the gated MLPs that `accelerate(model, fuse="mlp")` runs as one node, or why not.
     """
 
     rows: list[Row]

@@ -17,7 +17,7 @@ from .plan.call import Plan
 from .plan.embedding import EmbeddingParts, embedding_plan
 from .plan.parameter import ParamParts, param_plan
 from .plan.plan import plan
-from .plan.reasons import LAST_REASON, SHARED, record
+from .plan.reasons import LAST_REASON, record
 from .run.embedding import embed
 from .run.linear import run
 from .run.parameter import built_reason, in_place
@@ -88,21 +88,15 @@ def serve(
 ) -> Tensor | None:
     """One forward of a layer around a linear one; None where PEFT's own forward has to run.
 
-    A compiled forward runs each layer alone. The layer's `__dict__` keeps the reason of the latest
-    call, for `explain`.
+    The layer's `__dict__` keeps the reason of the latest call, for `explain`.
     """
     found = plan(layer, x, args, kwargs)
     if isinstance(found, str):
         record(layer, found)
         return None
-    if torch.compiler.is_compiling():
-        return run(found, x)
-    state = layer.__dict__
-    state[LAST_REASON] = ""
-    if (shared := state.get(SHARED)) is None:
-        return run(found, x)
-    y: Tensor = shared.run(layer, found, x)
-    return y
+    if not torch.compiler.is_compiling():
+        layer.__dict__[LAST_REASON] = ""
+    return run(found, x)
 
 
 def fast_path(

@@ -21,7 +21,7 @@ from torch import nn
 
 from .. import bitsandbytes as bnb
 from .explanation import explain
-from .fuse.join import Fuse, check_fuse, join_layers, separate
+from .fuse.join import Fuse, check_fuse, join_mlps, separate
 from .swap import swap_in, swap_out
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -31,7 +31,6 @@ def accelerate(
     model: _Model,
     *,
     fuse: Fuse | None = None,
-    example: Any = None,
     verbose: bool | None = None,
 ) -> _Model:
     """Runs the LoRA layers of a PEFT model on fastlora; `restore` undoes it.
@@ -46,13 +45,9 @@ def accelerate(
     Args:
         model: a `PeftModel`, its base model, or any module with PEFT's LoRA layers inside. Calling
             it again after adding adapters to new layers is fine.
-        fuse: "inputs" runs LoRA layers that are called in a row with the same x (q, k and v; gate
-            and up) as one autograd node: x is saved once, and its gradient is summed in fp32 and
-            rounded once. "mlp" does so, and runs gated MLPs, `down(act(gate(x)) * up(x))`, as one
-            node that keeps the outputs of gate and up alone. None, the default, joins nothing.
-        example: inputs of one call of the model, a tensor, a tuple or a mapping; small ones do.
-            With it, one call in eval mode without gradients shows who shares an input; without it,
-            the source of the modules' forwards does. Each later call checks what was found.
+        fuse: "mlp" runs each gated MLP, `down(act(gate(x)) * up(x))`, as one autograd node, which
+            keeps x and the outputs of gate and up alone for the backward. None, the default, joins
+            nothing.
         verbose: True prints one line to stderr, False does not; None prints it on the first process
             of a run, unless FASTLORA_QUIET=1 is set.
 
@@ -61,8 +56,8 @@ def accelerate(
 
     Raises:
         TypeError: model is no nn.Module.
-        ValueError: fuse is none of its names; a 4-bit weight was repacked in eval mode and cannot
-            be restored. The model is left as it was.
+        ValueError: fuse is neither None nor "mlp"; a 4-bit weight was repacked in eval mode and
+            cannot be restored. The model is left as it was.
     """
     _check_module(model)
     check_fuse(fuse)
@@ -77,7 +72,7 @@ def accelerate(
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     for layer in layers:
         swap_in(layer)
-    join_layers(model, fuse, example)
+    join_mlps(model, fuse)
     if not layers:
         warnings.warn(
             "fastlora.accelerate: the model has no LoRA layers; call it after get_peft_model",

@@ -15,7 +15,7 @@ from torch import nn
 from ..bitsandbytes import disable_cpu_repacking
 from .layers import FastLoraEmbedding, FastLoraLinear, FastParamWrapper, FastSVDLinear
 from .plan.kept import KEPT
-from .plan.reasons import LAST_REASON, SHARED
+from .plan.reasons import LAST_REASON
 
 # Set on a class made by `_rebased`: the class that it was made from.
 _MADE_FROM = "_fastlora_made_from"
@@ -33,7 +33,7 @@ def swap_out(layer: nn.Module) -> None:
     pairs = [(fast, stock) for stock, fast in _pairs()]
     if (stock := _counterpart(type(layer), pairs)) is not None:
         _change_class(layer, stock)
-        for name in (LAST_REASON, SHARED, KEPT):
+        for name in (LAST_REASON, KEPT):
             layer.__dict__.pop(name, None)
 
 

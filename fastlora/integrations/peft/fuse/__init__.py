@@ -1,3 +1,3 @@
-"""Layers that run as one autograd node: those of one input, and gated MLPs."""
+"""Gated MLPs of LoRA layers that run as one autograd node."""
 
 from __future__ import annotations

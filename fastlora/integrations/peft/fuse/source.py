@@ -1,92 +1,15 @@
-"""Reads from the source of a forward which children share an input, and which form an MLP.
-
-Reading finds candidates without a call. It can be wrong about the former, since code may rebind a
-name in ways that are not followed here; whoever uses the answer looks at the tensors themselves.
-"""
+"""Reads from the source of a forward whether it is a gated MLP, and of which children."""
 
 from __future__ import annotations
 
 import ast
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from ..syntax import source_tree
-
-
-def is_readable(module: nn.Module) -> bool:
-    """Whether the source of a module's forward is there to be read."""
-    kind: Any = type(module)
-    return source_tree(kind.forward) is not None
-
-
-# ---- shared inputs ---------------------------------------------------------------------------
-
-
-def shared_inputs(module: nn.Module, names: Collection[str]) -> list[list[str]]:
-    """Children of `module`, out of `names`, that its forward calls with one variable, in order.
-
-    Args:
-        module: any module.
-        names: names of its children.
-
-    Returns:
-        Lists of two names or more.
-    """
-    kind: Any = type(module)
-    tree = source_tree(kind.forward)
-    if tree is None:
-        return []
-    reader = _Reader(names)
-    for statement in tree.body:
-        reader.visit(statement)
-    return [group for group in reader.groups.values() if len(group) > 1]
-
-
-class _Reader(ast.NodeVisitor):
-    """Walks a forward in the order in which it runs, branches one after the other."""
-
-    def __init__(self, names: Collection[str]) -> None:
-        self.names = names
-        self.bound: dict[str, int] = {}  # how often a variable has been assigned to
-        self.groups: dict[tuple[str, int], list[str]] = {}
-        self.seen: set[str] = set()
-
-    def visit_Call(self, node: ast.Call) -> None:
-        self.generic_visit(node)
-        name = _child(node.func)
-        if name is None or name not in self.names or name in self.seen:
-            return
-        argument = node.args[0] if len(node.args) == 1 else None
-        if isinstance(argument, ast.Name):
-            self.seen.add(name)
-            key = (argument.id, self.bound.get(argument.id, 0))
-            self.groups.setdefault(key, []).append(name)
-
-    def visit_Assign(self, node: ast.Assign) -> None:
-        self.visit(node.value)
-        for target in node.targets:
-            self.visit(target)
-
-    def visit_AugAssign(self, node: ast.AugAssign) -> None:
-        self.visit(node.value)
-        self.visit(node.target)
-
-    def visit_Name(self, node: ast.Name) -> None:
-        if not isinstance(node.ctx, ast.Load):
-            self.bound[node.id] = self.bound.get(node.id, 0) + 1
-
-
-def _child(node: ast.expr) -> str | None:
-    """`name` of an expression `self.name`."""
-    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-        return node.attr if node.value.id == "self" else None
-    return None
-
-
-# ---- gated MLPs ------------------------------------------------------------------------------
 
 
 class GatedSource(NamedTuple):
@@ -156,6 +79,13 @@ def _call(node: ast.expr, keywords: bool = False) -> ast.Call | None:
     """`node` as a call with one positional argument."""
     if isinstance(node, ast.Call) and len(node.args) == 1 and (keywords or not node.keywords):
         return node
+    return None
+
+
+def _child(node: ast.expr) -> str | None:
+    """`name` of an expression `self.name`."""
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+        return node.attr if node.value.id == "self" else None
     return None
 
 

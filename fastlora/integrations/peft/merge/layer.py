@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_leaves
 from .... import ops
 from ... import bitsandbytes as bnb
 from ..names import base_name
-from ..plan.reasons import SHARED
 from ..swap import is_fast, swap_in
 from .feedback import quantize_with_feedback
 from .report import MergeRow, measured
@@ -206,8 +205,8 @@ def _make_dense(layer: Any, base: Any, result: _Result, dtype: torch.dtype | Non
 
 
 def copy_of(layer: Any) -> Any:
-    """A deep copy of a layer alone, without the layers that it runs together with."""
-    memo: dict[int, Any] = {id(layer.__dict__.get(SHARED)): None}
+    """A deep copy of a layer, also of one that holds tensors of a graph."""
+    memo: dict[int, Any] = {}
     for tensor in tree_leaves(layer.__dict__.get("kwargs", {})):
         # With ensure_weight_tying lm_head holds the embedding's A and B turned, which have a graph.
         if isinstance(tensor, Tensor) and not tensor.is_leaf:

@@ -13,8 +13,6 @@ from ....backends import forced_backend
 
 # Why the latest call of a layer ran PEFT's own code; empty when it did not.
 LAST_REASON = "_fastlora_reason"
-# The group of layers that share an input with this one; see `fuse.shared`.
-SHARED = "_fastlora_shared"
 
 
 class Unserved(str):

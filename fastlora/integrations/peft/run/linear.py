@@ -6,13 +6,10 @@ backward does not depend on autocast.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from ....autograd.common import autocast_off
 from ....autograd.linear import linear
-from ....autograd.shared import shared_linear
 from ....layer import Layer
 from ... import bitsandbytes as bnb
 from ..plan.call import Plan
@@ -57,10 +54,3 @@ def one_call(plan: Plan, x: Tensor) -> Layer:
     if plan.parts.quant_state is not None:
         bnb.settle_compute_dtype(plan.parts.base, x)
     return joined(plan, plan.together)
-
-
-def run_together(plans: Sequence[Plan], x: Tensor) -> tuple[Tensor, ...]:
-    """`run(plan, x)` of several plans with the same casts and no `apart_reason`, as one node."""
-    with autocast_off(x.device):
-        layers = [one_call(plan, x) for plan in plans]
-        return shared_linear(cast(x, plans[0].casts.x), layers)
