@@ -57,7 +57,7 @@ CASES = (
     Case("everything dropped", 12, 32, 64, 4, dropout_p=1.0),
 )
 
-# x, adapter and (4-bit only) compute dtype, as PEFT combines them.
+# x, adapter and compute dtype, as PEFT combines them.
 DTYPES = {
     "fp32": (torch.float32, torch.float32, None),
     "bf16, fp32 adapter": (torch.bfloat16, torch.float32, None),
@@ -102,6 +102,12 @@ BASES = (
     Base("mxfp4", 32),
 )
 FOUR_BIT = tuple(base for base in BASES if base.quant_type is not None)
+
+
+def is_refused(base: Base, dtypes: str) -> bool:
+    """Whether the ops refuse the dtypes for a base: a dense weight may only be narrower than x."""
+    x, _, compute = DTYPES[dtypes]
+    return base.quant_type is None and compute is not None and x != torch.float32
 
 
 @dataclass
@@ -152,7 +158,7 @@ def make_inputs(case: Case, base: Base, dtypes: tuple[Any, Any, Any]) -> Inputs:
     weight = torch.randn(N, K) * K**-0.5
     state = None
     if base.quant_type is None:
-        weight = weight.to(x_dtype)
+        weight = weight.to(compute_dtype or x_dtype)
         if base.transposed:
             weight = weight.T.contiguous().T
     else:

@@ -38,6 +38,7 @@ from tests.cases import (
     Base,
     Case,
     exact_results,
+    is_refused,
     make_inputs,
     plain_results,
     run,
@@ -53,10 +54,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 COMBINATIONS = [
-    (base, dtypes)
-    for base in BASES
-    for dtypes in DTYPES
-    if base.quant_type is not None or DTYPES[dtypes][2] is None
+    (base, dtypes) for base in BASES for dtypes in DTYPES if not is_refused(base, dtypes)
 ]
 
 

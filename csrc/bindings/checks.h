@@ -194,7 +194,10 @@ inline Weight weight_of(const LayerTensors& layer, int64_t N, int64_t K, ScalarT
   if (!layer.is_dense())
     return weight_of(layer.quant(), N, K, layer.compute_dtype.value_or(x_dtype));
   check_matrix(layer.weight, "weight", N, K);
-  STD_TORCH_CHECK(layer.weight.scalar_type() == x_dtype, "weight must have x's dtype");
+  const ScalarType dtype = layer.compute_dtype.value_or(x_dtype);
+  STD_TORCH_CHECK(layer.weight.scalar_type() == dtype, "weight must be in x's or compute_dtype");
+  STD_TORCH_CHECK(dtype == x_dtype || x_dtype == ScalarType::Float,
+                  "compute_dtype of a dense weight must be x's dtype unless x is in fp32");
   dense = with_order(layer.weight);
   return weight_of(dense);
 }

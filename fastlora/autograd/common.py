@@ -98,7 +98,7 @@ def working(layer: Layer) -> Layer:
     """The layer with a dense weight in its compute_dtype."""
     if layer.compute_dtype is None or layer.quant_state is not None:
         return layer
-    return layer._replace(weight=layer.weight.to(layer.compute_dtype), compute_dtype=None)
+    return layer._replace(weight=layer.weight.to(layer.compute_dtype))
 
 
 # ---- the node -----------------------------------------------------------------------------------

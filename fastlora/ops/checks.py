@@ -14,7 +14,7 @@ def check_layer(x: Tensor, layer: Layer) -> Layer:
     if layer.quant_state is not None:
         layer, shape = _check_4bit(x, layer, as_quant_state(layer.quant_state))
     else:
-        shape = _check_dense(x, layer.weight)
+        shape = _check_dense(x, layer.weight, layer.compute_dtype)
     N, K = shape
     A, B, bias = layer.lora_A, layer.lora_B, layer.bias
     a_shape, b_shape = A.shape, B.shape
@@ -32,15 +32,19 @@ def check_layer(x: Tensor, layer: Layer) -> Layer:
     return layer
 
 
-def _check_dense(x: Tensor, weight: Tensor) -> torch.Size:
+def _check_dense(x: Tensor, weight: Tensor, compute_dtype: torch.dtype | None) -> torch.Size:
     """A dense weight against x; returns its shape."""
     shape = weight.shape
     if len(shape) != 2 or x.dim() != 2 or shape[1] != x.shape[1]:
         raise ValueError(
             f"x must be [M, K] and weight [N, K], got {tuple(x.shape)} and {tuple(shape)}"
         )
-    if weight.dtype != x.dtype:
-        raise TypeError(f"weight must have x's dtype {x.dtype}, got {weight.dtype}")
+    dtype = x.dtype if compute_dtype is None else compute_dtype
+    if weight.dtype != dtype:
+        whose = "x's dtype" if compute_dtype is None else "compute_dtype"
+        raise TypeError(f"weight must have {whose} {dtype}, got {weight.dtype}")
+    if dtype != x.dtype and x.dtype != torch.float32:
+        raise TypeError(f"compute_dtype of a dense weight must be x's {x.dtype}, got {dtype}")
     if weight.device != x.device:
         check_devices("x's", x.device, ("weight", weight))
     return shape

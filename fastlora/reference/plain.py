@@ -135,9 +135,7 @@ def gated_mlp(x: Tensor, gate: Layer, up: Layer, down: Layer, activation: str) -
     return lora_linear(h, down)
 
 
-def dora_linear(
-    x: Tensor, layer: Layer, factor: Tensor, product_dtype: torch.dtype | None = None
-) -> Tensor:
+def dora_linear(x: Tensor, layer: Layer, factor: Tensor) -> Tensor:
     """`y = x W^T + bias + (factor - 1) * base + factor * (z A^T) B^T * scaling`.
 
     Without dropout z is x, and base is the layer's rounded result less its bias. With dropout z is
@@ -147,7 +145,6 @@ def dora_linear(
     Args:
         x, layer: as in `lora_linear`.
         factor: [N], magnitude / `dora_norm`.
-        product_dtype: another dtype for `z W^T`.
 
     Source: PEFT's `DoraLinearVariant.forward` (tuners/lora/variants.py) and
     `DoraLinearLayer.forward` (tuners/lora/dora.py).
@@ -157,8 +154,7 @@ def dora_linear(
     if layer.dropout_p > 0.0:
         W, state = layer.weight, layer.quant_state
         W = W if state is None else dequantize_4bit(W, state)
-        dtype = product_dtype or z.dtype
-        base = linear(z.to(dtype), W.to(dtype))
+        base = linear(z, W.to(z.dtype))
     else:
         base = result if layer.bias is None else result - layer.bias
     lora = linear(linear(z, layer.lora_A), layer.lora_B)

@@ -11,7 +11,8 @@ namespace FASTLORA_ISA {
 // weight is read as, an `Operand`'s source.
 //
 // A base product in bf16 uses bf16 pairs where the CPU has the instruction, for fp32 x too (rounded on
-// the way, as bitsandbytes' compute_dtype asks). All else is fp32 FMA on widened operands.
+// the way, as bitsandbytes' compute_dtype asks). All else is fp32 FMA on widened operands; a dense
+// weight in 16 bits may stand beside an fp32 x.
 template <class F>
 static void with_weight(const Weight& weight, DType x_dtype, const F& f) {
   const auto with_source = [&](auto compute, auto* x, auto* dense_type) {
@@ -28,12 +29,16 @@ static void with_weight(const Weight& weight, DType x_dtype, const F& f) {
     using X = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
 #if defined(FASTLORA_PAIRS)
     if constexpr (!std::is_same_v<X, f16>) {
-      const bool plain = weight.dense && std::is_same_v<X, float>;
-      if (weight.compute_dtype == DType::bf16 && !plain) {
+      if (weight.compute_dtype == DType::bf16) {
         return with_source(Bf16Pair{}, x, static_cast<const bf16*>(nullptr));
       }
     }
 #endif
+    if constexpr (std::is_same_v<X, float>) {
+      if (weight.dense) {
+        return with_type(weight.compute_dtype, [&](auto* type) { with_source(F32{}, x, type); });
+      }
+    }
     with_source(F32{}, x, static_cast<const X*>(nullptr));
   });
 }

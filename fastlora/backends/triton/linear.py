@@ -44,10 +44,10 @@ def _product(gpu: Launcher, op: str, x: Tensor, layer: Layer) -> Product:
     """The product with W of an op, dense or in 4 bits."""
     (N, R), K, state = layer.lora_B.shape, x.shape[1], layer.quant_state
     key, sizes, forward = op_key(op, state is not None), (len(x), N, K, R), op.endswith("fwd")
+    base = layer.compute_dtype or x.dtype
     if state is None:
         right = layer.weight.t() if forward else layer.weight
-        return dense_product(gpu, right, gpu.dense_tile(key, x.dtype, sizes))
-    base = layer.compute_dtype or x.dtype
+        return dense_product(gpu, right, gpu.dense_tile(key, base, sizes))
     tiles = gpu.four_bit_tiles(key, base, sizes)
     return four_bit_product(gpu, packed(layer.weight, state), (N, K), forward, base, tiles)
 

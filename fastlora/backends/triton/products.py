@@ -27,7 +27,8 @@ def dense_product(gpu: Launcher, right: Tensor, tile: Tile | None) -> Product:
 
     Args:
         tile: of the kernel that holds the term in its accumulator; None for the vendor's product,
-            which adds to a term that a kernel has written (rounded to out's dtype).
+            which adds to a term that a kernel has written (rounded to out's dtype), if right has
+            out's dtype.
     """
 
     def product(
@@ -39,14 +40,23 @@ def dense_product(gpu: Launcher, right: Tensor, tile: Tile | None) -> Product:
         factor: float,
         dropout: Dropout,
     ) -> None:
-        if tile is not None:
-            base_product(gpu, out, left, right, bias, P, Q, factor, dropout, tile)
+        left, own = _narrowed(left, right.dtype), tile
+        if own is None and right.dtype != out.dtype:
+            # The vendor's product would be rounded to right's dtype before the term is added.
+            own = gpu.table_tile("base_product", right.dtype, M=len(left), R=P.shape[1])
+        if own is not None:
+            base_product(gpu, out, left, right, bias, P, Q, factor, dropout, own)
             return
         term = gpu.table_tile("base_product", out.dtype, M=len(left), R=P.shape[1])
         base_product(gpu, out, left[:, :0], right[:0], bias, P, Q, factor, dropout, term)
         out.addmm_(left, right)
 
     return product
+
+
+def _narrowed(left: Tensor, dtype: torch.dtype) -> Tensor:
+    """left in no more than dtype: fp32 tokens need twice the shared memory that tiles are for."""
+    return left.to(dtype) if left.dtype.itemsize > dtype.itemsize else left
 
 
 def panels(
@@ -111,23 +121,17 @@ def four_bit_product(
         factor: float,
         dropout: Dropout,
     ) -> None:
-        if left.dtype.itemsize > base.itemsize:
-            # fp32 tokens would need twice the shared memory that the tiles are made for.
-            left = left.to(base)
         if fused_tile is not None and fits(packed, shape[1], base):
+            left = _narrowed(left, base)
             base_product_4bit(
                 gpu, out, left, packed, shape, is_forward, bias, P, Q, factor, dropout, base,
                 fused_tile,
             )  # fmt: skip
             return
-        tile = dense_tile
-        if tile is None and base != out.dtype:
-            # The vendor's product would be rounded to the base's dtype before the term is added.
-            tile = gpu.table_tile("base_product", base, M=len(left), R=P.shape[1])
         for begin, end in panels(packed, shape, is_forward, base, WORKSPACE_BYTES):
             right = decoded_panel(gpu, packed, shape, is_forward, (begin, end), base)
             part = None if bias is None else bias[begin:end]
             columns = (out[:, begin:end], left, part, P, Q[:, begin:end])
-            dense_product(gpu, right, tile)(*columns, factor, dropout.at(begin))
+            dense_product(gpu, right, dense_tile)(*columns, factor, dropout.at(begin))
 
     return product

@@ -17,6 +17,7 @@ from ....layer import Layer
 from ....quant import QuantState
 from ..plan.call import Adapter, Plan
 from .launch import base_alone, base_bias, one_layer
+from .tensors import cast
 
 # Devices whose kernels compute the masks of DoRA's dropout. On others the reference would, in many
 # operations: torch's own dropout is faster there.
@@ -39,12 +40,16 @@ def dora(plan: Plan, x: Tensor, adapter: Adapter) -> Tensor:
     norms = weight_norms(layer, parts.raw_state)
     assert adapter.magnitude is not None
     factor = adapter.magnitude.float() / norms
-    bias, dropout_p = base_bias(plan), layer.dropout_p
-    if adapter.drops and x.device.type not in _DORA_MASKS:
-        kept, scale = adapter.dropout(torch.ones_like(x)) != 0, 1.0 / (1.0 - dropout_p)
-        bias = linear(torch.where(kept, x * (1.0 - scale), x), base_alone(plan, x))
-        x, factor, dropout_p = torch.where(kept, x, 0.0), scale * factor, 0.0
-    return dora_linear(x, layer._replace(bias=bias, dropout_p=dropout_p), factor)
+    layer = layer._replace(bias=base_bias(plan))
+    if not adapter.drops or x.device.type in _DORA_MASKS:
+        return dora_linear(x, layer, factor)
+    kept, scale = adapter.dropout(torch.ones_like(x)) != 0, 1.0 / (1.0 - layer.dropout_p)
+    rest = linear(torch.where(kept, x * (1.0 - scale), x), base_alone(plan, x))
+    compute = layer.compute_dtype or x.dtype
+    layer = layer._replace(bias=rest, dropout_p=0.0, compute_dtype=compute)
+    # In the adapter's dtype, so that the product is not rounded, and its operands still in x's.
+    y = dora_linear(cast(torch.where(kept, x, 0.0), layer.lora_A.dtype), layer, scale * factor)
+    return cast(y, x.dtype)
 
 
 @torch.no_grad()
