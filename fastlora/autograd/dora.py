@@ -38,7 +38,8 @@ class DoraLinearFunction(torch.autograd.Function):
 
     Saves x, S [M, R], the adapters, factor, the dropout's seed and, where factor is trained, the
     product [M, N] that it multiplies (with dropout in the adapter's dtype): no mask, no copy of x.
-    A double backward runs in plain torch.
+    A double backward runs in plain torch, and without dropout rounds that product's gradient to x's
+    dtype on its way to the adapters.
     """
 
     @staticmethod
@@ -93,17 +94,19 @@ def _dora_linear(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y of `dora_linear`, the product z that factor multiplies, and S."""
     layer, bias, p = working(layer), layer.bias, layer.dropout_p
-    kept = x
+    kept, adapted = x, _undropped(layer)
     if p != 0.0:
         assert layer.seed is not None
         kept, rest = ops.dora_dropout_fwd(x, p, layer.seed, backend=backend)
         bias, _ = ops.lora_linear_fwd(rest, _base(layer), backend=backend)
-    adapted = _adapted(layer, x.dtype)
-    z, S = ops.lora_linear_fwd(kept.to(layer.lora_A.dtype), adapted, backend=backend)
+        # As in PEFT's code z is in the adapter's dtype then: factor's gradient sums it. The
+        # operands of the base product keep theirs.
+        adapted = adapted._replace(compute_dtype=layer.compute_dtype or x.dtype)
+        kept = kept.to(layer.lora_A.dtype)
+    z, S = ops.lora_linear_fwd(kept, adapted, backend=backend)
     scaled, _ = _scaled(factor, p)
     y = ops.dora_magnitude_fwd(z, scaled, bias, backend=backend)
-    # Without dropout PEFT takes z from the layer's rounded result, too.
-    return y.to(x.dtype), z.to(x.dtype) if p == 0.0 else z, S
+    return y.to(x.dtype), z, S
 
 
 def _dora_linear_bwd(
@@ -122,27 +125,40 @@ def _dora_linear_bwd(
     z may be None where dfactor is not needed.
     """
     layer, p, seed = working(layer), layer.dropout_p, layer.seed
-    wide, (scaled, scale) = dy.to(layer.lora_A.dtype), _scaled(factor, p)
-    product = wide if z is None else z.to(wide.dtype)
-    wanted = (any(need[:3]), need_factor, need.bias)
-    dz, dfactor, dbias = ops.dora_magnitude_bwd(wide, product, scaled, wanted, backend=backend)
+    plain = _undropped(layer)
+    # An adapter wider than dz = factor * dy would lose bits to the rounding of dz: it takes dy, and
+    # factor goes into B.
+    wider = layer.lora_A.dtype != dy.dtype and (need.A or need.B)
+    scaled, scale = _scaled(factor, p)
+    wide_z = z is not None and z.dtype != dy.dtype
+    wanted = (need.x or ((need.A or need.B) and not wider), need_factor and not wide_z, need.bias)
+    product = dy if z is None or wide_z else z
+    dz, dfactor, dbias = ops.dora_magnitude_bwd(dy, product, scaled, wanted, backend=backend)
+    if z is not None and wide_z:
+        alone = (False, True, False)
+        _, dfactor, _ = ops.dora_magnitude_bwd(dy.to(z.dtype), z, scaled, alone, backend=backend)
     if dfactor is not None:
         dfactor = scale * dfactor
-    if dz is None:
-        return _DoraGrads(Grads(bias=dbias), dfactor)
     kept = x
     if seed is not None and need.A:
         kept, _ = ops.dora_dropout_fwd(x, p, seed, backend=backend)
-    adapted, asked = _adapted(layer, x.dtype), need._replace(bias=False)
-    grads = ops.lora_linear_bwd(dz, kept.to(wide.dtype), adapted, S, asked, backend=backend)
-    dx = None if grads.x is None else grads.x.to(x.dtype)
+    dx = dA = dB = None
+    if dz is not None:
+        asked = Needs(need.x, need.A and not wider, need.B and not wider)
+        dx, dA, dB, _ = ops.lora_linear_bwd(dz, kept, plain, S, asked, backend=backend)
+    if wider:
+        column = scaled[:, None]
+        scaled_B = plain._replace(lora_B=(column * plain.lora_B).to(plain.lora_B.dtype))
+        asked = Needs(False, need.A, need.B)
+        _, dA, dB, _ = ops.lora_linear_bwd(dy, kept, scaled_B, S, asked, backend=backend)
+        dB = None if dB is None else (column * dB).to(plain.lora_B.dtype)
     if seed is not None and dx is not None:
         none = S.new_zeros(S.shape[0], 1)
         base = _base(layer)._replace(bias=None)
         drest = ops.lora_linear_bwd(dy, x, base, none, _DX_ALONE, backend=backend).x
         assert drest is not None
         dx = ops.dora_dropout_bwd(dx, drest, p, seed, backend=backend)
-    return _DoraGrads(grads._replace(x=dx, bias=dbias), dfactor)
+    return _DoraGrads(Grads(dx, dA, dB, dbias), dfactor)
 
 
 def _scaled(factor: Tensor, dropout_p: float) -> tuple[Tensor, float]:
@@ -153,14 +169,9 @@ def _scaled(factor: Tensor, dropout_p: float) -> tuple[Tensor, float]:
     return scale * factor, scale
 
 
-def _adapted(layer: Layer, dtype: torch.dtype) -> Layer:
-    """The layer of z = x' W^T + scaling * x' A^T B^T, without bias and dropout.
-
-    It takes x' in the adapter's dtype, so that z and its gradient are not rounded to x's `dtype`:
-    PEFT's aren't, and factor's gradient sums z. The base product's operands are in `dtype`.
-    """
-    compute = layer.compute_dtype or dtype
-    return layer._replace(bias=None, dropout_p=0.0, seed=None, compute_dtype=compute)
+def _undropped(layer: Layer) -> Layer:
+    """The layer without bias and dropout, for an x that has lost its elements already."""
+    return layer._replace(bias=None, dropout_p=0.0, seed=None)
 
 
 def _base(layer: Layer) -> Layer:
