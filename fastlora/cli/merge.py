@@ -24,7 +24,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "merge",
         help="merge an adapter into its model, dense or 4-bit, with the rounding error",
         description=(
-            "Merges a PEFT adapter into a causal LM and writes the merged model. Sums are in fp32 "
+            "Merges a PEFT adapter into its model and writes the merged model. Sums are in fp32 "
             "and rounded once. A table shows how much of the update rounding loses."
         ),
     )
@@ -66,15 +66,18 @@ def run(args: argparse.Namespace) -> int:
     _check(args, out)
     quiet_libraries()
     console = wide_console()
-    from peft import PeftModel
-
+    from ..integrations.peft.loading import adapter_config, load_adapter, trained_tensors
     from ..integrations.peft.merge.merge import merge_adapter
 
-    model, originals = _load(args)
+    try:
+        config, heads = adapter_config(args.adapter), trained_tensors(args.adapter)
+    except (FileNotFoundError, ValueError) as error:
+        raise CliError(f"--adapter: {error}") from error
+    model, originals = _load(args, config.task_type, heads)
     tokenizer = _tokenizer(args.model)
     try:
-        model = PeftModel.from_pretrained(model, args.adapter).eval()
-    except (ValueError, RuntimeError, KeyError) as error:
+        model = load_adapter(model, args.adapter).eval()
+    except ValueError as error:
         raise CliError(f"--adapter: {error}") from error
     moments = _moments(args, model, tokenizer) if args.calibrate else None
     try:
@@ -108,12 +111,8 @@ def _check(args: argparse.Namespace, out: Path) -> None:
     """Finds wrong arguments before a model is loaded."""
     if out.exists():
         raise CliError(f"--out: {out} exists; nothing is overwritten")
-    for flag, folder, file in (
-        ("--model", args.model, "config.json"),
-        ("--adapter", args.adapter, "adapter_config.json"),
-    ):
-        if not (Path(folder) / file).is_file():
-            raise CliError(f"{flag}: expected a folder with {file}, got {folder}")
+    if not (Path(args.model) / "config.json").is_file():
+        raise CliError(f"--model: expected a folder with config.json, got {args.model}")
     if args.calibrate and args.into != "4bit":
         raise CliError("--calibrate: only --into 4bit rounds by it")
     if args.calibrate and (args.base or not _is_stored_in_4bit(args.model)):
@@ -131,12 +130,19 @@ def _is_stored_in_4bit(folder: str) -> bool:
     return getattr(AutoConfig.from_pretrained(folder), "quantization_config", None) is not None
 
 
-def _load(args: argparse.Namespace) -> tuple[Any, str | None]:
-    """The model, and the folder of the weights that its 4-bit layers were quantised from."""
+def _load(
+    args: argparse.Namespace, task: str | None, heads: dict[str, Any]
+) -> tuple[Any, str | None]:
+    """The model, and the folder of the weights that its 4-bit layers were quantised from.
+
+    Args:
+        task: of the adapter.
+        heads: the tensors that the adapter has trained as a whole.
+    """
     import torch
-    from transformers import AutoModelForCausalLM
 
     from ..integrations.bitsandbytes import disable_cpu_repacking
+    from ..integrations.transformers.loading import load_model, model_class
 
     stored = _is_stored_in_4bit(args.model)
     options: dict[str, Any] = {"dtype": _dtype(args.dtype) or "auto"}
@@ -155,9 +161,22 @@ def _load(args: argparse.Namespace) -> tuple[Any, str | None]:
         raise CliError("--base: --model is dense, and has these weights itself")
     if quant is not None or stored or torch.cuda.is_available():
         options["device_map"] = {"": "cuda" if torch.cuda.is_available() else "cpu"}
-    model = AutoModelForCausalLM.from_pretrained(args.model, **options)
+    if (labels := _labels(heads)) is not None and task in ("SEQ_CLS", "TOKEN_CLS"):
+        options["num_labels"] = labels
+    try:
+        model = load_model(args.model, model_class(args.model, task), heads, **options)
+    except ValueError as error:
+        raise CliError(f"--model: {error}") from error
     disable_cpu_repacking(model)
     return model, originals
+
+
+def _labels(heads: dict[str, Any]) -> int | None:
+    """How many labels the head of an adapter's classifier has."""
+    for name in ("score.weight", "classifier.weight", "classifier.out_proj.weight"):
+        if name in heads:
+            return int(heads[name].shape[0])
+    return None
 
 
 def _stored_dtype(folder: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,13 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from .gguf import convert_gguf, is_gguf
+from .loading import load_model
 
 QUANT_TYPES = ("nf4", "fp4", "none")
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
@@ -46,8 +47,8 @@ def load_causal_lm(
 
     Raises:
         FileNotFoundError: path, its config or its tokenizer is missing.
-        ValueError: unknown quant, quant for a model that is stored quantised, or a tokenizer that
-            can't be loaded.
+        ValueError: unknown quant, quant for a model that is stored quantised, a tokenizer that
+            can't be loaded, or as `load_model`.
     """
     if quant not in QUANT_TYPES:
         raise ValueError(f"quant must be one of {', '.join(QUANT_TYPES)}, got {quant!r}")
@@ -64,7 +65,7 @@ def load_causal_lm(
         options["quantization_config"] = four_bit(quant, double_quant, dtype)
     if quant != "none" or stored is not None or device.type != "cpu":
         options["device_map"] = {"": device}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+    model = load_model(folder, dtype=dtype, **options)
     if quant != "none" or stored is not None:
         from peft import prepare_model_for_kbit_training
 
@@ -130,7 +131,16 @@ def make_savable(model: PreTrainedModel) -> None:
 
     On saving, Transformers 5 reverts the conversions that it applied on loading. It can't revert
     the one that assembles 4-bit weights, and need not: the state dict already has the right names.
+    Weights that layers share are parted, but for tied embeddings: replicated layers, as PEFT's
+    layer_replication makes them, can't be saved otherwise.
     """
+    table = getattr(model.get_input_embeddings(), "weight", None)
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if id(parameter) in seen and parameter is not None and parameter is not table:
+                module._parameters[name] = copy.deepcopy(parameter)
+            seen.add(id(parameter))
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is not None:
         model._weight_conversions = [c for c in conversions if _is_reversible(c)]

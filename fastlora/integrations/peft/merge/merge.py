@@ -22,6 +22,7 @@ from ...names import plain_name
 from .layer import copy_of, merge_layer, unmerge_layer
 from .originals import OriginalWeights, Source
 from .report import MergeReport, MergeRow
+from .tied import part_shared
 
 INTO = ("4bit", "dense")
 Moments = Mapping[str, Tensor]
@@ -42,7 +43,8 @@ def merge_adapter(
 
     The adapters stay in the model, marked as merged: `unmerge_adapter` takes them out,
     `merge_and_unload` leaves the merged model. All sums are in fp32 and rounded once. At any time
-    one layer has copies, in fp32.
+    one layer has copies, in fp32. Weights that layers share (tied embeddings, replicated layers)
+    are parted, so that each gets its own update; the config then no longer calls them tied.
 
     Args:
         model: a model with PEFT's layers inside.
@@ -84,6 +86,7 @@ def merge_adapter(
         merge.check(originals, moments)
     _try_variants(plan)
     _check_allowed(model)
+    part_shared(model, [merge.layer for merge in plan])
 
     rows = []
     for done, merge in enumerate(plan):

@@ -1,0 +1,90 @@
+"""Models from folders: what is loaded is compared with what the model has."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from typing import Any
+
+import transformers
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
+
+from ..keys import check_keys, first_line
+
+# Classes of models by PEFT's `task_type`.
+_OF_TASK: dict[str, Any] = {
+    "SEQ_CLS": AutoModelForSequenceClassification,
+    "TOKEN_CLS": AutoModelForTokenClassification,
+    "QUESTION_ANS": AutoModelForQuestionAnswering,
+    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
+}
+
+
+def model_class(folder: str | os.PathLike[str], task: str | None = None) -> Any:
+    """The class to load a folder's model by: that of a task, or of the folder's `architectures`.
+
+    Args:
+        folder: of a model.
+        task: PEFT's `task_type` of an adapter. "CAUSAL_LM", "FEATURE_EXTRACTION" and None leave it
+            to the folder.
+    """
+    if task in _OF_TASK:
+        return _OF_TASK[task]
+    names = AutoConfig.from_pretrained(folder).architectures or ()
+    return getattr(transformers, names[0], AutoModelForCausalLM) if names else AutoModelForCausalLM
+
+
+def load_model(
+    folder: str | os.PathLike[str],
+    kind: Any = AutoModelForCausalLM,
+    given: Collection[str] = (),
+    **options: Any,
+) -> PreTrainedModel:
+    """`kind.from_pretrained(folder, **options)`, each of whose weights is in the folder.
+
+    Transformers alone draws missing weights at random, and says so in its log.
+
+    Args:
+        folder: of a model.
+        kind: a class of Transformers, or one of its `AutoModel...`.
+        given: names of weights that come from elsewhere, as those of a classifier's head from its
+            adapter. Then the folder may have another head, which is left out.
+        options: as `from_pretrained` takes them.
+
+    Raises:
+        ValueError: the folder lacks weights, has others than the model, or of another shape, or
+            can't be read.
+    """
+    try:
+        model, found = kind.from_pretrained(
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
+        raise ValueError(f"the model in {folder} can't be loaded: {first_line(error)}") from error
+    if found["error_msgs"]:
+        raise ValueError(f"the model in {folder} can't be loaded: {found['error_msgs'][0]}")
+    missing = [name for name in found["missing_keys"] if name not in given]
+    mismatched = [each for each in sorted(found["mismatched_keys"]) if each[0] not in given]
+    unexpected = list(found["unexpected_keys"])
+    if given:
+        body = f"{model.base_model_prefix}."
+        unexpected = [name for name in unexpected if name.startswith(body)]
+    if mismatched:
+        name, stored, wanted = mismatched[0]
+        more = f", and {len(mismatched) - 1} more" if len(mismatched) > 1 else ""
+        raise ValueError(
+            f"{folder} doesn't fit the model: "
+            f"{name} must be {list(wanted)}, got {list(stored)}{more}"
+        )
+    check_keys(folder, missing, unexpected)
+    loaded: PreTrainedModel = model
+    return loaded
