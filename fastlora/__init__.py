@@ -7,6 +7,7 @@ your own models; `register(lora_config)`, `patch_peft()` for trainers that build
 from __future__ import annotations
 
 import importlib
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from .version import __version__
@@ -37,7 +38,9 @@ _EXPORTS = {
     "spectrum": ".integrations.spectrum",
 }
 
-__all__ = ["__version__", *_EXPORTS]
+# `from fastlora import *` takes what can be imported here.
+_WITHOUT_PEFT = [name for name, home in _EXPORTS.items() if ".integrations" not in home]
+__all__ = ["__version__", *(_EXPORTS if find_spec("peft") else _WITHOUT_PEFT)]
 
 if TYPE_CHECKING:
     from .autograd.embedding import lora_embedding

@@ -16,6 +16,8 @@ from .finetune import command as finetune
 from .finetune import demo
 from .tune import gpu as tune
 
+# Packages that fastlora runs without, but some commands don't.
+_PEERS = ("accelerate", "bitsandbytes", "datasets", "gguf", "matplotlib", "peft", "transformers")
 _COMMANDS = (info, verify, bench, tune, spectrum, finetune, merge, demo)
 
 
@@ -42,6 +44,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         # `fastlora info | head`: nobody reads the rest. The interpreter must not complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if args.debug or missing not in _PEERS:
+            raise
+        print(
+            f"fastlora {args.command}: error: missing: {missing}; in fastlora's source folder, "
+            "`pip install '.[finetune]'` installs it",
+            file=sys.stderr,
+        )
+        return 2
     except Exception as error:
         if args.debug:
             raise

@@ -11,7 +11,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..backends.machine.cpu import cpuinfo
 from ..version import __version__
 
 # In the order of the report.
@@ -105,6 +104,8 @@ def _machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "cpu": platform.processor() or platform.machine(),
     }
+    from ..backends.machine.cpu import cpuinfo
+
     if facts_of_cpu := cpuinfo():
         facts["cpu"] = facts_of_cpu.get("model name", facts["cpu"])
         present = set((facts_of_cpu.get("flags") or facts_of_cpu.get("Features") or "").split())

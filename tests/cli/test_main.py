@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
 import pytest
 
 import fastlora
@@ -27,6 +32,37 @@ def test_help_fits_80_columns(
         main([command, "--help"])
     assert stop.value.code == 0
     assert all(len(line) <= 80 for line in capsys.readouterr().out.splitlines())
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["finetune", "--help"]], ids=str)
+def test_help_imports_no_torch(arguments: list[str]) -> None:
+    """It takes a tenth of a second without, and three seconds with it."""
+    program = (
+        "import sys; from fastlora.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: print({'torch', 'numpy', 'peft', 'transformers'} & {*sys.modules})"
+    )
+    command = [sys.executable, "-c", program, *arguments]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert ran.stdout.endswith("set()\n")
+
+
+def test_without_peers() -> None:
+    """`import *` leaves out what needs peft, and a command names what is missing."""
+    program = (
+        "import sys; sys.modules['peft'] = None\n"
+        "from fastlora import *\n"
+        "assert 'accelerate' not in globals(); LoraLinear\n"
+        "from fastlora.cli import main\n"
+        "folder = sys.argv[1]\n"
+        "sys.exit(main(['merge', '--model', folder, '--adapter', folder, '--out', 'nowhere']))"
+    )
+    command = [sys.executable, "-c", program]
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").touch()
+        ran = subprocess.run([*command, folder], capture_output=True, text=True)
+    assert ran.returncode == 2, ran.stderr
+    assert "fastlora merge: error: missing: peft; " in ran.stderr and ran.stderr.count("\n") == 1
 
 
 def test_unknown_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
