@@ -51,10 +51,10 @@ def test_opcheck(op: str) -> None:
     ("op", "place", "wrong", "message"),
     [
         ("quantize_absmax", 0, torch.rand(8).double(), "absmax has the wrong dtype"),
-        ("quantize_absmax", 1, torch.rand(2), "offset must be contiguous with 1 elements, got 2"),
-        ("quantize_absmax", 2, torch.rand(16), "code must be contiguous with 256 elements, got 16"),
+        ("quantize_absmax", 1, torch.rand(2), "offset must have 1 elements, got 2"),
+        ("quantize_absmax", 2, torch.rand(16), "code must have 256 elements, got 16"),
         ("qlora_gemm_fwd", 0, torch.randn(5, 64), "x must be bf16 or fp16"),
-        ("qlora_gemm_fwd", 1, torch.zeros(3, dtype=torch.uint8), "weight must be contiguous with"),
+        ("qlora_gemm_fwd", 1, torch.zeros(3, dtype=torch.uint8), "weight must have"),
         ("qlora_gemm_fwd", 9, torch.randn(4, 2), "S must be .5, 2."),
         ("qlora_gemm_dx", 11, None, "seed must be an int64 tensor"),
         ("qlora_decode", 7, 32, "K and blocksize must be multiples of 64"),

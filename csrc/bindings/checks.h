@@ -40,8 +40,17 @@ inline OptionalTensor as_contiguous(const OptionalTensor& t) {
   return t.has_value() ? OptionalTensor(as_contiguous(*t)) : t;
 }
 
+struct MatrixSizes {
+  int64_t rows, columns;
+};
+inline MatrixSizes sizes_of(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 2, name, " must be a matrix, got ", t.dim(), " dimensions");
+  return {t.size(0), t.size(1)};
+}
+
 // A matrix whose rows are contiguous: t itself, or a contiguous copy if its columns are spread.
-inline Tensor with_contiguous_rows(const Tensor& t) {
+inline Tensor with_contiguous_rows(const Tensor& t, const char* name) {
+  sizes_of(t, name);
   const bool rows_fit = t.size(0) <= 1 || t.stride(0) >= t.size(1);
   return (t.stride(1) == 1 || t.size(1) <= 1) && rows_fit ? t : torch::stable::contiguous(t);
 }
@@ -58,6 +67,22 @@ inline Tensor wanted(const Tensor& like, bool needed, std::initializer_list<int6
   return needed ? empty(like, sizes, dtype) : empty(like, {0}, dtype);
 }
 
+// Where t begins, of which all must be there: sharding and offloading free the storage of tensors that
+// live on.
+inline void* memory_of(const Tensor& t) {
+  int64_t elements = t.numel() > 0, held = 0;
+  for (int64_t i = 0; elements > 0 && i < t.dim(); i++) elements += (t.size(i) - 1) * t.stride(i);
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &held));
+  const int64_t needed = (t.storage_offset() + elements) * static_cast<int64_t>(t.element_size());
+  STD_TORCH_CHECK(elements == 0 || needed <= held, "a tensor of ", t.numel(),
+                  " elements has lost its memory: its storage has ", held, " bytes of ", needed);
+  return t.data_ptr();
+}
+template <class T>
+T* data_of(const Tensor& t) {
+  return static_cast<T*>(memory_of(t));
+}
+
 inline void check_matrix(const Tensor& t, const char* name, int64_t rows, int64_t columns) {
   STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name, " must be [",
                   rows, ", ", columns, "]");
@@ -68,8 +93,13 @@ inline void check_not_empty(const Weight& weight) {
                   weight.K, "]");
 }
 inline void check_vector(const Tensor& t, const char* name, int64_t size) {
-  STD_TORCH_CHECK(t.numel() == size && t.is_contiguous(), name, " must be contiguous with ", size,
-                  " elements, got ", t.numel());
+  STD_TORCH_CHECK(t.numel() == size, name, " must have ", size, " elements, got ", t.numel());
+  STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
+}
+// N times K, of a weight whose sizes come from its adapter.
+inline int64_t elements_of(int64_t N, int64_t K) {
+  STD_TORCH_CHECK(K == 0 || N <= INT64_MAX / K, "weight can't be [", N, ", ", K, "]");
+  return N * K;
 }
 inline void check_dtype(const Tensor& t, const char* name, ScalarType type) {
   STD_TORCH_CHECK(t.scalar_type() == type, name, " has the wrong dtype");
@@ -86,7 +116,7 @@ inline Dropout dropout_of(double p, const OptionalTensor& seed) {
         seed.has_value() && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long,
         "seed must be an int64 tensor of one element when dropout_p > 0");
     // The seed stays where it is, on the GPU perhaps: the kernel reads it. Low half first.
-    dropout.key = static_cast<const uint32_t*>(seed->data_ptr());
+    dropout.key = data_of<const uint32_t>(*seed);
   }
   return dropout;
 }
@@ -108,12 +138,12 @@ inline Quant4bit quant_of(const QuantTensors& t, int64_t elements) {
   check_vector(t.code, "code", 16);
   check_dtype(t.code, "code", ScalarType::Float);
   Quant4bit q{};
-  q.packed = static_cast<const uint8_t*>(t.packed.data_ptr());
-  q.code = static_cast<const float*>(t.code.data_ptr());
+  q.packed = data_of<const uint8_t>(t.packed);
+  q.code = data_of<const float>(t.code);
   q.blocksize = t.blocksize;
   if (!t.nested_absmax.has_value()) {
     check_dtype(t.absmax, "absmax", ScalarType::Float);
-    q.absmax = static_cast<const float*>(t.absmax.data_ptr());
+    q.absmax = data_of<const float>(t.absmax);
     return q;
   }
   STD_TORCH_CHECK(t.nested_code.has_value() && t.nested_offset.has_value(),
@@ -125,10 +155,10 @@ inline Quant4bit quant_of(const QuantTensors& t, int64_t elements) {
   check_dtype(*t.nested_absmax, "nested_absmax", ScalarType::Float);
   check_dtype(*t.nested_code, "nested_code", ScalarType::Float);
   check_dtype(*t.nested_offset, "nested_offset", ScalarType::Float);
-  q.absmax_8bit = static_cast<const uint8_t*>(t.absmax.data_ptr());
-  q.nested_absmax = static_cast<const float*>(t.nested_absmax->data_ptr());
-  q.nested_code = static_cast<const float*>(t.nested_code->data_ptr());
-  q.nested_offset = static_cast<const float*>(t.nested_offset->data_ptr());
+  q.absmax_8bit = data_of<const uint8_t>(t.absmax);
+  q.nested_absmax = data_of<const float>(*t.nested_absmax);
+  q.nested_code = data_of<const float>(*t.nested_code);
+  q.nested_offset = data_of<const float>(*t.nested_offset);
   return q;
 }
 
@@ -143,7 +173,7 @@ inline Weight weight_of(const Tensor& dense) {
   Weight weight{};
   weight.N = dense.size(0);
   weight.K = dense.size(1);
-  weight.dense = dense.data_ptr();
+  weight.dense = memory_of(dense);
   weight.transposed = is_transposed(dense);
   weight.compute_dtype = dtype_of(dense, "weight");
   return weight;
@@ -153,7 +183,7 @@ inline Weight weight_of(const QuantTensors& quant, int64_t N, int64_t K, ScalarT
   Weight weight{};
   weight.N = N;
   weight.K = K;
-  weight.quant = quant_of(quant, N * K);
+  weight.quant = quant_of(quant, elements_of(N, K));
   weight.compute_dtype = dtype_of(compute_dtype, "compute_dtype");
   return weight;
 }
@@ -219,11 +249,11 @@ struct Quantisation {
     params.elements = elements;
     params.blocksize = blocksize;
     params.dtype = dtype_of(weight, "weight");
-    params.weight = weight.data_ptr();
-    params.bounds = static_cast<const float*>(bounds.data_ptr());
-    params.order = static_cast<const uint8_t*>(order.data_ptr());
-    params.packed = static_cast<uint8_t*>(packed.data_ptr());
-    params.absmax = static_cast<float*>(absmax.data_ptr());
+    params.weight = memory_of(weight);
+    params.bounds = data_of<const float>(bounds);
+    params.order = data_of<const uint8_t>(order);
+    params.packed = data_of<uint8_t>(packed);
+    params.absmax = data_of<float>(absmax);
   }
   Tensor weight, packed, absmax;
   Quantize4bit params{};
@@ -235,7 +265,7 @@ inline Dequantize4bit dequantisation_of(const QuantTensors& quant, const Tensor&
   p.elements = out.numel();
   p.quant = quant_of(quant, p.elements);
   p.dtype = dtype_of(out, "out");
-  p.out = out.data_ptr();
+  p.out = memory_of(out);
   return p;
 }
 

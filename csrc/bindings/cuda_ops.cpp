@@ -22,7 +22,7 @@ void check_launch(const char* op, const char* error) {
 }
 
 bool is_aligned(const Tensor& t) {
-  return reinterpret_cast<uintptr_t>(t.data_ptr()) % cuda::kRowAlignment == 0;
+  return reinterpret_cast<uintptr_t>(memory_of(t)) % cuda::kRowAlignment == 0;
 }
 
 // The kernels copy rows in pieces of 16 bytes: t itself, or a copy whose rows start at multiples of
@@ -81,8 +81,6 @@ Weight weight_of(const QuantTensors& quant, int64_t N, int64_t K, const Tensor& 
   return weight;
 }
 
-float* data_of(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
-
 Tensor scratch(const Tensor& like, int64_t floats) {
   return empty(like, {floats}, ScalarType::Float);
 }
@@ -117,11 +115,11 @@ std::tuple<Tensor, Tensor> quantize_absmax(Tensor absmax, Tensor offset, Tensor 
   const Tensor nested_absmax = empty(absmax, {(blocks + kNestedBlock - 1) / kNestedBlock});
   cuda::QuantizeAbsmax p{};
   p.blocks = blocks;
-  p.absmax = data_of(absmax);
-  p.offset = data_of(offset);
-  p.code = data_of(code);
-  p.absmax_8bit = static_cast<uint8_t*>(codes.data_ptr());
-  p.nested_absmax = data_of(nested_absmax);
+  p.absmax = data_of<float>(absmax);
+  p.offset = data_of<float>(offset);
+  p.code = data_of<float>(code);
+  p.absmax_8bit = data_of<uint8_t>(codes);
+  p.nested_absmax = data_of<float>(nested_absmax);
   check_launch("quantize_absmax", cuda::quantize_absmax(p, device.stream()));
   return {codes, nested_absmax};
 }
@@ -150,14 +148,14 @@ cuda::QloraGemm gemm_of(const Tensor& x, const Weight& weight, const Tensor& S,
   p.M = x.size(0);
   p.R = S.size(1);
   p.weight = weight;
-  p.x = x.data_ptr();
+  p.x = memory_of(x);
   p.ldx = x.stride(0);
-  p.S = data_of(S);
+  p.S = data_of<float>(S);
   p.factor = 1.0f;
   p.adapter_dtype = dtype_of(adapter, "the adapter");
-  p.adapter = adapter.data_ptr();
+  p.adapter = memory_of(adapter);
   p.y_dtype = dtype_of(y, "y");
-  p.y = y.data_ptr();
+  p.y = memory_of(y);
   return p;
 }
 
@@ -179,10 +177,11 @@ Tensor qlora_gemm_fwd(Tensor x_any, Tensor weight, Tensor absmax, Tensor code,
     check_vector(*bias, "bias", N);
     check_on_device(x, *bias, "bias");
     p.bias_dtype = dtype_of(*bias, "bias");
-    p.bias = bias->data_ptr();
+    p.bias = memory_of(*bias);
   }
   const Tensor workspace = scratch(x, cuda::qlora_gemm_fwd_workspace(M, N, K));
-  check_launch("qlora_gemm_fwd", cuda::qlora_gemm_fwd(p, data_of(workspace), device.stream()));
+  check_launch("qlora_gemm_fwd",
+               cuda::qlora_gemm_fwd(p, data_of<float>(workspace), device.stream()));
   return y;
 }
 
@@ -201,7 +200,7 @@ Tensor qlora_gemm_dx(Tensor dy_any, Tensor weight, Tensor absmax, Tensor code,
   cuda::QloraGemm p = gemm_of(dy, weight_of(quant, N, K, dy), dS, lora_A, dx);
   p.dropout = dropout_of(dropout_p, seed);
   const Tensor workspace = scratch(dy, cuda::qlora_gemm_dx_workspace(M, N, K));
-  check_launch("qlora_gemm_dx", cuda::qlora_gemm_dx(p, data_of(workspace), device.stream()));
+  check_launch("qlora_gemm_dx", cuda::qlora_gemm_dx(p, data_of<float>(workspace), device.stream()));
   return dx;
 }
 
@@ -231,22 +230,22 @@ std::tuple<Tensor, Tensor> qlora_decode(Tensor x_any, FASTLORA_LAYER) {
   p.weight = weight_of(quant, N, K, x);
   p.x_dtype = p.weight.compute_dtype;
   p.adapter_dtype = dtype_of(lora_A, "lora_A");
-  p.x = x.data_ptr();
+  p.x = memory_of(x);
   p.ldx = x.stride(0);
   if (flat_bias.has_value()) {
     check_vector(*flat_bias, "bias", N);
     check_on_device(x, *flat_bias, "bias");
     p.bias_dtype = dtype_of(*flat_bias, "bias");
-    p.bias = flat_bias->data_ptr();
+    p.bias = memory_of(*flat_bias);
   }
-  p.lora_A = lora_A.data_ptr();
-  p.lora_B = lora_B.data_ptr();
+  p.lora_A = memory_of(lora_A);
+  p.lora_B = memory_of(lora_B);
   p.scaling = static_cast<float>(scaling);
   p.dropout = dropout_of(dropout_p, seed);
-  p.y = y.data_ptr();
-  p.S = data_of(S);
+  p.y = memory_of(y);
+  p.S = data_of<float>(S);
   const Tensor workspace = scratch(x, cuda::qlora_decode_workspace(p));
-  check_launch("qlora_decode", cuda::qlora_decode(p, data_of(workspace), device.stream()));
+  check_launch("qlora_decode", cuda::qlora_decode(p, data_of<float>(workspace), device.stream()));
   return {y, S};
 }
 

@@ -10,9 +10,9 @@ namespace {
 
 Tensor dora_norm(FASTLORA_LAYER) {
   Tensor dense;
-  const Weight stored =
-      weight_of(FASTLORA_LAYER_OF, lora_B.size(0), lora_A.size(1), weight.scalar_type(), dense);
-  const int64_t R = lora_A.size(0);
+  const auto [R, K] = sizes_of(lora_A, "lora_A");
+  const int64_t N = sizes_of(lora_B, "lora_B").rows;
+  const Weight stored = weight_of(FASTLORA_LAYER_OF, N, K, weight.scalar_type(), dense);
   check_not_empty(stored);
   check_matrix(lora_A, "lora_A", R, stored.K);
   check_matrix(lora_B, "lora_B", stored.N, R);
@@ -23,10 +23,10 @@ Tensor dora_norm(FASTLORA_LAYER) {
   p.R = R;
   p.weight = stored;
   p.adapter_dtype = dtype_of(A, "lora_A");
-  p.lora_A = A.data_ptr();
-  p.lora_B = B.data_ptr();
+  p.lora_A = memory_of(A);
+  p.lora_B = memory_of(B);
   p.scaling = static_cast<float>(scaling);
-  p.norms = static_cast<float*>(norms.data_ptr());
+  p.norms = data_of<float>(norms);
   kernels().dora_norm(p, parallel_for());
   return norms;
 }
@@ -34,19 +34,18 @@ Tensor dora_norm(FASTLORA_LAYER) {
 const float* factor_of(const Tensor& factor, int64_t N) {
   check_vector(factor, "factor", N);
   check_dtype(factor, "factor", ScalarType::Float);
-  return static_cast<const float*>(factor.data_ptr());
+  return data_of<const float>(factor);
 }
 
 Tensor dora_magnitude_fwd(Tensor z_any, Tensor factor_any, OptionalTensor rest_any) {
-  const int64_t M = z_any.size(0), N = z_any.size(1);
-  check_matrix(z_any, "z", M, N);
-  const Tensor z = with_contiguous_rows(z_any), factor = as_contiguous(factor_any);
+  const auto [M, N] = sizes_of(z_any, "z");
+  const Tensor z = with_contiguous_rows(z_any, "z"), factor = as_contiguous(factor_any);
   Tensor y = empty(z, {M, N});
   DoraMagnitudeFwd p{};
   p.M = M;
   p.N = N;
   p.dtype = dtype_of(z, "z");
-  p.z = z.data_ptr();
+  p.z = memory_of(z);
   p.ldz = row_stride(z);
   p.factor = factor_of(factor, N);
   OptionalTensor rest;
@@ -55,14 +54,14 @@ Tensor dora_magnitude_fwd(Tensor z_any, Tensor factor_any, OptionalTensor rest_a
     check_vector(*rest, "rest", N);
   } else if (rest_any.has_value()) {
     check_matrix(*rest_any, "rest", M, N);
-    rest = with_contiguous_rows(*rest_any);
+    rest = with_contiguous_rows(*rest_any, "rest");
     p.ldrest = row_stride(*rest);
   }
   if (rest.has_value()) {
     p.rest_dtype = dtype_of(*rest, "rest");
-    p.rest = rest->data_ptr();
+    p.rest = memory_of(*rest);
   }
-  p.y = y.data_ptr();
+  p.y = memory_of(y);
   kernels().dora_magnitude_fwd(p, parallel_for());
   return y;
 }
@@ -70,11 +69,10 @@ Tensor dora_magnitude_fwd(Tensor z_any, Tensor factor_any, OptionalTensor rest_a
 std::tuple<Tensor, Tensor, Tensor> dora_magnitude_bwd(Tensor dy_any, Tensor z_any,
                                                       Tensor factor_any, bool need_dz,
                                                       bool need_dfactor, bool need_drest) {
-  const int64_t M = z_any.size(0), N = z_any.size(1);
-  check_matrix(z_any, "z", M, N);
+  const auto [M, N] = sizes_of(z_any, "z");
   check_matrix(dy_any, "dy", M, N);
   STD_TORCH_CHECK(dy_any.scalar_type() == z_any.scalar_type(), "dy must have z's dtype");
-  const Tensor dy = with_contiguous_rows(dy_any), z = with_contiguous_rows(z_any);
+  const Tensor dy = with_contiguous_rows(dy_any, "dy"), z = with_contiguous_rows(z_any, "z");
   const Tensor factor = as_contiguous(factor_any);
   Tensor dz = wanted(z, need_dz, {M, N}, std::nullopt);
   Tensor dfactor = wanted(z, need_dfactor, {N}, ScalarType::Float);
@@ -83,14 +81,14 @@ std::tuple<Tensor, Tensor, Tensor> dora_magnitude_bwd(Tensor dy_any, Tensor z_an
   p.M = M;
   p.N = N;
   p.dtype = dtype_of(z, "z");
-  p.dy = dy.data_ptr();
+  p.dy = memory_of(dy);
   p.lddy = row_stride(dy);
-  p.z = z.data_ptr();
+  p.z = memory_of(z);
   p.ldz = row_stride(z);
   p.factor = factor_of(factor, N);
-  p.dz = need_dz ? dz.data_ptr() : nullptr;
-  p.dfactor = need_dfactor ? static_cast<float*>(dfactor.data_ptr()) : nullptr;
-  p.drest = need_drest ? static_cast<float*>(drest.data_ptr()) : nullptr;
+  p.dz = need_dz ? memory_of(dz) : nullptr;
+  p.dfactor = need_dfactor ? data_of<float>(dfactor) : nullptr;
+  p.drest = need_drest ? data_of<float>(drest) : nullptr;
   kernels().dora_magnitude_bwd(p, parallel_for());
   return {dz, dfactor, drest};
 }
@@ -102,41 +100,40 @@ Dropout some_dropout_of(double dropout_p, const Tensor& seed) {
 }
 
 std::tuple<Tensor, Tensor> dora_dropout_fwd(Tensor x_any, double dropout_p, Tensor seed) {
-  const int64_t M = x_any.size(0), K = x_any.size(1);
-  check_matrix(x_any, "x", M, K);
-  const Tensor x = with_contiguous_rows(x_any);
+  const auto [M, K] = sizes_of(x_any, "x");
+  const Tensor x = with_contiguous_rows(x_any, "x");
   Tensor kept = empty(x, {M, K}), rest = empty(x, {M, K});
   DoraDropoutFwd p{};
   p.M = M;
   p.K = K;
   p.dtype = dtype_of(x, "x");
-  p.x = x.data_ptr();
+  p.x = memory_of(x);
   p.ldx = row_stride(x);
   p.dropout = some_dropout_of(dropout_p, seed);
-  p.kept = kept.data_ptr();
-  p.rest = rest.data_ptr();
+  p.kept = memory_of(kept);
+  p.rest = memory_of(rest);
   kernels().dora_dropout_fwd(p, parallel_for());
   return {kept, rest};
 }
 
 Tensor dora_dropout_bwd(Tensor dkept_any, Tensor drest_any, double dropout_p, Tensor seed) {
-  const int64_t M = dkept_any.size(0), K = dkept_any.size(1);
-  check_matrix(dkept_any, "dkept", M, K);
+  const auto [M, K] = sizes_of(dkept_any, "dkept");
   check_matrix(drest_any, "drest", M, K);
   STD_TORCH_CHECK(dkept_any.scalar_type() == drest_any.scalar_type(),
                   "drest must have dkept's dtype");
-  const Tensor dkept = with_contiguous_rows(dkept_any), drest = with_contiguous_rows(drest_any);
+  const Tensor dkept = with_contiguous_rows(dkept_any, "dkept"),
+               drest = with_contiguous_rows(drest_any, "drest");
   Tensor dx = empty(dkept, {M, K});
   DoraDropoutBwd p{};
   p.M = M;
   p.K = K;
   p.dtype = dtype_of(dkept, "dkept");
-  p.dkept = dkept.data_ptr();
+  p.dkept = memory_of(dkept);
   p.lddkept = row_stride(dkept);
-  p.drest = drest.data_ptr();
+  p.drest = memory_of(drest);
   p.lddrest = row_stride(drest);
   p.dropout = some_dropout_of(dropout_p, seed);
-  p.dx = dx.data_ptr();
+  p.dx = memory_of(dx);
   kernels().dora_dropout_bwd(p, parallel_for());
   return dx;
 }

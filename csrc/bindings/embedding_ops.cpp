@@ -11,7 +11,7 @@ namespace {
 void check_ids(const Tensor& ids, int64_t V) {
   check_vector(ids, "ids", ids.numel());
   check_dtype(ids, "ids", ScalarType::Long);
-  const int64_t* id = static_cast<const int64_t*>(ids.data_ptr());
+  const int64_t* id = data_of<const int64_t>(ids);
   for (int64_t m = 0; m < ids.numel(); m++) {
     STD_TORCH_CHECK(0 <= id[m] && id[m] < V, "ids must be from 0 to ", V - 1, ", got ", id[m]);
   }
@@ -26,7 +26,8 @@ void check_adapter(const Tensor& A, const Tensor& B, int64_t N, int64_t R, int64
 Tensor lora_embedding_fwd(Tensor ids_any, Tensor weight_any, Tensor A_any, Tensor B_any,
                           double scaling, double weight_scale) {
   const Tensor ids = as_contiguous(ids_any);
-  const int64_t M = ids.numel(), V = weight_any.size(0), N = weight_any.size(1), R = A_any.size(0);
+  const auto [V, N] = sizes_of(weight_any, "weight");
+  const int64_t M = ids.numel(), R = sizes_of(A_any, "lora_A").rows;
   check_ids(ids, V);
   check_adapter(A_any, B_any, N, R, V);
   const Tensor weight = as_contiguous(weight_any);
@@ -39,13 +40,13 @@ Tensor lora_embedding_fwd(Tensor ids_any, Tensor weight_any, Tensor A_any, Tenso
   p.V = V;
   p.dtype = dtype_of(weight, "weight");
   p.adapter_dtype = dtype_of(A, "lora_A");
-  p.ids = static_cast<const int64_t*>(ids.data_ptr());
-  p.weight = weight.data_ptr();
-  p.lora_A = A.data_ptr();
-  p.lora_B = B.data_ptr();
+  p.ids = data_of<const int64_t>(ids);
+  p.weight = memory_of(weight);
+  p.lora_A = memory_of(A);
+  p.lora_B = memory_of(B);
   p.weight_scale = static_cast<float>(weight_scale);
   p.scaling = static_cast<float>(scaling);
-  p.y = y.data_ptr();
+  p.y = memory_of(y);
   kernels().lora_embedding_fwd(p, parallel_for());
   return y;
 }
@@ -54,11 +55,12 @@ std::tuple<Tensor, Tensor> lora_embedding_bwd(Tensor dy_any, Tensor ids_any, Ten
                                               Tensor B_any, double scaling, int64_t padding_idx,
                                               bool need_dA, bool need_dB) {
   const Tensor ids = as_contiguous(ids_any);
-  const int64_t M = ids.numel(), V = A_any.size(1), N = B_any.size(0), R = A_any.size(0);
+  const auto [R, V] = sizes_of(A_any, "lora_A");
+  const int64_t M = ids.numel(), N = sizes_of(B_any, "lora_B").rows;
   check_ids(ids, V);
   check_adapter(A_any, B_any, N, R, V);
   check_matrix(dy_any, "dy", M, N);
-  const Tensor dy = with_contiguous_rows(dy_any);
+  const Tensor dy = with_contiguous_rows(dy_any, "dy");
   const Tensor A = as_contiguous(A_any), B = as_contiguous(B_any);
   Tensor dA = wanted(dy, need_dA, {R, V}, ScalarType::Float);
   Tensor dB = wanted(dy, need_dB, {N, R}, ScalarType::Float);
@@ -69,15 +71,15 @@ std::tuple<Tensor, Tensor> lora_embedding_bwd(Tensor dy_any, Tensor ids_any, Ten
   p.V = V;
   p.dtype = dtype_of(dy, "dy");
   p.adapter_dtype = dtype_of(A, "lora_A");
-  p.dy = dy.data_ptr();
+  p.dy = memory_of(dy);
   p.lddy = row_stride(dy);
-  p.ids = static_cast<const int64_t*>(ids.data_ptr());
-  p.lora_A = A.data_ptr();
-  p.lora_B = B.data_ptr();
+  p.ids = data_of<const int64_t>(ids);
+  p.lora_A = memory_of(A);
+  p.lora_B = memory_of(B);
   p.scaling = static_cast<float>(scaling);
   p.padding_idx = padding_idx;
-  p.dA = need_dA ? static_cast<float*>(dA.data_ptr()) : nullptr;
-  p.dB = need_dB ? static_cast<float*>(dB.data_ptr()) : nullptr;
+  p.dA = need_dA ? data_of<float>(dA) : nullptr;
+  p.dB = need_dB ? data_of<float>(dB) : nullptr;
   kernels().lora_embedding_bwd(p, parallel_for());
   if (need_dA) dA = torch::stable::to(dA, A.scalar_type());
   if (need_dB) dB = torch::stable::to(dB, B.scalar_type());

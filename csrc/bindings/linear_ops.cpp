@@ -46,11 +46,11 @@ Weight stack_of(const LayerTensors& layer, int64_t E, int64_t N, int64_t K, Scal
     check_adapter(layer.weight, "weight", E, N, K);
     STD_TORCH_CHECK(layer.weight.scalar_type() == x_dtype, "weight must have x's dtype");
     dense = as_contiguous(layer.weight);
-    weight.dense = dense.data_ptr();
+    weight.dense = memory_of(dense);
     weight.compute_dtype = dtype_of(dense, "weight");
     return weight;
   }
-  weight.quant = quant_of(layer.quant(), E * N * K);
+  weight.quant = quant_of(layer.quant(), elements_of(E, elements_of(N, K)));
   weight.compute_dtype = dtype_of(layer.compute_dtype.value_or(x_dtype), "compute_dtype");
   const int64_t together = layer.blocksize * (layer.nested_absmax.has_value() ? kNestedBlock : 1);
   STD_TORCH_CHECK(N * K % together == 0, "each expert must have whole blocks of ", together,
@@ -81,8 +81,8 @@ struct Operands {
     params.R = R;
     params.weight = weight;
     params.adapter_dtype = dtype_of(A, "lora_A");
-    params.lora_A = A.data_ptr();
-    params.lora_B = B.data_ptr();
+    params.lora_A = memory_of(A);
+    params.lora_B = memory_of(B);
     params.scaling = static_cast<float>(layer.scaling);
     params.dropout = dropout_of(layer.dropout_p, layer.seed);
   }
@@ -104,16 +104,16 @@ struct Forward {
 
     operands.fill(params, layer, M, tiles);
     params.x_dtype = dtype_of(x, "x");
-    params.x = x.data_ptr();
+    params.x = memory_of(x);
     params.ldx = row_stride(x);
     if (layer.bias.has_value()) {
       bias = as_contiguous(*layer.bias);
       check_vector(*bias, "bias", N);
       params.bias_dtype = dtype_of(*bias, "bias");
-      params.bias = bias->data_ptr();
+      params.bias = memory_of(*bias);
     }
-    params.y = y.data_ptr();
-    params.S = static_cast<float*>(S.data_ptr());
+    params.y = memory_of(y);
+    params.S = data_of<float>(S);
   }
   Operands operands;
   Tensor y, S;
@@ -145,7 +145,7 @@ struct Backward {
     }
     STD_TORCH_CHECK(x == nullptr || dy_any.scalar_type() == x->scalar_type(),
                     "dy must have x's dtype");
-    dy = with_contiguous_rows(dy_any);
+    dy = with_contiguous_rows(dy_any, "dy");
     const auto gradient = [&](bool needed, int64_t rows, int64_t columns) {
       return is_stack ? wanted(dy, needed, {*operands.experts, rows, columns}, ScalarType::Float)
                       : wanted(dy, needed, {rows, columns}, ScalarType::Float);
@@ -156,17 +156,17 @@ struct Backward {
 
     operands.fill(params, layer, M, tiles);
     params.x_dtype = dtype_of(dy, "dy");
-    params.dy = dy.data_ptr();
+    params.dy = memory_of(dy);
     params.lddy = row_stride(dy);
     if (x) {
-      params.x = x->data_ptr();
+      params.x = memory_of(*x);
       params.ldx = row_stride(*x);
     }
-    if (S_any) params.S = static_cast<const float*>(S.data_ptr());
+    if (S_any) params.S = data_of<const float>(S);
     params.dx = dx;
-    params.dA = needs.dA ? static_cast<float*>(dA.data_ptr()) : nullptr;
-    params.dB = needs.dB ? static_cast<float*>(dB.data_ptr()) : nullptr;
-    params.dbias = needs.dbias ? static_cast<float*>(dbias.data_ptr()) : nullptr;
+    params.dA = needs.dA ? data_of<float>(dA) : nullptr;
+    params.dB = needs.dB ? data_of<float>(dB) : nullptr;
+    params.dbias = needs.dbias ? data_of<float>(dbias) : nullptr;
   }
   // Gradients of the adapters come in the adapters' own dtype.
   void finish() {
@@ -181,7 +181,7 @@ struct Backward {
 Segments checked_segments(const Tensor& offsets, int64_t E, int64_t M) {
   check_vector(offsets, "offsets", E);
   check_dtype(offsets, "offsets", ScalarType::Long);
-  const int64_t* ends = static_cast<const int64_t*>(offsets.data_ptr());
+  const int64_t* ends = data_of<const int64_t>(offsets);
   for (int64_t e = 0; e < E; e++) {
     const int64_t before = e ? ends[e - 1] : 0;
     STD_TORCH_CHECK(before <= ends[e] && ends[e] <= M, "offsets must ascend from 0 to at most ", M,
@@ -193,7 +193,7 @@ Segments checked_segments(const Tensor& offsets, int64_t E, int64_t M) {
 // ---- the ops, in the order of their schemas ----------------------------------------------------
 
 std::tuple<Tensor, Tensor> lora_linear_fwd(Tensor x_any, FASTLORA_LAYER) {
-  const Tensor x = with_contiguous_rows(x_any);
+  const Tensor x = with_contiguous_rows(x_any, "x");
   Forward layer(x, FASTLORA_LAYER_OF, false, tile_sizes());
   kernels().lora_linear_fwd({&layer.params, 1}, parallel_for());
   return {layer.y, layer.S};
@@ -202,10 +202,10 @@ std::tuple<Tensor, Tensor> lora_linear_fwd(Tensor x_any, FASTLORA_LAYER) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_bwd(Tensor dy, Tensor x_any, FASTLORA_LAYER,
                                                            Tensor S, bool need_dx, bool need_dA,
                                                            bool need_dB, bool need_dbias) {
-  const Tensor x = with_contiguous_rows(x_any);
+  const Tensor x = with_contiguous_rows(x_any, "x");
   const Tensor dx = wanted(x, need_dx, {x.size(0), x.size(1)}, std::nullopt);
   Backward layer(dy, &x, FASTLORA_LAYER_OF, false, &S, {need_dx, need_dA, need_dB, need_dbias},
-                 need_dx ? dx.data_ptr() : nullptr, tile_sizes());
+                 need_dx ? memory_of(dx) : nullptr, tile_sizes());
   kernels().lora_linear_bwd({&layer.params, 1}, parallel_for());
   layer.finish();
   return {dx, layer.dA, layer.dB, layer.dbias};
@@ -246,7 +246,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> shared_linear_fwd(
   const Layers layers{std::move(tensors), std::move(blocksizes), compute_dtype, std::move(scalings),
                       std::move(dropouts)};
   STD_TORCH_CHECK(layers.count() > 0, "layers must have one layer at least");
-  const Tensor x = with_contiguous_rows(x_any);
+  const Tensor x = with_contiguous_rows(x_any, "x");
   std::vector<Forward> each;
   std::vector<LoraLinearFwd> params;
   const TileSizes tiles = tile_sizes();  // one choice for all
@@ -276,7 +276,7 @@ std::tuple<Tensor, std::vector<Tensor>> shared_linear_bwd(
   STD_TORCH_CHECK(dys.size() == layers.count() && Ss.size() == layers.count() &&
                       needs.size() == 3 * layers.count(),
                   "dys and Ss must have one entry, needs three, for each scaling");
-  const Tensor x = with_contiguous_rows(x_any);
+  const Tensor x = with_contiguous_rows(x_any, "x");
   const Tensor dx = wanted(x, need_dx, {x.size(0), x.size(1)}, std::nullopt);
   std::vector<Backward> each;
   std::vector<LoraLinearBwd> params;
@@ -285,7 +285,7 @@ std::tuple<Tensor, std::vector<Tensor>> shared_linear_bwd(
     const Needs asked{need_dx, needs[3 * i] != 0, needs[3 * i + 1] != 0, needs[3 * i + 2] != 0};
     const LayerTensors layer = layers[i];
     layers.check_alike(layer);
-    each.emplace_back(dys[i], &x, layer, false, &Ss[i], asked, need_dx ? dx.data_ptr() : nullptr,
+    each.emplace_back(dys[i], &x, layer, false, &Ss[i], asked, need_dx ? memory_of(dx) : nullptr,
                       tiles);
     params.push_back(each.back().params);
   }
@@ -300,7 +300,7 @@ std::tuple<Tensor, std::vector<Tensor>> shared_linear_bwd(
 
 std::tuple<Tensor, Tensor> grouped_lora_linear_fwd(Tensor x_any, FASTLORA_LAYER, Tensor offsets) {
   STD_TORCH_CHECK(!bias.has_value(), "experts have no bias");
-  const Tensor x = with_contiguous_rows(x_any);
+  const Tensor x = with_contiguous_rows(x_any, "x");
   Forward layers(x, FASTLORA_LAYER_OF, true, tile_sizes());
   const Segments segments = checked_segments(offsets, *layers.operands.experts, x.size(0));
   each_expert_fwd(kernels(), layers.params, segments, threads());
@@ -316,13 +316,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grouped_lora_linear_bwd(Tensor dy, Op
   STD_TORCH_CHECK(x_any.has_value() || !need_dA, "x must be given where dA is needed");
   STD_TORCH_CHECK(S.has_value() || !need_dB, "S must be given where dB is needed");
   OptionalTensor x;
-  if (x_any.has_value()) x = with_contiguous_rows(*x_any);
-  STD_TORCH_CHECK(dy.dim() == 2 && lora_A.dim() == 3, "dy must be a matrix and lora_A a stack");
-  const Tensor dx = wanted(dy, need_dx, {dy.size(0), lora_A.size(2)}, std::nullopt);
+  if (x_any.has_value()) x = with_contiguous_rows(*x_any, "x");
+  STD_TORCH_CHECK(lora_A.dim() == 3, "lora_A must be a stack");
+  const int64_t M = sizes_of(dy, "dy").rows;
+  const Tensor dx = wanted(dy, need_dx, {M, lora_A.size(2)}, std::nullopt);
   Backward layers(dy, x ? &*x : nullptr, FASTLORA_LAYER_OF, true, S ? &*S : nullptr,
-                  {need_dx, need_dA, need_dB, false}, need_dx ? dx.data_ptr() : nullptr,
+                  {need_dx, need_dA, need_dB, false}, need_dx ? memory_of(dx) : nullptr,
                   tile_sizes());
-  const Segments segments = checked_segments(offsets, *layers.operands.experts, dy.size(0));
+  const Segments segments = checked_segments(offsets, *layers.operands.experts, M);
   each_expert_bwd(kernels(), layers.params, segments, threads());
   layers.finish();
   return {dx, layers.dA, layers.dB, layers.dbias};

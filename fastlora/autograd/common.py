@@ -77,6 +77,14 @@ def check_frozen(weight: Tensor) -> None:
         raise ValueError("weight must be frozen (requires_grad=False): fastlora never trains it")
 
 
+def check_arguments(x: object, scaling: object, what: str = "x") -> None:
+    """Raises a TypeError unless x is a tensor, and scaling a number that wants no gradient."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{what} must be a tensor, got {type(x).__name__}")
+    if isinstance(scaling, Tensor) and scaling.requires_grad:
+        raise TypeError("scaling must be a number, got a tensor that wants a gradient")
+
+
 def draw_seed(x: Tensor) -> Tensor:
     """The key of a dropout on x, so that torch.manual_seed and checkpointing replay the mask."""
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
@@ -91,6 +99,8 @@ def autocast_off(device: torch.device) -> AbstractContextManager[Any]:
 
 def as_matrix(x: Tensor) -> Tensor:
     """x [..., K] as [M, K]."""
+    if x.dim() == 0:
+        raise ValueError("x must be [..., K], got a tensor without dimensions")
     return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 

@@ -12,6 +12,7 @@ from ..layer import Layer
 from .common import (
     Saved,
     autocast_off,
+    check_arguments,
     check_frozen,
     run_backward,
     settled,
@@ -95,6 +96,7 @@ def lora_embedding(
         ValueError, TypeError: a shape or dtype does not fit; weight requires a gradient.
         RuntimeError, IndexError: an id is outside of the table; the backend asked for can't run.
     """
+    check_arguments(ids, scaling, "ids")
     check_frozen(weight)
     if ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"ids must be int64 or int32, got {ids.dtype}")

@@ -13,6 +13,7 @@ from ..layer import Grads, Layer, Needs
 from .common import (
     Saved,
     autocast_off,
+    check_arguments,
     differentiable_bwd,
     prepared,
     run_backward,
@@ -175,6 +176,7 @@ def grouped_lora_linear(
             dropout on transposed experts, for which no kernel has a mask.
         RuntimeError: the backend asked for can't run here; the message says why.
     """
+    check_arguments(x, scaling)
     p = dropout_p if training else 0.0
     if transposed and p > 0.0:
         raise ValueError(f"dropout_p must be 0 for transposed experts, got {p}")

@@ -15,6 +15,7 @@ from .common import (
     as_matrix,
     autocast_dtype,
     autocast_off,
+    check_arguments,
     differentiable_bwd,
     prepared_layer,
     run_backward,
@@ -114,6 +115,7 @@ def lora_linear(
         ValueError, TypeError: a shape or dtype does not fit; weight requires a gradient.
         RuntimeError: the backend asked for can't run here; the message says why.
     """
+    check_arguments(x, scaling)
     p = dropout_p if training else 0.0
     layer = Layer(weight, lora_A, lora_B, scaling, bias, quant_state, compute_dtype, p, seed)
     return linear(x, layer, backend=backend)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ..layer import Grads, Layer, Needs
 from ..quant import NESTED_BLOCKSIZE, QuantState
@@ -456,9 +457,22 @@ def define(namespace: str, ops: Iterable[str]) -> torch.library.Library:
     library = torch.library.Library(namespace, "FRAGMENT")
     for op in ops:
         library.define(schema(op))
-        fake = gathered(op, OPS[op].fake)
+        fake = _on_one_device(op, gathered(op, OPS[op].fake))
         torch.library.register_fake(f"{namespace}::{op}", fake, lib=library)
     return library
+
+
+def _on_one_device(op: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """`fake`, which torch also calls for a mixture of meta and real tensors: for an error then."""
+
+    def call(*flat: Any) -> Any:
+        devices = {t.device for t in tree_leaves(flat) if isinstance(t, Tensor)}
+        if len(devices) > 1:
+            names = ", ".join(sorted(map(str, devices)))
+            raise ValueError(f"{op}: all tensors must be on one device, got {names}")
+        return fake(*flat)
+
+    return call
 
 
 def filled(grads: Grads, x: Tensor) -> tuple[Tensor, ...]:

@@ -6,11 +6,16 @@ import torch
 from torch import Tensor
 
 from ..layer import Layer
-from ..quant import QuantState, as_quant_state, packed_bytes
+from ..quant import FORMATS, NESTED_BLOCKSIZE, QUANT_TYPES, QuantState, as_quant_state, packed_bytes
+
+# fp64 is the reference's, for checks.
+_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 
 
 def check_layer(x: Tensor, layer: Layer) -> Layer:
     """One linear layer against x; returned with fastlora's quant state and the weight's bytes."""
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"x must be fp32, bf16 or fp16, got {x.dtype}")
     if layer.quant_state is not None:
         layer, shape = _check_4bit(x, layer, as_quant_state(layer.quant_state))
     else:
@@ -63,7 +68,8 @@ def _check_4bit(x: Tensor, layer: Layer, state: QuantState) -> tuple[Layer, torc
 
 
 def check_bytes(packed: Tensor, state: QuantState) -> None:
-    """Checks the number of bytes and of absmax against a quant state's shape and blocksize."""
+    """Checks a quant state, and the number of bytes and of absmax against it."""
+    _check_state(state)
     elements = 1
     for size in state.shape:
         elements *= size
@@ -77,6 +83,35 @@ def check_bytes(packed: Tensor, state: QuantState) -> None:
         raise ValueError(
             f"quant_state.absmax must hold {blocks} values for blocksize {state.blocksize}, "
             f"got {state.absmax.numel()}"
+        )
+
+
+def _check_state(state: QuantState) -> None:
+    """A quant state as a kernel reads it; its tensors' sizes follow from the weight's."""
+    if state.quant_type not in FORMATS:
+        raise ValueError(
+            f"quant_state.quant_type must be one of {QUANT_TYPES}, got {state.quant_type!r}"
+        )
+    blocksize, inner = state.blocksize, state.state2
+    if blocksize < 32 or blocksize & (blocksize - 1):
+        raise ValueError(
+            f"quant_state.blocksize must be a power of two of at least 32, got {blocksize}"
+        )
+    if inner is not None and inner.blocksize != NESTED_BLOCKSIZE:
+        raise ValueError(
+            f"quant_state.state2.blocksize must be {NESTED_BLOCKSIZE}, got {inner.blocksize}"
+        )
+    absmax, code = state.absmax, state.code
+    if code.dtype != torch.float32 or code.numel() != 16:
+        raise ValueError(
+            f"quant_state.code must be fp32 [16], got {code.dtype} {tuple(code.shape)}"
+        )
+    dtype = torch.float32 if inner is None else torch.uint8
+    if absmax.dtype != dtype or not absmax.is_contiguous():
+        what = "without" if inner is None else "with"
+        raise ValueError(
+            f"quant_state.absmax must be {dtype} {what} state2, and contiguous, got {absmax.dtype} "
+            f"with strides {absmax.stride()}"
         )
 
 
@@ -132,3 +167,18 @@ def check_devices(whose: str, device: torch.device, *tensors: tuple[str, Tensor 
     for name, tensor in tensors:
         if tensor is not None and tensor.device != device:
             raise ValueError(f"{name} must be on {whose} device {device}, got {tensor.device}")
+
+
+def check_apart(name: str, written: Tensor, *read: tuple[str, Tensor | None]) -> None:
+    """A contiguous tensor that is written shares no memory with named ones that are read."""
+    if torch.compiler.is_compiling():
+        return
+    begin = written.data_ptr()
+    end = begin + written.nbytes
+    for other, tensor in read:
+        if (
+            tensor is not None
+            and tensor.data_ptr() < end
+            and begin < tensor.data_ptr() + tensor.nbytes
+        ):
+            raise ValueError(f"{name} must not share memory with {other}")

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..backends import choose
 from ..backends.contract import Request
 from ..quant import QuantState, as_quant_state, find_format, packed_bytes
-from .checks import check_bytes
+from .checks import check_apart, check_bytes, check_devices
 
 
 def quantize_4bit(
@@ -46,12 +46,15 @@ def dequantize_4bit(
             spares the page faults of fresh memory.
 
     Raises:
-        ValueError: packed or out has the wrong size. TypeError: out has the wrong dtype.
+        ValueError: packed or out has the wrong size, the tensors are on several devices, or out
+            shares memory with them. TypeError: out has the wrong dtype.
     """
     state = as_quant_state(quant_state)
     dtype = dtype or (out.dtype if out is not None else state.dtype)
     packed = packed_bytes(packed)
     check_bytes(packed, state)
+    parts = [("quant_state's tensors", tensor) for tensor in state.tensors()]
+    check_devices("packed's", packed.device, *parts, ("out", out))
     if out is not None and (tuple(out.shape) != tuple(state.shape) or not out.is_contiguous()):
         raise ValueError(
             f"out must be contiguous with shape {tuple(state.shape)}, got shape "
@@ -59,6 +62,8 @@ def dequantize_4bit(
         )
     if out is not None and out.dtype != dtype:
         raise TypeError(f"out must have dtype {dtype}, got {out.dtype}")
+    if out is not None:
+        check_apart("out", out, ("packed", packed), *parts)
     place = packed.device
     b = choose(Request("dequantize_4bit", place.type, place.index, dtype), backend)
     return b.dequantize_4bit(packed, state, dtype, out)
