@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status.
 
     0: done, or every check passed. 1: a check failed, or an unexpected error. 2: a wrong argument.
-    130: interrupted.
+    3: a training diverged. 130: interrupted.
     """
     args = _parser().parse_args(argv)
     try:

@@ -6,6 +6,9 @@ import argparse
 import dataclasses
 import shlex
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,14 +20,14 @@ from ..errors import CliError
 from ..options import SHORT_DTYPES, not_negative, positive, positive_float, share
 from .compare import compare
 from .data import load_data
-from .job import BACKENDS, Job, Stopped
-from .records import LOG_FILE, RUN_FILE, read_log, read_run, update_run
+from .job import BACKENDS, Diverged, Job, Stopped
+from .records import LOG_FILE, RUN_FILE, locked, read_log, read_run, update_run
 from .report import CSV_FILE, PLOT_FILE, print_comparison, print_result, write_csv, write_plot
 from .terminal import TerminalObserver
 from .training import train
 
-# These may differ when a run is resumed: they change at most the rounding.
-_FREE_ON_RESUME = ("out", "save_every", "threads", "cache_dir")
+# These may differ when a run is resumed: they change at most the rounding, and steps the length.
+_FREE_ON_RESUME = ("out", "save_every", "threads", "cache_dir", "steps")
 _WRITTEN = (
     *BACKENDS,
     "checkpoint-*",
@@ -35,6 +38,7 @@ _WRITTEN = (
     CSV_FILE,
     PLOT_FILE,
     RUN_FILE,
+    ".replaced-*",
 )
 
 
@@ -150,11 +154,21 @@ def execute(job: Job, *, resume: bool, overwrite: bool, console: Console | None 
     if not resume:
         _check_free(out, overwrite)
     _check(job, console)
-    if not resume:
-        _clear(out)
+    fresh = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(out), nullcontext() if resume else _replacing(out):
+            return _run(job, console, resume)
+    except CliError:
+        if fresh:
+            shutil.rmtree(out)
+        raise
+
+
+def _run(job: Job, console: Console, resume: bool) -> int:
+    out = Path(job.out)
     console.print(f"model    {_model_name(job)}\nmethod   {_method(job)}", highlight=False)
     backends = BACKENDS if job.backend == "both" else (job.backend,)
-    out.mkdir(parents=True, exist_ok=True)
     update_run(out, job=job.as_dict())
     try:
         with TerminalObserver(console, backends) as observer:
@@ -170,6 +184,16 @@ def execute(job: Job, *, resume: bool, overwrite: bool, console: Console | None 
             soft_wrap=True,
         )
         return 130
+    except Diverged as diverged:
+        step, loss, saved = diverged.args
+        kept = f"the save after step {saved} is kept" if saved else "nothing was saved"
+        console.print(
+            f"Diverged at step {step}: loss or gradient is not finite (loss {loss}); {kept}.\n"
+            "A lower --lr may help; at the first step, look at the model's weights.",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return 3
     _report(console, job, results, observer.facts)
     return 0
 
@@ -247,14 +271,27 @@ def _check_free(out: Path, overwrite: bool) -> None:
         )
 
 
-def _clear(out: Path) -> None:
-    """Removes the files of earlier runs from `out`, and nothing else."""
-    for pattern in _WRITTEN:
-        for path in out.glob(pattern):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+@contextmanager
+def _replacing(out: Path) -> Iterator[None]:
+    """Sets the files of an earlier run in `out` aside, and puts them back if the new is refused."""
+    aside = Path(tempfile.mkdtemp(prefix=".replaced-", dir=out))
+    try:
+        for path in _files_of_a_run(out, but=aside):
+            path.rename(aside / path.name)
+        yield
+    except CliError:
+        for path in _files_of_a_run(out, but=aside):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in aside.iterdir():
+            path.rename(out / path.name)
+        raise
+    finally:
+        shutil.rmtree(aside)
+
+
+def _files_of_a_run(out: Path, but: Path) -> list[Path]:
+    """What runs have written to `out`, and nothing else."""
+    return [path for pattern in _WRITTEN for path in out.glob(pattern) if path != but]
 
 
 def _check(job: Job, console: Console) -> None:

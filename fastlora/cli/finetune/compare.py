@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..process import Died, Leader, Worker, merged, on_stop_signal
-from .job import BACKENDS, Job, Observer, Stopped
+from .job import BACKENDS, Diverged, Job, Observer, Stopped
 from .records import LOG_FILE, read_log
 from .training import train
 
@@ -27,7 +27,8 @@ def compare(job: Job, observer: Observer, *, resume: bool) -> dict[str, Any]:
     """Runs `job` with each backend in `job.out/<backend>` and returns the results by backend.
 
     Raises:
-        CliError: an argument is wrong. Stopped: interrupted, both have saved.
+        CliError: an argument is wrong. Stopped: interrupted, both have saved. Diverged: the loss of
+            one is not finite.
         RuntimeError: a worker failed, or the two did not start from the same adapter and data.
     """
     asked = False
@@ -45,6 +46,8 @@ def compare(job: Job, observer: Observer, *, resume: bool) -> dict[str, Any]:
             for index, (event, fields) in merged([run.worker for run in runs]):
                 runs[index].note(event, fields)
                 observer.emit(event, backend=runs[index].backend, **fields)
+                if (diverged := runs[index].diverged) is not None:
+                    raise diverged
                 _open_gates(runs)
         except Died:
             if asked:
@@ -59,11 +62,15 @@ def compare(job: Job, observer: Observer, *, resume: bool) -> dict[str, Any]:
 
 
 def work(request: dict[str, Any], leader: Leader) -> dict[str, Any] | None:
-    """One run, in a worker. A stopped run sends "stopped" and returns None."""
+    """One run, in a worker. One that ends early sends "stopped" or "diverged", and returns None."""
     try:
         return train(Job(**request["job"]), leader, resume=request["resume"])
     except Stopped as stopped:
         leader.emit("stopped", step=stopped.step, steps=stopped.steps)
+        return None
+    except Diverged as diverged:
+        step, loss, saved = diverged.args
+        leader.emit("diverged", step=step, loss=loss, saved=saved)
         return None
 
 
@@ -112,6 +119,7 @@ class _Run:
     facts: dict[str, Any] = field(default_factory=dict)
     result: dict[str, Any] | None = None
     stopped: bool = False
+    diverged: Diverged | None = None
 
     def go(self) -> None:
         """Lets the worker through its gate."""
@@ -133,6 +141,8 @@ class _Run:
                 self.result = fields["result"]
             case "stopped":
                 self.stopped, self.step = True, fields["step"]
+            case "diverged":
+                self.stopped, self.diverged = True, Diverged(**fields)
 
 
 def _worker(job: Job, backend: str, resume: bool, stack: ExitStack) -> Worker:

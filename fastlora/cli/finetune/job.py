@@ -58,6 +58,16 @@ class Observer(Protocol):
         """Returns when the run may go on. Names: "evaluate", "start", "step", "end"."""
 
 
+class Diverged(Exception):
+    """The loss or the gradient is not finite. Nothing was saved since."""
+
+    def __init__(self, step: int, loss: float, saved: int) -> None:
+        super().__init__(step, loss, saved)
+        self.step = step
+        self.loss = loss
+        self.saved = saved  # the step of the last save, 0 if there is none
+
+
 class Stopped(Exception):
     """The run was asked to stop (Ctrl-C). It has saved and can be resumed."""
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..errors import CliError
+
 LOG_FILE = "log.jsonl"
+LOCK_FILE = ".lock"
 RUN_FILE = "run.json"
 # The final loss is the mean of this many steps: the loss of a single batch says little.
 LAST_STEPS = 10
@@ -30,10 +34,31 @@ def newest_checkpoint(out: Path) -> Path | None:
     return max(complete, key=step_of, default=None)
 
 
-def is_last(checkpoint: Path) -> bool:
-    """True if the checkpoint was saved at the end of the run."""
+def is_last(checkpoint: Path, steps: int | None) -> bool:
+    """True if the checkpoint was saved at the end of a run of `steps`, or of its own length."""
     state = json.loads((checkpoint / "trainer_state.json").read_text())
-    return bool(state["global_step"] >= state["max_steps"])
+    return bool(state["global_step"] >= (steps or state["max_steps"]))
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Keeps `out` to this process until the block ends.
+
+    Raises:
+        CliError: another process has it.
+    """
+    from filelock import FileLock, Timeout
+
+    path = out / LOCK_FILE
+    try:
+        lock = FileLock(path).acquire(blocking=False)
+    except Timeout:
+        raise CliError(f"--out: another run is writing to {out}") from None
+    with lock:
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def step_of(checkpoint: Path) -> int:

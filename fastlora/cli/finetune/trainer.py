@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from ..options import torch_dtype
@@ -11,9 +12,11 @@ from .records import Log
 
 
 class Stop:
-    """Whether the run was asked to stop."""
+    """Whether the run was asked to stop, or has to."""
 
     asked = False
+    # Where the loss or the gradient was not finite first: the step, and the loss.
+    diverged: tuple[int, float] | None = None
 
     def ask(self) -> None:
         """The first call lets the step end and save; the second breaks off."""
@@ -37,7 +40,7 @@ def make_trainer(
         examples, collator: the training data, and how to batch it.
         log: gets an entry for each step.
         observer: gets every step, and opens its gate.
-        stop: asked after every step.
+        stop: asked after every step; told when the loss is not finite.
     """
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -80,6 +83,10 @@ def make_trainer(
             self.first = False
             log.write(entry)
             observer.emit("step", **entry)
+            if not (math.isfinite(logs["loss"]) and math.isfinite(logs.get("grad_norm", 0.0))):
+                # The adapter has lost its values in this step, which is not to be saved.
+                stop.diverged = state.global_step, logs["loss"]
+                control.should_training_stop, control.should_save = True, False
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             control.should_training_stop |= stop.asked

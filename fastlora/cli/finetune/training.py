@@ -11,7 +11,7 @@ from ..errors import CliError
 from ..options import torch_dtype
 from ..process import on_stop_signal
 from .data import Collator, batches, load_data
-from .job import Job, Observer, Stopped
+from .job import Diverged, Job, Observer, Stopped
 from .model import accelerate, adapted_layers, cast_adapter, trainable_digest, with_adapter
 from .records import Log, is_last, newest_checkpoint, read_run, step_of, summarise, update_run
 from .trainer import Stop, make_trainer
@@ -26,7 +26,8 @@ def train(job: Job, observer: Observer, *, resume: bool) -> dict[str, Any]:
         resume: continue from the newest complete checkpoint in `job.out`, if there is one.
 
     Raises:
-        CliError: an argument does not fit the model. Stopped: interrupted, saved.
+        CliError: an argument does not fit the model. Stopped: interrupted, saved. Diverged: the
+            loss is not finite.
     """
     observer.emit("status", text="loading libraries")
     quiet_libraries()
@@ -96,7 +97,7 @@ def train(job: Job, observer: Observer, *, resume: bool) -> dict[str, Any]:
     with on_stop_signal(stop.ask):
         trainer = make_trainer(job, model, data.train, collator, log, observer, stop)
         set_seed(job.seed)
-        if checkpoint is not None and is_last(checkpoint):
+        if checkpoint is not None and is_last(checkpoint, job.steps):
             # The run was complete. The Trainer would do one more step.
             model.load_adapter(checkpoint, "default", is_trainable=True)
             cast_adapter(model, torch_dtype(job.adapter_dtype))
@@ -104,6 +105,9 @@ def train(job: Job, observer: Observer, *, resume: bool) -> dict[str, Any]:
         else:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             steps = trainer.state.max_steps
+            if stop.diverged is not None:
+                saved = newest_checkpoint(out)
+                raise Diverged(*stop.diverged, step_of(saved) if saved else 0)
             if trainer.state.global_step < steps:
                 raise Stopped(trainer.state.global_step, steps)
     observer.gate("end", steps)

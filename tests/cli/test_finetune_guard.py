@@ -1,0 +1,110 @@
+"""`fastlora finetune` stops where going on would lose something, and says so."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
+
+from fastlora.cli import main
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+Command = Callable[..., int]
+
+
+@pytest.fixture
+def finetune(tiny_model: Path, text_file: Path, tmp_path: Path) -> Command:
+    """Runs a short run; flags stand for themselves, keywords change an option."""
+
+    def run(*flags: str, **changed: Any) -> int:
+        options: dict[str, Any] = {"model": tiny_model, "data": text_file, "out": tmp_path / "out"}
+        options |= {"backend": "fastlora", "quant": "none", "steps": 3, "batch-size": 2}
+        options |= {"seq-len": 32, "save-every": 1, "threads": 1, "eval-split": 0}
+        options |= {name.replace("_", "-"): value for name, value in changed.items()}
+        given = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+        return main(["finetune", *given, *flags])
+
+    return run
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_loss_that_is_not_finite(
+    finetune: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert finetune(lr=1e30, steps=6) == 3
+    assert "Diverged at step 2" in (text := capsys.readouterr().out)
+    assert "the save after step 1 is kept" in text and "done" not in text
+    left = names(tmp_path / "out")
+    assert "checkpoint-1" in left and "checkpoint-2" not in left
+    assert not {"adapter_model.safetensors", ".lock"} & left
+    assert not any(name.startswith(".replaced") for name in left)
+
+
+@pytest.mark.parametrize("backend", ["fastlora", pytest.param("both", marks=pytest.mark.slow)])
+def test_a_base_that_is_not_finite(
+    backend: str,
+    finetune: Command,
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_model, broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    assert finetune(model=broken, backend=backend) == 3
+    assert "Diverged at step 1" in (text := capsys.readouterr().out) and "nothing was saved" in text
+    assert not list((tmp_path / "out").rglob("adapter_model.safetensors"))
+
+
+def test_two_runs_in_one_folder(
+    finetune: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert finetune() == 0
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    with FileLock(out / ".lock"):
+        for flag in ("--overwrite", "--resume"):
+            assert finetune(flag) == 2
+            assert "--out: another run is writing to" in capsys.readouterr().err
+        (out / ".lock").unlink(missing_ok=True)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")}.keys() == before.keys()
+    assert finetune("--overwrite") == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("target_modules", "no_such_layer"), ("seq_len", 1000)]
+)
+def test_a_refused_command_leaves_no_trace(
+    option: str, value: Any, finetune: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert finetune(**{option: value}) == 2
+    assert f"--{option.replace('_', '-')}: " in capsys.readouterr().err and not out.exists()
+    assert finetune() == 0
+    kept = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert finetune("--overwrite", **{option: value}) == 2
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == kept
+    out_of_place = out / "notes.txt"
+    out_of_place.write_text("mine")
+    assert finetune("--overwrite", steps=2) == 0
+    assert out_of_place.read_text() == "mine" and not (out / "checkpoint-3").exists()
+
+
+def test_more_steps_at_resume(finetune: Command, tmp_path: Path) -> None:
+    assert finetune(steps=2) == 0
+    assert main(["finetune", "--resume", "--out", str(tmp_path / "out"), "--steps", "4"]) == 0
+    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log] == [1, 2, 3, 4]
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["job"]["steps"] == 4
