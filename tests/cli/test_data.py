@@ -53,7 +53,7 @@ def test_text_record(jsonl: Callable[..., Path], tokenizer: PreTrainedTokenizerB
 def test_the_prompt_is_masked(
     jsonl: Callable[..., Path], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    example = only_example(jsonl({"prompt": "the cat", "completion": "sat on"}), tokenizer)
+    example = only_example(jsonl({"prompt": "the cat", "completion": " sat on"}), tokenizer)
     assert words(tokenizer, example.input_ids) == "the cat sat on <eos>"
     assert example.labels[:2] == [IGNORED, IGNORED]
     assert words(tokenizer, example.labels) == "sat on <eos>"
@@ -98,7 +98,7 @@ def test_a_template_that_rewrites_turns_is_refused(
 def test_examples_are_cut_at_seq_len_and_dropped_without_labels(
     jsonl: Callable[..., Path], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    long_prompt = {"prompt": "the cat sat on a mat", "completion": "and"}
+    long_prompt = {"prompt": "the cat sat on a mat", "completion": " and"}
     path = jsonl(long_prompt, {"text": "the cat sat on a mat and saw"})
     example = only_example(path, tokenizer, seq_len=6)
     assert words(tokenizer, example.input_ids) == "the cat sat on a mat"
@@ -126,7 +126,7 @@ def test_batches_are_padded(tokenizer: PreTrainedTokenizerBase) -> None:
         ("a.txt", b"the cat sat on a mat and saw an old", "too few to hold out --eval-split 0.05"),
         ("a.jsonl", b'{"text": "the cat"}\n{"text"\n', "line 2: not JSON"),
         ("a.jsonl", b'\n{"txt": "the cat"}\n', 'line 2: expected {"text": ...}.* got {"txt"'),
-        ("a.jsonl", b'["the cat"]\n', "line 1: expected"),
+        ("a.jsonl", b'["the cat"]\n', "record 1: expected"),
         ("a.jsonl", b'{"prompt": "the cat"}\n', "line 1: expected"),
         ("a.jsonl", b'{"messages": ["hi"]}\n', 'line 1: every message needs "role" and "content"'),
         (

@@ -64,7 +64,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     files.add_argument(
         "--data",
         metavar="FILE",
-        help='text, or JSONL with "text", "prompt" and "completion", or "messages"',
+        help='text; or JSONL, JSON, CSV, TSV, Parquet or Arrow, also in gz, with "text", "prompt" '
+        'and "completion", or "messages"',
     )
     files.add_argument("--out", metavar="FOLDER", help="for adapter, checkpoints and log")
     again = files.add_mutually_exclusive_group()
@@ -296,10 +297,13 @@ def _files_of_a_run(out: Path, but: Path) -> list[Path]:
 
 def _check(job: Job, console: Console) -> None:
     """Checks model and data before anything is written; converts a GGUF file."""
-    if not Path(job.data).is_file():
+    if not Path(job.data).exists():
         raise CliError(f"--data: no such file: {job.data}")
     if not Path(job.model).exists():
-        raise CliError(f"--model: no such folder or file: {job.model}")
+        raise CliError(
+            f"--model: no such folder or file: {job.model}; a model of the Hugging Face Hub comes "
+            "by `hf download NAME --local-dir FOLDER`"
+        )
     _check_packages(job)
     quiet_libraries()
     from ...integrations.transformers import load_tokenizer, model_folder

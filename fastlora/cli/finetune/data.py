@@ -1,24 +1,24 @@
-"""Reads text and JSONL files as training examples: token ids, and labels for the loss."""
+"""A data file as training examples: token ids, and labels for the loss."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CliError
+from .read import FORMS, Record, read
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
-JSONL_SUFFIXES = (".jsonl", ".ndjson")
-_FORMS = '{"text": ...}, {"prompt": ..., "completion": ...} or {"messages": [...]}'
 # The split doesn't depend on --seed: all seeds are compared on the same held-out text.
 _SPLIT_SEED = 0
 
@@ -45,6 +45,20 @@ class Data:
         for example in (*self.train, *self.held_out):
             digest.update(repr((example.input_ids, example.labels)).encode())
         return digest.hexdigest()
+
+
+@dataclass
+class Losses:
+    """What `--seq-len` takes from the examples."""
+
+    left_out: int = 0  # nothing to learn within it
+    cut: int = 0
+
+    def __str__(self) -> str:
+        parts = [f"{self.cut} cut"] if self.cut else []
+        if self.left_out:
+            parts.append(f"{self.left_out} left out, whose prompt alone is as long")
+        return f"; by --seq-len {', '.join(parts)}" if parts else ""
 
 
 class Collator:
@@ -82,12 +96,12 @@ def load_data(
 ) -> Data:
     """Reads and tokenises `path`.
 
-    A text file is cut into windows of seq_len tokens. A JSONL file has one example a line, cut at
-    seq_len. The loss counts all of "text"; of "prompt" and "completion", the completion; of
-    "messages", rendered by the tokenizer's chat template, those of the assistant.
+    A text is cut into windows of seq_len tokens, a record at seq_len. The loss counts all of
+    "text"; of "prompt" and "completion", the completion; of "messages", rendered by the tokenizer's
+    chat template, those of the assistant. "tools" beside "messages" go to the template.
 
     Args:
-        path: UTF-8 text, or JSONL by its suffix.
+        path: see `read.read`.
         tokenizer: the model's.
         seq_len: most tokens in an example.
         eval_split: share of the examples to hold out, 0 to 0.5.
@@ -95,13 +109,13 @@ def load_data(
     Raises:
         CliError: the file is missing, empty, not UTF-8 or malformed, or gives too few examples.
     """
-    text = _read(path)
-    if Path(path).suffix.lower() in JSONL_SUFFIXES:
-        examples = _jsonl_examples(path, text, tokenizer, seq_len)
-        kind = "examples"
-    else:
-        examples = _windows(path, text, tokenizer, seq_len)
+    content, losses = read(path), Losses()
+    if isinstance(content, str):
+        examples = _windows(path, content, tokenizer, seq_len)
         kind = f"windows of {seq_len} tokens"
+    else:
+        examples = _examples(path, content, tokenizer, seq_len, losses)
+        kind = "examples"
     held_out_count = max(1, round(eval_split * len(examples))) if eval_split else 0
     if held_out_count >= len(examples):
         raise CliError(
@@ -113,27 +127,12 @@ def load_data(
     random.Random(_SPLIT_SEED).shuffle(order)
     held_out = sorted(order[:held_out_count])
     train = sorted(order[held_out_count:])
+    counts = f"{len(train)} {kind} to train on, {len(held_out)} held out"
     return Data(
         train=[examples[i] for i in train],
         held_out=[examples[i] for i in held_out],
-        description=f"{Path(path).name}: {len(train)} {kind} to train on, {len(held_out)} held out",
+        description=f"{Path(path).name}: {counts}{losses}",
     )
-
-
-def _read(path: str) -> str:
-    try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise CliError(f"--data: no such file: {path}") from None
-    except IsADirectoryError:
-        raise CliError(f"--data: a text or JSONL file is needed, {path} is a folder") from None
-    except UnicodeDecodeError as error:
-        raise CliError(f"--data: {path} is not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise CliError(f"--data: can't read {path}: {error.strerror}") from None
-    if not text.strip():
-        raise CliError(f"--data: {path} is empty")
-    return text
 
 
 # ---- text ------------------------------------------------------------------------------------
@@ -157,27 +156,27 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False
     return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 
-# ---- JSONL -----------------------------------------------------------------------------------
+# ---- records ---------------------------------------------------------------------------------
 
 
-def _jsonl_examples(
-    path: str, text: str, tokenizer: PreTrainedTokenizerBase, seq_len: int
+def _examples(
+    path: str,
+    records: list[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    seq_len: int,
+    losses: Losses,
 ) -> list[Example]:
     examples = []
-    # Only "\n" ends a line: JSON strings may hold the other characters at which splitlines() cuts.
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"--data: {path}, line {number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise CliError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
-        ids, labels = _record(record, tokenizer, where)
+    for record in records:
+        ids, labels = _tokens(record, tokenizer)
+        losses.cut += len(ids) > seq_len
         ids, labels = ids[:seq_len], labels[:seq_len]
         # Nothing predicts the first label. A prompt of seq_len tokens leaves nothing to learn.
         if any(label != IGNORED for label in labels[1:]):
             examples.append(Example(ids, labels))
+        else:
+            losses.left_out += 1
+            losses.cut -= 1
     if not examples:
         raise CliError(
             f"--data: {path} gives no example with a token to learn within --seq-len {seq_len}"
@@ -185,20 +184,42 @@ def _jsonl_examples(
     return examples
 
 
-def _record(
-    record: Any, tokenizer: PreTrainedTokenizerBase, where: str
-) -> tuple[list[int], list[int]]:
-    if isinstance(record, dict):
-        if isinstance(record.get("messages"), list):
-            return _messages(record["messages"], tokenizer, where)
-        if isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
-            prompt = _ids(tokenizer, record["prompt"], special=True)
-            completion = _with_eos(_ids(tokenizer, record["completion"]), tokenizer)
-            return prompt + completion, [IGNORED] * len(prompt) + completion
-        if isinstance(record.get("text"), str):
-            ids = _with_eos(_ids(tokenizer, record["text"], special=True), tokenizer)
+def _tokens(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    where, value = record
+    if isinstance(value, dict):
+        if isinstance(value.get("messages"), list):
+            return _messages(value["messages"], value.get("tools"), tokenizer, where)
+        prompt, completion = value.get("prompt"), value.get("completion")
+        if isinstance(prompt, str) and isinstance(completion, str):
+            return _completion(prompt, completion, tokenizer)
+        if isinstance(value.get("text"), str):
+            ids = _with_eos(_document(tokenizer, value["text"]), tokenizer)
             return ids, list(ids)
-    raise CliError(f"{where}: expected {_FORMS}, got {_shortened(record)}")
+    raise CliError(f"{where}: expected {FORMS}, got {_shortened(value)}")
+
+
+def _completion(
+    prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int]]:
+    """Both as one text: a tokenizer that is given a completion alone may put a space before it."""
+    ids = _with_eos(_document(tokenizer, prompt + completion), tokenizer)
+    masked = _common(_document(tokenizer, prompt), ids)
+    return ids, [IGNORED] * masked + ids[masked:]
+
+
+def _document(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of a whole text, which begins with one BOS at most and has no EOS added."""
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    ids = _ids(tokenizer, text, special=not (bos and text.startswith(bos)))
+    if ids[-1:] == [tokenizer.eos_token_id] and not (eos and text.endswith(eos)):
+        return ids[:-1]
+    return ids
+
+
+def _common(some: list[int], others: list[int]) -> int:
+    """How many tokens two lists begin with alike."""
+    alike = (a == b for a, b in zip(some, others, strict=False))
+    return sum(1 for _ in takewhile(bool, alike))
 
 
 def _with_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -206,47 +227,66 @@ def _with_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
 
 
+# ---- conversations ---------------------------------------------------------------------------
+
+
 def _messages(
-    messages: list[Any], tokenizer: PreTrainedTokenizerBase, where: str
+    messages: list[Any], tools: Any, tokenizer: PreTrainedTokenizerBase, where: str
 ) -> tuple[list[int], list[int]]:
     if not tokenizer.chat_template:
         raise CliError(f'{where}: "messages" needs a chat template, --model\'s tokenizer has none')
-    if not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in messages
-    ):
-        raise CliError(f'{where}: every message needs "role" and "content"')
+    if not all(_is_message(m) for m in messages):
+        raise CliError(f'{where}: every message needs "role" and "content" or "tool_calls"')
     if not any(m["role"] == "assistant" for m in messages):
         raise CliError(f"{where}: no message of the assistant, so there is nothing to learn")
 
-    def render(count: int, prompt: bool) -> list[int]:
+    def render(count: int, prompt: bool = False) -> list[int]:
         text = tokenizer.apply_chat_template(
-            messages[:count], tokenize=False, add_generation_prompt=prompt
+            messages[:count], tools=tools, tokenize=False, add_generation_prompt=prompt
         )
         return _ids(tokenizer, text)
 
     try:
-        ids = render(len(messages), prompt=False)
-        labels = [IGNORED] * len(ids)
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before, upto = render(i, prompt=True), render(i + 1, prompt=False)
-            # If a template rewrites earlier turns (to drop their reasoning, say), this turn's
-            # tokens can't be located in the whole.
-            if ids[: len(upto)] != upto or upto[: len(before)] != before:
-                raise CliError(
-                    f"{where}: the chat template rewrites earlier turns, so the assistant's tokens "
-                    "can't be told apart; give prompt and completion instead"
-                )
-            labels[len(before) : len(upto)] = upto[len(before) :]
-    except CliError:
-        raise
+        ids = render(len(messages))
+        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        spans = [_turn(render, i) for i in turns]
     except Exception as error:
         # Templates are programs and can raise anything, mostly for roles in the wrong order.
         raise CliError(f"{where}: the chat template refuses it: {error}") from error
+    labels = [IGNORED] * len(ids)
+    for start, upto in spans:
+        # If a template rewrites earlier turns (to drop their reasoning, say), this turn's tokens
+        # can't be located in the whole.
+        if start is None or ids[: len(upto)] != upto:
+            raise CliError(
+                f"{where}: the chat template rewrites earlier turns, so the assistant's tokens "
+                "can't be told apart; give prompt and completion instead"
+            )
+        labels[start : len(upto)] = upto[start:]
     return ids, labels
 
 
-def _shortened(record: Any, width: int = 60) -> str:
+def _is_message(message: Any) -> bool:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return False
+    return "content" in message or bool(message.get("tool_calls"))
+
+
+def _turn(render: Callable[..., list[int]], i: int) -> tuple[int | None, list[int]]:
+    """Where what the assistant says in message i begins, and the tokens up to its end.
+
+    It begins after the generation prompt, as far as that is in the conversation: some open a block
+    of reasoning that the message doesn't have. None: the message changes what is before it.
+    """
+    upto = render(i + 1)
+    if i == 0:  # templates render no empty conversation: the prompt is that for the next turn
+        header = render(1, prompt=True)[len(upto) :]
+        return _common(header, upto), upto
+    before = render(i)
+    start = _common(render(i, prompt=True), upto)
+    return (start if start >= len(before) else None), upto
+
+
+def _shortened(record: Any) -> str:
     text = json.dumps(record, ensure_ascii=False)
-    return text if len(text) <= width else text[: width - 3] + "..."
+    return text if len(text) <= 60 else f"{text[:57]}..."
