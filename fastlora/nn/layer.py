@@ -153,7 +153,7 @@ class LoraModule(nn.Module):
             return self.merge_error
         dense = self._dense_weight()
         exact = reference.merge_weight(dense, self._A, self._B, self.scaling)
-        if not exact.isfinite().all():
+        if not exact.to(dense.dtype).isfinite().all():
             raise ValueError("lora_A, lora_B: expected a finite merged weight, got inf or NaN")
         original = self._stored()
         # Without an update the stored weight is exact; a second rounding to 4 bits would change it.

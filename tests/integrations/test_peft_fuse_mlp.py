@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -241,6 +242,14 @@ def test_a_merged_mlp_is_its_own_class_again() -> None:
     merged = fast.merge_and_unload()
     merged(torch.randn(4, 20))
     assert type(merged) is Gated
+
+
+def test_a_merged_mlp_is_saved_as_its_own_class() -> None:
+    """Without a forward in between, which would have changed it back."""
+    _, fast = gated(Gated(), p=0.0)
+    merged = fast.merge_and_unload()
+    data = pickle.dumps(merged)
+    assert b"fastlora" not in data and type(pickle.loads(data)) is Gated
 
 
 def test_adalora_in_an_mlp(nodes: Nodes) -> None:

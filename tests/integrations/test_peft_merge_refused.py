@@ -198,6 +198,32 @@ def test_an_error_half_way_names_the_layer_and_keeps_its_state() -> None:
     layer = lora_layers(model)[0]
     layer.lora_B["default"].weight.data.fill_(3e38)
     layer.lora_A["default"].weight.data.fill_(3e38)
-    with pytest.raises(ValueError, match=r"model\.up: the weight is not finite after merge"):
+    with pytest.raises(ValueError, match=r"model\.up: the weight is not finite in torch\.float32"):
         fastlora.merge_adapter(model, compare=False)
     assert not any(layer.merged for layer in lora_layers(model))
+
+
+@pytest.mark.parametrize("what", ["weight", "bias", "dense"])
+def test_what_fp16_can_not_hold(what: str) -> None:
+    """A sum of 70,000 in fp32, which fp16 rounds to infinity."""
+    torch.manual_seed(0)
+    if what == "dense":
+        model = peft_model(MLP4bit())
+    else:
+        model = peft_model(MLP(), lora_bias=what == "bias").to(torch.float16)
+    layer: Any = lora_layers(model)[0]
+    with torch.no_grad():
+        if what == "bias":
+            layer.base_layer.bias.fill_(60000.0)
+            layer.lora_B["default"].bias.fill_(10000.0)
+        else:
+            layer.lora_A["default"].weight.fill_(150.0)
+            layer.lora_B["default"].weight.fill_(160.0)
+        before = {name: t.clone() for name, t in model.state_dict().items()}
+    named = "bias" if what == "bias" else "weight"
+    with pytest.raises(
+        ValueError, match=rf"the {named} is not finite in torch\.float16 after merge"
+    ):
+        fastlora.merge_adapter(model, into="dense", dtype=torch.float16, compare=False)
+    assert not any(layer.merged for layer in lora_layers(model))
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())

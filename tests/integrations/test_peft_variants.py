@@ -142,6 +142,20 @@ def test_mixed_batches_train() -> None:
     assert last_reasons(trio[0]) == {""}
 
 
+def test_another_default_device() -> None:
+    """It is where new tensors go, also those that a call needs for its rows and tokens."""
+    fast, *_ = alora()
+    x = torch.randn(ROWS, LENGTH, K)
+    for options in (
+        {"alora_offsets": [4, 2, None]},
+        {"adapter_names": ["default", "__base__", "default"], "alora_offsets": [4, 2, None]},
+    ):
+        want = fast(x, **options)
+        with torch.device("meta"):
+            got = fast(x, **options)
+        assert torch.equal(got, want) and last_reasons(fast) == {""}
+
+
 # ---- variants that make their A or B -------------------------------------------------------------
 
 

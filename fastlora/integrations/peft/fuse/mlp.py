@@ -149,16 +149,20 @@ class GatedMLP:
             return gated_mlp(x, gate, up, down, self.activation)
 
 
-class _Gated:
+class _Gated(nn.Module):
     """Stands before the class of a module, whose forward it hands to what `GATED` holds."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        stock = super().forward  # type: ignore[misc]
+        stock: Any = super().forward
         # A compiled forward is the module's own: the compiler fuses what lies between the layers.
         mlp = None if torch.compiler.is_compiling() else self.__dict__.get(GATED)
         return stock(*args, **kwargs) if mlp is None else mlp.run(self, stock, args, kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        names = mlp.names if (mlp := self.__dict__.get(GATED)) is not None else ()
+        if any(not_linear_reason(self._modules.get(name)) is not None for name in names):
+            separate_mlp(self)  # merged: what is saved must load without fastlora
+            return self.__reduce_ex__(protocol)
         # A class made at run time has no name that a pickle could look up.
         return _rebuilt, (_own_class(type(self)),), self.__dict__
 

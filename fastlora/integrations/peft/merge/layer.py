@@ -42,7 +42,8 @@ def merge_layer(
         layer.merge(adapter_names=adapters)
         return MergeRow(name, type(layer.get_base_layer()).__name__)
     peft = _merged_by_peft(layer, adapters) if compare else None
-    result = _in_fp32(layer, "merge", original, adapter_names=adapters)
+    kept = _stored_dtype(layer, into, dtype)
+    result = _in_fp32(layer, "merge", kept, original, adapter_names=adapters)
     _store(layer, result, into, dtype, moments)
     base = base_name(layer.get_base_layer())
     return measured(name, base, result.before, result.after, _decoded(layer), peft, moments)
@@ -51,7 +52,8 @@ def merge_layer(
 def unmerge_layer(layer: Any) -> None:
     """Takes all merged adapters out of the base weight of `layer`."""
     if _is_ours(layer):
-        _store(layer, _in_fp32(layer, "unmerge"), "4bit", None, None)
+        kept = _stored_dtype(layer, "4bit", None)
+        _store(layer, _in_fp32(layer, "unmerge", kept), "4bit", None, None)
     else:
         layer.unmerge()
 
@@ -78,6 +80,17 @@ def _weight_name(layer: Any) -> str:
     return name
 
 
+def _stored_dtype(layer: Any, into: str, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype that a merged weight is rounded to; arguments as `_store` takes them."""
+    base = layer.get_base_layer()
+    if not bnb.is_linear4bit(base):
+        stored: torch.dtype = base._parameters[_weight_name(layer)].dtype
+        return stored
+    if into == "4bit":
+        return torch.float32  # its absmax
+    return dtype or bnb.parts(base, torch.float32)[1].dtype
+
+
 def _decoded(layer: Any) -> Tensor:
     """The base weight in fp32, or in fp64 if it is; a fresh tensor."""
     base = layer.get_base_layer()
@@ -101,7 +114,13 @@ class _Result:
 
 
 @torch.no_grad()
-def _in_fp32(layer: Any, method: str, original: Tensor | None = None, **arguments: Any) -> _Result:
+def _in_fp32(
+    layer: Any,
+    method: str,
+    kept: torch.dtype,
+    original: Tensor | None = None,
+    **arguments: Any,
+) -> _Result:
     """The base weight after PEFT's own `method`, with everything in fp32.
 
     The layer's own weight stays as it is; its `merged_adapters` are changed.
@@ -109,13 +128,14 @@ def _in_fp32(layer: Any, method: str, original: Tensor | None = None, **argument
     Args:
         layer: one of which `_is_ours` is true.
         method: "merge" or "unmerge", called with `arguments`.
+        kept: the dtype that the weight will be rounded to.
         original: takes the place of the base weight.
     """
     base, kind, name = layer.get_base_layer(), type(layer), _weight_name(layer)
     before = _decoded(layer) if original is None else _wide(original.to(base.weight.device))
-    stand_in = {name: before.clone()}
-    if base._parameters.get("bias") is not None:
-        stand_in["bias"] = _wide(base._parameters["bias"])
+    stand_in, kept_bias = {name: before.clone()}, torch.float32
+    if (own := base._parameters.get("bias")) is not None:
+        stand_in["bias"], kept_bias = _wide(own), own.dtype
     merged = list(layer.merged_adapters)
     four_bit = bnb.is_linear4bit(base)
     target: Any = nn.Linear(1, 1, bias=False, device="meta") if four_bit else base
@@ -125,10 +145,11 @@ def _in_fp32(layer: Any, method: str, original: Tensor | None = None, **argument
                 # PEFT's 4-bit layer quantises between adapters, and adds lora_bias unscaled.
                 layer.__class__, layer.base_layer = Linear, target
             getattr(layer, method)(**arguments)
-            if not target._parameters[name].isfinite().all():
-                raise ValueError(f"the weight is not finite after {method}")
             bias = target._parameters.get("bias")
             after = target._parameters[name].detach()
+            for what, value, dtype in (("weight", after, kept), ("bias", bias, kept_bias)):
+                if value is not None and not value.to(dtype).isfinite().all():
+                    raise ValueError(f"the {what} is not finite in {dtype} after {method}")
             return _Result(before, after, None if bias is None else bias.detach())
         except BaseException:
             layer.merged_adapters[:] = merged

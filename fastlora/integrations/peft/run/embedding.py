@@ -36,7 +36,7 @@ def embed(parts: EmbeddingParts, ids: Tensor) -> Tensor:
 def _scales(parts: EmbeddingParts) -> tuple[float, float]:
     """`embed_scale` as the base layer and as PEFT's LoRA term round it."""
     scale: Any = parts.base.embed_scale
-    rounded = torch.as_tensor(scale).to(parts.weight.dtype)
+    rounded = torch.as_tensor(scale, device="cpu").to(parts.weight.dtype)
     # PEFT turns a number into a tensor of the table's dtype.
     term = scale if isinstance(scale, Tensor) else rounded
     base = rounded if parts.rounds_scale else scale

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,12 +28,12 @@ def mixed(plan: Plan, x: Tensor, rows: Sequence[str]) -> Tensor:
         return y
     place = {adapter.name: i for i, adapter in enumerate(adapters)}
     # A row without an adapter takes the first one, times zero.
-    index = on_device(torch.tensor([place.get(name, 0) for name in rows]), x.device)
+    index = on_device(_on_cpu([place.get(name, 0) for name in rows]), x.device)
     scalings = [adapters[place[name]].scaling if name in place else 0.0 for name in rows]
-    scale = torch.tensor(scalings, dtype=dtype)[:, None, None]
+    scale = _on_cpu(scalings, dtype)[:, None, None]
     if plan.invoked:
         everywhere = [name not in place or not adapters[place[name]].invoked for name in rows]
-        scale = scale * (_is_invoked(plan, x) | torch.tensor(everywhere)[:, None])[..., None]
+        scale = scale * (_is_invoked(plan, x) | _on_cpu(everywhere)[:, None])[..., None]
     scale = on_device(scale, x.device)
     R = max(adapter.lora_A.shape[0] for adapter in adapters)
     As = [pad(cast(a.lora_A, dtype), (0, 0, 0, R - a.lora_A.shape[0])) for a in adapters]
@@ -63,4 +64,10 @@ def invoke(plan: Plan, y: Tensor, x: Tensor, adapter: Adapter) -> Tensor:
 def _is_invoked(plan: Plan, x: Tensor) -> Tensor:
     """bool [rows, tokens] on the CPU: whether a token is an invoked one."""
     tokens = x.shape[1:-1].numel()
-    return torch.arange(tokens) >= tokens - torch.tensor(plan.invoked)[:, None]
+    places = torch.arange(tokens, device="cpu")
+    return places >= tokens - _on_cpu(plan.invoked)[:, None]
+
+
+def _on_cpu(values: Sequence[Any], dtype: torch.dtype | None = None) -> Tensor:
+    """Numbers as a tensor on the CPU, whatever the default device is."""
+    return torch.tensor(values, dtype=dtype, device="cpu")
