@@ -75,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
         raise CliError(f"--adapter: {error}") from error
     model, originals = _load(args, config.task_type, heads)
     tokenizer = _tokenizer(args.model)
+    if tokenizer is not None and (trained := _tokenizer(args.adapter)) is not None:
+        tokenizer.chat_template = trained.chat_template or tokenizer.chat_template
     try:
         model = load_adapter(model, args.adapter).eval()
     except ValueError as error:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, MixtralConfig
 
 from fastlora.cli import main
 
@@ -108,3 +109,45 @@ def test_more_steps_at_resume(finetune: Command, tmp_path: Path) -> None:
     log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in log] == [1, 2, 3, 4]
     assert json.loads((tmp_path / "out" / "run.json").read_text())["job"]["steps"] == 4
+
+
+def random_model(kind: str, tiny_model: Path, folder: Path) -> Path:
+    """A model of another kind with the tiny one's tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 48}
+    configs = {
+        "mixtral": lambda: MixtralConfig(**sizes, **heads, num_local_experts=3),
+        "mamba": lambda: MambaConfig(**sizes, state_size=4),
+    }
+    model = AutoModelForCausalLM.from_config(configs[kind]())
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_experts_take_no_dropout(
+    finetune: Command, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the command's defaults, and said."""
+    model = random_model("mixtral", tiny_model, tmp_path / "model")
+    assert finetune(model=model, steps=1) == 0
+    assert "dropout 0, since PEFT's adapters on experts have none" in capsys.readouterr().out
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["lora_dropout"] == 0.0 and config["target_parameters"]
+
+
+def test_what_peft_refuses(
+    finetune: Command, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert finetune(model=random_model("mamba", tiny_model, tmp_path / "model")) == 2
+    assert "--target-modules: " in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_model_with_an_adapter_beside_it(
+    finetune: Command, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "both")
+    (tmp_path / "both" / "adapter_config.json").write_text("{}")
+    assert finetune(model=tmp_path / "both") == 2
+    assert "holds an adapter beside the model" in capsys.readouterr().err

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from typing import Any
 
 from ..errors import CliError
 from ..options import torch_dtype
-from .job import Job
+from .job import Job, Observer
 
 
-def with_adapter(model: Any, job: Job) -> Any:
-    """PEFT's model around `model`, with the job's adapter."""
+def with_adapter(model: Any, job: Job, observer: Observer) -> Any:
+    """PEFT's model around `model`, with the job's adapter.
+
+    Raises:
+        CliError: PEFT has no adapter for a layer.
+    """
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -24,9 +29,29 @@ def with_adapter(model: Any, job: Job) -> Any:
     if job.gradient_checkpointing:
         model.config.use_cache = False
         enable_checkpointing(model)
-    model = get_peft_model(model, config)
+    try:
+        if job.dropout > 0.0 and _adapts_experts(model, config):
+            observer.emit("status", text="dropout 0, since PEFT's adapters on experts have none")
+            config.lora_dropout = 0.0
+        model = get_peft_model(model, config)
+    except ValueError as error:
+        raise CliError(f"--target-modules: {error}") from error
     cast_adapter(model, torch_dtype(job.adapter_dtype))
     return model
+
+
+def _adapts_experts(model: Any, config: Any) -> bool:
+    """Whether PEFT puts adapters on stacks of experts, tried on a model without memory."""
+    import torch
+    from peft import get_peft_model
+    from peft.tuners.lora.layer import ParamWrapper
+
+    if not any(parameter.dim() == 3 for parameter in model.parameters()):
+        return False
+    with torch.device("meta"):
+        empty = type(model)(model.config)
+        trial = get_peft_model(empty, dataclasses.replace(config, lora_dropout=0.0))
+    return any(isinstance(module, ParamWrapper) for module in trial.modules())
 
 
 def enable_checkpointing(model: Any) -> None:

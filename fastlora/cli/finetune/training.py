@@ -60,7 +60,7 @@ def train(job: Job, observer: Observer, *, resume: bool) -> dict[str, Any]:
     collator = Collator(tokenizer)
 
     set_seed(job.seed)
-    model = with_adapter(model, job)
+    model = with_adapter(model, job, observer)
     adapter = trainable_digest(model)
     fast = accelerate(model) if job.backend == "fastlora" else None
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -61,9 +62,14 @@ def load_model(
         options: as `from_pretrained` takes them.
 
     Raises:
-        ValueError: the folder lacks weights, has others than the model, or of another shape, or
-            can't be read.
+        ValueError: the folder lacks weights, has others than the model, or of another shape, can't
+            be read, or also holds an adapter.
     """
+    if (Path(folder) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} holds an adapter beside the model, which Transformers would load with it; "
+            "give each a folder of its own"
+        )
     try:
         model, found = kind.from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
