@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ....backends.contract import Request
 from ..syntax import source_tree
 from .casts import SUPPORTED_DTYPES, backend_reason
-from .plain import PLAIN, modules_reason, state_reason, tensors_reason
+from .plain import PLAIN, hidden_reason, modules_reason, state_reason, tensors_reason
 from .reasons import Unserved, call_reason
 
 OP = "lora_embedding_fwd"
@@ -87,6 +87,8 @@ def embedding_parts(layer: Any) -> EmbeddingParts | str:
     weight, A, B = base._parameters.get("weight"), As[name], Bs[name]
     if weight is None or A is None or B is None:
         return "a weight is no parameter of its layer (parametrised or pruned)"
+    if (reason := hidden_reason([("the base layer", base)])) is not None:
+        return reason
     tensors = [("base weight", weight), ("lora_A", A), ("lora_B", B)]
     if (reason := tensors_reason(tensors)) is not None:
         return reason

@@ -57,6 +57,18 @@ def modules_reason(roles: Iterable[tuple[str, nn.Module]]) -> str | None:
     return None
 
 
+def hidden_reason(roles: Iterable[tuple[str, nn.Module]]) -> str | None:
+    """Why modules, each with its role, compute with something else than their parameters, or None.
+
+    An attribute of the instance comes before a parameter of that name.
+    """
+    for role, module in roles:
+        for name in ("weight", "bias"):
+            if name in module.__dict__:
+                return f"{role} has a {name} that is an attribute, not a parameter"
+    return None
+
+
 def tensors_reason(tensors: Iterable[tuple[str, Tensor | None]]) -> str | None:
     """Why tensors, each with its role, can't be read as plain memory, or None."""
     for role, tensor in tensors:
