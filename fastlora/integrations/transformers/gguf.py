@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ... import tuning
+
 # Part of the cache key: raise it when a conversion would come out differently.
 _CACHE_VERSION = 1
 
@@ -83,16 +85,11 @@ def gguf_cache_folder(
 
 
 def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """`cache_dir`, or `$XDG_CACHE_HOME/fastlora`, or `~/.cache/fastlora`."""
-    if cache_dir is None:
-        cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fastlora"
-    return Path(cache_dir).expanduser()
+    """`cache_dir`, or the folder of everything that fastlora keeps, `tuning.cache_folder()`."""
+    return tuning.cache_folder() if cache_dir is None else Path(cache_dir).expanduser()
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
-    digest = hashlib.sha256()
     with Path(path).open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
