@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import io
 import math
 import os
 import re
@@ -20,6 +19,7 @@ from .. import ops
 from . import bitsandbytes as bnb
 from .names import kind_of, numbers_of, plain_name
 from .peft.merge.originals import OriginalWeights
+from .text import as_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -125,11 +125,7 @@ class Spectrum:
         return table
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        buffer = io.StringIO()
-        Console(file=buffer, width=140).print(self)
-        return buffer.getvalue().rstrip()
+        return as_text(self)
 
 
 def spectrum(

@@ -42,7 +42,12 @@ class Fusion:
     @property
     def note(self) -> str:
         """What is printed of them."""
-        return self.reason or (f"in the latest call: {self.last_call}" if self.last_call else "")
+        return note_of(self.reason, self.last_call)
+
+
+def note_of(reason: str, last_call: str | None) -> str:
+    """What is printed of a layer, or of layers that might run as one; "" when all is well."""
+    return reason or (f"in the latest call: {last_call}" if last_call else "")
 
 
 def check_fuse(how: str | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...names import kind_of, plain_name
+from ...text import as_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -106,11 +106,7 @@ class MergeReport:
         return self.table()
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        buffer = io.StringIO()
-        Console(file=buffer, width=140).print(self)
-        return buffer.getvalue().rstrip()
+        return as_text(self)
 
 
 def _means(rows: list[MergeRow]) -> list[float | None]:

@@ -45,6 +45,12 @@ class EmbeddingParts(NamedTuple):
         same = self.lora_A.dtype == self.weight.dtype
         return self.lora_A.dtype if same else torch.float32
 
+    @property
+    def request(self) -> Request:
+        """What the layer asks a backend for."""
+        device = self.weight.device
+        return Request(OP, device.type, device.index, self.weight.dtype, self.dtype)
+
 
 def embedding_parts(layer: Any) -> EmbeddingParts | str:
     """The tensors that the fast path reads, or why PEFT's code has to run whatever the input."""
@@ -113,7 +119,7 @@ def embedding_casts(parts: EmbeddingParts, device: torch.device) -> str | None:
             return f"the {role} is in {tensor.dtype}; fastlora takes fp32, bf16 and fp16"
         if tensor.device != device:
             return f"the ids are on {device} and the layer, or a part of it, on {tensor.device}"
-    return backend_reason(embedding_request(parts, device))
+    return backend_reason(parts.request)
 
 
 def embedding_plan(
@@ -160,8 +166,3 @@ def _returned(forward: Any) -> str:
     if function.decorator_list or len(function.body) != 1 or not isinstance(last, ast.Return):
         return ""
     return "" if last.value is None else ast.unparse(last.value)
-
-
-def embedding_request(parts: EmbeddingParts, device: torch.device) -> Request:
-    """What a layer asks a backend for."""
-    return Request(OP, device.type, device.index, parts.weight.dtype, parts.dtype)

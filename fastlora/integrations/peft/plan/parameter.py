@@ -26,9 +26,11 @@ class ParamParts(NamedTuple):
     factors: tuple[tuple[Tensor, Tensor, float], ...]
 
     @property
-    def op(self) -> str:
-        """The forward op that serves the parameter."""
-        return "lora_linear_fwd" if self.weight.dim() == 2 else "grouped_lora_linear_fwd"
+    def request(self) -> Request:
+        """What the layer asks a backend for."""
+        op = "lora_linear_fwd" if self.weight.dim() == 2 else "grouped_lora_linear_fwd"
+        device = self.weight.device
+        return Request(op, device.type, device.index, self.weight.dtype)
 
 
 def param_parts(layer: Any) -> ParamParts | str:
@@ -73,9 +75,7 @@ def param_parts(layer: Any) -> ParamParts | str:
             return f"lora_A or lora_B does not fit the parameter {name} (sharded?)"
         factors.append((*found, float(layer.scaling[adapter])))
     parts = ParamParts(owner, name, weight, tuple(factors))
-    reason = backend_reason(
-        Request(parts.op, weight.device.type, weight.device.index, weight.dtype)
-    )
+    reason = backend_reason(parts.request)
     return parts if reason is None else Unserved(reason)
 
 
