@@ -20,7 +20,7 @@ from .. import bitsandbytes as bnb
 from ..names import kind_of
 from ..text import as_text
 from .fuse.join import Fusion, fusions, note_of
-from .names import base_name, short
+from .names import base_name, check_module, short
 from .plan.call import Parts
 from .plan.casts import casts, linear_request
 from .plan.embedding import EmbeddingParts, embedding_casts, embedding_parts
@@ -169,8 +169,7 @@ def explain(model: nn.Module) -> Explanation:
     Raises:
         TypeError: model is no nn.Module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    check_module(model)
     rows = [_row(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
     return Explanation(rows, fusions(model))
 

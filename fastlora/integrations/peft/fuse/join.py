@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -115,13 +114,11 @@ def _as_mlp(module: nn.Module, source: GatedSource) -> GatedMLP | str:
 
 def fusions(model: nn.Module) -> list[Fusion]:
     """What `join_mlps` has joined in `model`, and what it has left alone, with the reason."""
-    return list(_fusions(model))
-
-
-def _fusions(model: nn.Module) -> Iterator[Fusion]:
+    found = []
     for name, module in model.named_modules():
         if (left := module.__dict__.get(_REASON)) is not None:
             layers, reason = left
-            yield Fusion(name, layers, reason, None)
+            found.append(Fusion(name, layers, reason, None))
         if (mlp := module.__dict__.get(GATED)) is not None:
-            yield Fusion(name, mlp.names, "", mlp.last)
+            found.append(Fusion(name, mlp.names, "", mlp.last))
+    return found

@@ -38,9 +38,7 @@ def activation_of(module: nn.Module, source: GatedSource) -> str | None:
         home = type(found).__module__.split(".")[0]
         if home not in ("torch", "transformers") or found._modules or has_hooks(found):
             return None
-        if "forward" in found.__dict__:
-            return None
-        if any(True for _ in found.parameters()) or any(True for _ in found.buffers()):
+        if "forward" in found.__dict__ or [*found.parameters(), *found.buffers()]:
             return None
     elif found not in (nn.functional.silu, nn.functional.gelu):
         return None
@@ -149,11 +147,11 @@ class GatedMLP:
             return gated_mlp(x, gate, up, down, self.activation)
 
 
-class _Gated:
+class _Gated(nn.Module):
     """Stands before the class of a module, whose forward it hands to what `GATED` holds."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        stock = super().forward  # type: ignore[misc]
+        stock = super().forward
         # A compiled forward is the module's own: the compiler fuses what lies between the layers.
         mlp = None if torch.compiler.is_compiling() else self.__dict__.get(GATED)
         return stock(*args, **kwargs) if mlp is None else mlp.run(self, stock, args, kwargs)

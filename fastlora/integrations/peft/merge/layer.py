@@ -82,8 +82,7 @@ def _decoded(layer: Any) -> Tensor:
     """The base weight in fp32, or in fp64 if it is; a fresh tensor."""
     base = layer.get_base_layer()
     if bnb.is_linear4bit(base):
-        weight, state, _, _ = bnb.parts(base, torch.float32)
-        return ops.dequantize_4bit(weight, state, torch.float32)
+        return bnb.dense_weight(base, torch.float32)
     return _wide(base._parameters[_weight_name(layer)])
 
 
@@ -182,7 +181,7 @@ def _store(
     if not bnb.is_linear4bit(base):
         base._parameters[_weight_name(layer)].copy_(result.after)
         return
-    _, state, _, _ = bnb.parts(base, torch.float32)
+    _, state = bnb.packed(base)
     if moments is None:
         packed, state = ops.quantize_4bit(
             result.after, state.blocksize, state.quant_type, state.nested
@@ -194,9 +193,8 @@ def _store(
 
 def _make_dense(layer: Any, base: Any, result: _Result, dtype: torch.dtype | None) -> None:
     """Puts an nn.Linear into the place of a Linear4bit, and PEFT's dense layer around it."""
-    _, state, _, _ = bnb.parts(base, torch.float32)
-    dtype = dtype or state.dtype
-    dense = bnb.dense_linear(base, result.after.to(dtype), result.bias)
+    _, state = bnb.packed(base)
+    dense = bnb.dense_linear(base, result.after.to(dtype or state.dtype), result.bias)
     fast = is_fast(layer)
     layer.base_layer, layer.__class__ = dense, Linear
     layer.is_target_conv_1d_layer = False

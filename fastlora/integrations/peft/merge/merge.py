@@ -16,9 +16,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from torch import Tensor, nn
 
-from ....quant import QuantState
 from ... import bitsandbytes as bnb
 from ...names import plain_name
+from ..names import check_module
 from .layer import copy_of, merge_layer, unmerge_layer
 from .originals import OriginalWeights, Source
 from .report import MergeReport, MergeRow
@@ -67,8 +67,7 @@ def merge_adapter(
             be merged; nothing has changed then. Also when a sum overflows, which only merging
             shows: the layers before the one named are merged then.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    check_module(model)
     if into not in INTO:
         raise ValueError(f"into must be one of {INTO}, got {into!r}")
     if into == "dense" and moments is not None:
@@ -106,8 +105,7 @@ def unmerge_adapter(model: nn.Module) -> int:
     Raises:
         TypeError: model is no nn.Module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    check_module(model)
     merged = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and m.merged]
     for layer in merged:
         with onload_layer(layer):
@@ -148,7 +146,13 @@ class _Merge:
                 raise ValueError(f"{what}: {name} must be finite, got inf or NaN")
         if not self.is_4bit:
             return
-        _, state, _, _ = _parts(linear, what)
+        if bnb.is_repacked(linear) and (reason := bnb.unpack_reason(linear)) is not None:
+            raise ValueError(f"{what}: {reason}")
+        bnb.unpack(linear)
+        try:
+            _, state = bnb.packed(linear)
+        except ValueError as error:
+            raise ValueError(f"{what}: {error}") from None
         if originals is not None:
             originals.check(self.name, state.shape)
         K = state.shape[-1]
@@ -169,18 +173,6 @@ class _Merge:
             )
         except ValueError as error:
             raise ValueError(f"model: layer {self.key}: {error}") from error
-
-
-def _parts(linear: nn.Module, what: str) -> tuple[Tensor, QuantState, torch.dtype, Tensor | None]:
-    if bnb.is_repacked(linear):
-        reason = bnb.unpack_reason(linear)
-        if reason is not None:
-            raise ValueError(f"{what}: {reason}")
-        bnb.unpack(linear)
-    try:
-        return bnb.parts(linear, torch.float32)
-    except ValueError as error:
-        raise ValueError(f"{what}: {error}") from None
 
 
 def _plan(model: nn.Module, adapter_names: Sequence[str] | None) -> list[_Merge]:

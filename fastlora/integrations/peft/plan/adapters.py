@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .call import Adapter
-from .plain import PLAIN, tensors_reason
+from .plain import PLAIN, scaling_reason, tensors_reason
 
 # PEFT's variants that differ from LoRA in their initial values and in what trains, not in forward.
 _PLAIN_VARIANTS = ("MiCALinearVariant",)
@@ -46,9 +46,7 @@ def plain_adapter(layer: Any, name: str, roles: list[tuple[str, nn.Module]]) -> 
         elif kind not in _PLAIN_VARIANTS:
             return f"the adapter is a LoRA variant ({kind})"
     scaling = state["scaling"][name]
-    if type(scaling) not in (float, int):
-        return f"scaling is a {type(scaling).__name__}, not a number"
-    if (reason := _dropout_reason(dropout)) is not None:
+    if (reason := scaling_reason(scaling) or _dropout_reason(dropout)) is not None:
         return reason
     for part in (lora_A, lora_B):
         if type(part) is not nn.Linear and not (made and _is_block_diagonal(part)):
@@ -100,10 +98,8 @@ def svd_adapter(layer: Any, name: str, roles: list[tuple[str, nn.Module]]) -> Ad
     wait for a GPU.
     """
     children, scaling = layer._modules, layer.scaling[name]
-    if type(scaling) not in (float, int):
-        return f"scaling is a {type(scaling).__name__}, not a number"
     dropout = children["lora_dropout"]._modules[name]
-    if (reason := _dropout_reason(dropout)) is not None:
+    if (reason := scaling_reason(scaling) or _dropout_reason(dropout)) is not None:
         return reason
     roles.append(("the dropout module", dropout))
     A, B, E = (children[part]._parameters[name] for part in ("lora_A", "lora_B", "lora_E"))

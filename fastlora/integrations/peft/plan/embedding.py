@@ -11,8 +11,17 @@ from torch import Tensor, nn
 
 from ....backends.contract import Request
 from ..syntax import source_tree
-from .casts import SUPPORTED_DTYPES, backend_reason
-from .plain import PLAIN, hidden_reason, modules_reason, state_reason, tensors_reason
+from .casts import backend_reason
+from .plain import (
+    NONE_ACTIVE,
+    PLAIN,
+    dtype_reason,
+    hidden_reason,
+    modules_reason,
+    scaling_reason,
+    state_reason,
+    tensors_reason,
+)
 from .reasons import Unserved, call_reason
 
 OP = "lora_embedding_fwd"
@@ -60,7 +69,7 @@ def embedding_parts(layer: Any) -> EmbeddingParts | str:
     As, Bs = (children[f"lora_embedding_{x}"]._parameters for x in "AB")
     names = [name for name in layer.active_adapters if name in As]
     if not names:
-        return "no adapters are active on this layer"
+        return NONE_ACTIVE
     if len(names) > 1:
         return "several adapters are active on an embedding"
     name, base = names[0], children["base_layer"]
@@ -105,8 +114,8 @@ def embedding_parts(layer: Any) -> EmbeddingParts | str:
         shapes = f"{tuple(A.shape)} and {tuple(B.shape)}"
         return f"lora_A and lora_B have the shapes {shapes}, not {(R, V)} and {(N, R)} (sharded?)"
     scaling = state["scaling"][name]
-    if type(scaling) not in (float, int):
-        return f"scaling is a {type(scaling).__name__}, not a number"
+    if (reason := scaling_reason(scaling)) is not None:
+        return reason
     return EmbeddingParts(base, weight, A, B, float(scaling), rounds_scale)
 
 
@@ -115,8 +124,8 @@ def embedding_casts(parts: EmbeddingParts, device: torch.device) -> str | None:
     if parts.lora_A.dtype != parts.lora_B.dtype:
         return f"lora_A is in {parts.lora_A.dtype} and lora_B in {parts.lora_B.dtype}"
     for role, tensor in (("table", parts.weight), ("adapter", parts.lora_A), ("", parts.lora_B)):
-        if tensor.dtype not in SUPPORTED_DTYPES:
-            return f"the {role} is in {tensor.dtype}; fastlora takes fp32, bf16 and fp16"
+        if (reason := dtype_reason(f"the {role}", tensor.dtype)) is not None:
+            return reason
         if tensor.device != device:
             return f"the ids are on {device} and the layer, or a part of it, on {tensor.device}"
     return backend_reason(parts.request)
@@ -160,9 +169,9 @@ def _scale_reason(layer: Any, base: nn.Module) -> str | None:
 def _returned(forward: Any) -> str:
     """What a forward returns, as source, if that is all it does; "" for all others."""
     function = source_tree(forward)
-    if function is None or hasattr(forward, "__wrapped__"):
+    if function is None or len(function.body) != 1:
         return ""
-    last = function.body[-1]
-    if function.decorator_list or len(function.body) != 1 or not isinstance(last, ast.Return):
+    returned = function.body[0]
+    if not isinstance(returned, ast.Return) or returned.value is None:
         return ""
-    return "" if last.value is None else ast.unparse(last.value)
+    return ast.unparse(returned.value)

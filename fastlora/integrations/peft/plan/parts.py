@@ -14,7 +14,7 @@ from ... import bitsandbytes as bnb
 from ..names import named
 from .adapters import plain_adapter, svd_adapter
 from .call import Adapter, Parts
-from .plain import hidden_reason, modules_reason, state_reason, tensors_reason
+from .plain import NONE_ACTIVE, hidden_reason, modules_reason, state_reason, tensors_reason
 
 
 def layer_parts(layer: Any, names: Iterable[str] | None = None) -> Parts | str:
@@ -38,7 +38,7 @@ def layer_parts(layer: Any, names: Iterable[str] | None = None) -> Parts | str:
     chosen = layer.active_adapters if names is None else dict.fromkeys(names)
     present = [name for name in chosen if name in As]
     if not present and names is None:
-        return "no adapters are active on this layer"
+        return NONE_ACTIVE
     adapters: list[Adapter] = []
     roles: list[tuple[str, nn.Module]] = [("the base layer", children["base_layer"])]
     for name in present:

@@ -6,10 +6,29 @@ import functools
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
+from ..names import named
+
 PLAIN = (Tensor, nn.Parameter)
+SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NONE_ACTIVE = "no adapters are active on this layer"
+
+
+def dtype_reason(role: str, dtype: torch.dtype) -> str | None:
+    """Why fastlora does not take a tensor of this role, or None."""
+    if dtype in SUPPORTED_DTYPES:
+        return None
+    return f"{role} is in {named(dtype)}; fastlora takes fp32, bf16 and fp16"
+
+
+def scaling_reason(scaling: object) -> str | None:
+    """Why PEFT's factor of an adapter can't be read without waiting for a device, or None."""
+    if type(scaling) in (float, int):
+        return None
+    return f"scaling is a {type(scaling).__name__}, not a number"
 
 
 def state_reason(layer: Any) -> str | None:
