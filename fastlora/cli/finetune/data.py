@@ -198,7 +198,9 @@ def _record(
         if isinstance(record.get("text"), str):
             ids = _with_eos(_ids(tokenizer, record["text"], special=True), tokenizer)
             return ids, list(ids)
-    raise CliError(f"{where}: expected {_FORMS}, got {_shortened(record)}")
+    got = json.dumps(record, ensure_ascii=False)
+    got = got if len(got) <= 60 else got[:57] + "..."
+    raise CliError(f"{where}: expected {_FORMS}, got {got}")
 
 
 def _with_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -219,34 +221,27 @@ def _messages(
         raise CliError(f"{where}: no message of the assistant, so there is nothing to learn")
 
     def render(count: int, prompt: bool) -> list[int]:
-        text = tokenizer.apply_chat_template(
-            messages[:count], tokenize=False, add_generation_prompt=prompt
-        )
-        return _ids(tokenizer, text)
+        try:
+            text = tokenizer.apply_chat_template(
+                messages[:count], tokenize=False, add_generation_prompt=prompt
+            )
+            return _ids(tokenizer, text)
+        except Exception as error:
+            # Templates are programs and can raise anything, mostly for roles in the wrong order.
+            raise CliError(f"{where}: the chat template refuses it: {error}") from error
 
-    try:
-        ids = render(len(messages), prompt=False)
-        labels = [IGNORED] * len(ids)
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before, upto = render(i, prompt=True), render(i + 1, prompt=False)
-            # If a template rewrites earlier turns (to drop their reasoning, say), this turn's
-            # tokens can't be located in the whole.
-            if ids[: len(upto)] != upto or upto[: len(before)] != before:
-                raise CliError(
-                    f"{where}: the chat template rewrites earlier turns, so the assistant's tokens "
-                    "can't be told apart; give prompt and completion instead"
-                )
-            labels[len(before) : len(upto)] = upto[len(before) :]
-    except CliError:
-        raise
-    except Exception as error:
-        # Templates are programs and can raise anything, mostly for roles in the wrong order.
-        raise CliError(f"{where}: the chat template refuses it: {error}") from error
+    ids = render(len(messages), prompt=False)
+    labels = [IGNORED] * len(ids)
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before, upto = render(i, prompt=True), render(i + 1, prompt=False)
+        # If a template rewrites earlier turns (to drop their reasoning, say), this turn's tokens
+        # can't be located in the whole.
+        if ids[: len(upto)] != upto or upto[: len(before)] != before:
+            raise CliError(
+                f"{where}: the chat template rewrites earlier turns, so the assistant's tokens "
+                "can't be told apart; give prompt and completion instead"
+            )
+        labels[len(before) : len(upto)] = upto[len(before) :]
     return ids, labels
-
-
-def _shortened(record: Any, width: int = 60) -> str:
-    text = json.dumps(record, ensure_ascii=False)
-    return text if len(text) <= width else text[: width - 3] + "..."
