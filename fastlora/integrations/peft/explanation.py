@@ -130,8 +130,9 @@ class Explanation:
             table.add_column(column, overflow="fold")
         for cells in self.lines():
             table.add_row(*cells, style="yellow" if cells[7] == "PEFT" else None)
-        notes = [Text(line) for line in (*self._numbered_notes(), *self.fusion_lines())]
-        return Group(Text(self.summary(), style="bold"), table, *notes)
+        notes = [f"({i}) {note}" for i, note in enumerate(self.notes(), start=1)]
+        below = map(Text, (*notes, *self.fusion_lines()))
+        return Group(Text(self.summary(), style="bold"), table, *below)
 
     def __str__(self) -> str:
         return as_text(self, terminal=sys.stdout.isatty())
@@ -148,9 +149,6 @@ class Explanation:
             f"{what}: x{n} {name}: {layers}{note}"
             for (what, name, layers, note), n in groups.items()
         ]
-
-    def _numbered_notes(self) -> list[str]:
-        return [f"({i}) {note}" for i, note in enumerate(self.notes(), start=1)]
 
 
 def explain(model: nn.Module) -> Explanation:

@@ -194,8 +194,6 @@ def separate_mlp(module: nn.Module) -> None:
 
 def _closed(layer: Any) -> str | None:
     """Why the call of a layer must be a call of its own, and can't be a part of its parent's."""
-    if (reason := not_linear_reason(layer)) is not None:
-        return reason
     if has_hooks(layer):
         return "it has hooks, which fastlora would not call"
     if "_hf_hook" in layer.__dict__:

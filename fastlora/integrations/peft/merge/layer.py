@@ -41,7 +41,7 @@ def merge_layer(
     if not _is_ours(layer):
         layer.merge(adapter_names=adapters)
         return MergeRow(name, type(layer.get_base_layer()).__name__)
-    peft = _merged_by_peft(layer, adapters) if compare else None
+    peft = (_decoded(layer), _decoded(merged_copy(layer, adapters))) if compare else None
     result = _in_fp32(layer, "merge", original, adapter_names=adapters)
     _store(layer, result, into, dtype, moments)
     base = base_name(layer.get_base_layer())
@@ -202,22 +202,16 @@ def _make_dense(layer: Any, base: Any, result: _Result, dtype: torch.dtype | Non
         swap_in(layer)
 
 
-def copy_of(layer: Any) -> Any:
-    """A deep copy of a layer, also of one that holds tensors of a graph."""
+def merged_copy(layer: Any, adapters: list[str]) -> Any:
+    """A deep copy of a layer, also of one that holds tensors of a graph, after PEFT's own merge."""
     memo: dict[int, Any] = {}
     for tensor in tree_leaves(layer.__dict__.get("kwargs", {})):
         # With ensure_weight_tying lm_head holds the embedding's A and B turned, which have a graph.
         if isinstance(tensor, Tensor) and not tensor.is_leaf:
             memo[id(tensor)] = tensor.detach().clone()
-    return copy.deepcopy(layer, memo)
-
-
-def _merged_by_peft(layer: Any, adapters: list[str]) -> tuple[Tensor, Tensor]:
-    """The base weight, in fp32, before and after PEFT's own merge of a copy of the layer."""
-    trial = copy_of(layer)
-    before = _decoded(trial)
+    trial = copy.deepcopy(layer, memo)
     with warnings.catch_warnings(), torch.no_grad():
-        # It warns of the rounding that is measured here.
+        # It warns of the rounding that the report measures.
         warnings.simplefilter("ignore")
         trial.merge(adapter_names=adapters)
-    return before, _decoded(trial)
+    return trial

@@ -7,7 +7,6 @@ base's dtype, or to 4 bits.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from ... import bitsandbytes as bnb
 from ...names import plain_name
 from ..names import check_module
-from .layer import copy_of, merge_layer, unmerge_layer
+from .layer import merge_layer, merged_copy, unmerge_layer
 from .originals import OriginalWeights, Source
 from .report import MergeReport, MergeRow
 
@@ -82,7 +81,10 @@ def merge_adapter(
     for merge in plan:
         merge.check(originals, moments)
     _try_variants(plan)
-    _check_allowed(model)
+    # What PEFT checks for the model as a whole.
+    check = getattr(getattr(model, "base_model", model), "_check_merge_allowed", None)
+    if callable(check):
+        check()
 
     rows = []
     for done, merge in enumerate(plan):
@@ -185,7 +187,8 @@ def _plan(model: nn.Module, adapter_names: Sequence[str] | None) -> list[_Merge]
     plan, held = [], set()
     for key, layer in layers:
         wanted = dict.fromkeys(layer.active_adapters if adapter_names is None else adapter_names)
-        there = [name for name in wanted if _holds(layer, name)]
+        held_here = {name for part in layer.adapter_layer_names for name in getattr(layer, part)}
+        there = [name for name in wanted if name in held_here]
         held.update(there)
         if left := [name for name in there if name not in layer.merged_adapters]:
             plan.append(_Merge(key, layer, left))
@@ -197,10 +200,6 @@ def _plan(model: nn.Module, adapter_names: Sequence[str] | None) -> list[_Merge]
     return plan
 
 
-def _holds(layer: BaseTunerLayer, adapter: str) -> bool:
-    return any(adapter in getattr(layer, attribute) for attribute in layer.adapter_layer_names)
-
-
 def _try_variants(plan: list[_Merge]) -> None:
     """Raises what the variants raise that can't be merged (aLoRA, Arrow): each is tried once."""
     tried = set()
@@ -209,21 +208,10 @@ def _try_variants(plan: list[_Merge]) -> None:
         for adapter in merge.adapters:
             if adapter in variants and type(variants[adapter]) not in tried:
                 tried.add(type(variants[adapter]))
-                trial = copy_of(merge.layer)
                 try:
-                    with warnings.catch_warnings(), torch.no_grad():
-                        warnings.simplefilter("ignore")
-                        trial.merge(adapter_names=[adapter])
+                    merged_copy(merge.layer, [adapter])
                 except (NotImplementedError, RuntimeError) as error:
                     raise ValueError(f"model: layer {merge.key}: {error}") from error
-
-
-def _check_allowed(model: nn.Module) -> None:
-    """What PEFT checks for the model as a whole."""
-    tuner: Any = getattr(model, "base_model", model)
-    check = getattr(tuner, "_check_merge_allowed", None)
-    if callable(check):
-        check()
 
 
 def _adapter_parameters(layer: Any, adapters: list[str]) -> Iterator[tuple[str, nn.Parameter]]:

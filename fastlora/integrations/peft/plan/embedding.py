@@ -21,6 +21,7 @@ from .plain import (
     scaling_reason,
     state_reason,
     tensors_reason,
+    variant_of,
 )
 from .reasons import Unserved, call_reason
 
@@ -73,10 +74,7 @@ def embedding_parts(layer: Any) -> EmbeddingParts | str:
     if len(names) > 1:
         return "several adapters are active on an embedding"
     name, base = names[0], children["base_layer"]
-    variants = state.get("lora_variant", {})
-    variant = type(variants[name]).__name__ if name in variants else ""
-    if not variant and state.get("use_dora", {}).get(name):
-        variant = "DoRA"
+    variant = variant_of(layer, name)
     if variant and variant not in _PLAIN_VARIANTS:
         return f"the adapter is a LoRA variant ({variant})"
     if state.get("input_fns", {}).get(name) or state.get("output_fns", {}).get(name):

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from ....backends.contract import Request
 from .casts import backend_reason
-from .plain import NONE_ACTIVE, dtype_reason, scaling_reason, state_reason, tensors_reason
+from .plain import (
+    NONE_ACTIVE,
+    dtype_reason,
+    scaling_reason,
+    state_reason,
+    tensors_reason,
+    variant_of,
+)
 from .reasons import Unserved, call_reason
 
 
@@ -52,7 +59,7 @@ def param_parts(layer: Any) -> ParamParts | str:
         inner = inner._modules["base_layer"]
     tensors = [(f"parameter {name}", weight)]
     for adapter in names:
-        if adapter in layer.lora_variant or layer.use_dora.get(adapter):
+        if variant_of(layer, adapter):
             return "the adapter is a LoRA variant"
         if (reason := scaling_reason(layer.scaling[adapter])) is not None:
             return reason

@@ -31,6 +31,15 @@ def scaling_reason(scaling: object) -> str | None:
     return f"scaling is a {type(scaling).__name__}, not a number"
 
 
+def variant_of(layer: Any, name: str) -> str:
+    """The class of PEFT's variant that an adapter is; "" for plain LoRA."""
+    state = layer.__dict__
+    if name in state.get("lora_variant", ()):
+        return type(state["lora_variant"][name]).__name__
+    # Layers pickled by a PEFT that had no variants know DoRA by this alone.
+    return "DoRA" if state.get("use_dora", {}).get(name) else ""
+
+
 def state_reason(layer: Any) -> str | None:
     """Why the adapters of a layer take no part in its forward, or None."""
     if layer.__dict__.get("_disable_adapters"):
