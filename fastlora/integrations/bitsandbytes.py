@@ -221,16 +221,13 @@ def unpack_reason(linear: nn.Module) -> str | None:
     lost nothing where absmax was a bf16 number before: where the weight was quantised from bf16
     (the largest magnitude of a block of bf16 numbers is one of them) and absmax was not nested.
     """
-    state = raw_quant_state(linear)
+    state, what = raw_quant_state(linear), "bitsandbytes repacked its weight in place in eval mode"
     if getattr(state, "original_nested", True):
-        return (
-            "bitsandbytes repacked its weight in place in eval mode, and its nested absmax is "
-            f"lost. {_ADVICE}."
-        )
+        return f"{what}, and its nested absmax is lost. {_ADVICE}."
     if state.original_dtype != torch.bfloat16:
+        dtype = state.original_dtype
         return (
-            "bitsandbytes repacked its weight in place in eval mode and rounded to bf16 the absmax "
-            f"of a weight quantised from {state.original_dtype}. {_ADVICE}."
+            f"{what} and rounded to bf16 the absmax of a weight quantised from {dtype}. {_ADVICE}."
         )
     return None
 
