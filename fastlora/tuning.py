@@ -1,6 +1,6 @@
 """The cache of `fastlora tune`: the best measured choice for an op, a shape and a device.
 
-One JSON file a device in `$FASTLORA_CACHE`, else `~/.cache/fastlora`:
+One JSON file a device in `cache_folder()`:
 
     {"device": "...", "fastlora": "0.1.0", "choices": {"<op> | <shape>": {"tile": 64, ...}}}
 
@@ -38,12 +38,17 @@ def size_class(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
 
 
+def cache_folder() -> Path:
+    """`$FASTLORA_CACHE`, else `$XDG_CACHE_HOME/fastlora`, else `~/.cache/fastlora`."""
+    if chosen := os.environ.get("FASTLORA_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastlora"
+
+
 def cache_file(device: str) -> Path:
     """The file with the choices of `device`."""
-    chosen = os.environ.get("FASTLORA_CACHE")
-    folder = Path(chosen) if chosen else Path.home() / ".cache" / "fastlora"
     name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")[:60]
-    return folder / f"{name}-{hashlib.sha256(device.encode()).hexdigest()[:12]}.json"
+    return cache_folder() / f"{name}-{hashlib.sha256(device.encode()).hexdigest()[:12]}.json"
 
 
 def lookup(device: str, op: str, shape: str) -> Choice | None:

@@ -30,39 +30,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return int(args.run(args))
-    except CliError as error:
-        if args.debug:
-            raise
-        print(f"fastlora {args.command}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        if args.debug:
-            raise
-        print(f"fastlora {args.command}: interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         # `fastlora info | head`: nobody reads the rest. The interpreter must not complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if args.debug or missing not in _PEERS:
-            raise
-        print(
-            f"fastlora {args.command}: error: missing: {missing}; in fastlora's source folder, "
-            "`pip install '.[finetune]'` installs it",
-            file=sys.stderr,
-        )
-        return 2
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         if args.debug:
             raise
-        print(
-            f"fastlora {args.command}: {type(error).__name__}: {_first_line(error)} "
-            "(--debug shows where)",
-            file=sys.stderr,
-        )
-        return 1
+        status, text = _explained(error)
+        print(f"fastlora {args.command}: {text}", file=sys.stderr)
+        return status
 
 
 class _Parser(argparse.ArgumentParser):
@@ -88,6 +65,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else "no message"
+def _explained(error: BaseException) -> tuple[int, str]:
+    """The exit status of an error, and what is said of it."""
+    if isinstance(error, CliError):
+        return 2, f"error: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    if isinstance(error, ModuleNotFoundError):
+        missing = (error.name or "").partition(".")[0]
+        if missing in _PEERS:
+            cure = "in fastlora's source folder, `pip install '.[finetune]'` installs it"
+            return 2, f"error: missing: {missing}; {cure}"
+    first_line = (str(error).strip() or "no message").splitlines()[0]
+    return 1, f"{type(error).__name__}: {first_line} (--debug shows where)"

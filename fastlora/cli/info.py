@@ -60,7 +60,7 @@ def collect() -> dict[str, dict[str, Any]]:
         "fastlora": _fastlora(),
         "machine": _machine(),
         "torch": _torch(),
-        "packages": _packages(),
+        "packages": {name: version_of(name) for name in _PACKAGES},
         "bitsandbytes on this CPU": _repacking(),
     }
 
@@ -111,7 +111,8 @@ def _machine() -> dict[str, Any]:
         present = set((facts_of_cpu.get("flags") or facts_of_cpu.get("Features") or "").split())
         facts["cpu flags"] = [flag for flag in _CPU_FLAGS if flag in present]
     facts["cpus for this process"] = _cpu_count()
-    facts["memory"] = _memory()
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    facts["memory"] = f"{memory / 2**30:.1f} GiB"
     facts["allocator"] = _allocator()
     return facts
 
@@ -120,11 +121,6 @@ def _cpu_count() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _memory() -> str:
-    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return f"{size / 2**30:.1f} GiB"
 
 
 def _allocator() -> str:
@@ -158,10 +154,6 @@ def _torch() -> dict[str, Any]:
             for p in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
         ]
     return facts
-
-
-def _packages() -> dict[str, Any]:
-    return {name: version_of(name) for name in _PACKAGES}
 
 
 def version_of(package: str) -> str:

@@ -64,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
     """Loads, merges, prints the table, writes."""
     out = Path(args.out)
     _check(args, out)
+    if args.dtype is not None:
+        args.dtype = torch_dtype(args.dtype)
     quiet_libraries()
     console = wide_console()
     from ..integrations.peft.loading import adapter_config, load_adapter, trained_tensors
@@ -87,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
             report = merge_adapter(
                 model,
                 into=args.into,
-                dtype=_dtype(args.dtype),
+                dtype=args.dtype,
                 base=originals,
                 moments=moments,
                 progress=progress,
@@ -101,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     if args.into == "dense":
         from ..integrations.bitsandbytes import make_dense
 
-        make_dense(model, _dtype(args.dtype))
+        make_dense(model, args.dtype)
     console.print(report.table(each=args.layers))
     console.print(report.summary(), highlight=False)
     _write(model, tokenizer, out)
@@ -147,7 +149,7 @@ def _load(
     from ..integrations.transformers.loading import load_model, model_class
 
     stored = _is_stored_in_4bit(args.model)
-    options: dict[str, Any] = {"dtype": _dtype(args.dtype) or "auto"}
+    options: dict[str, Any] = {"dtype": args.dtype or "auto"}
     originals = args.base
     quant = args.quant or ("nf4" if args.into == "4bit" and not stored else None)
     if quant is not None:
@@ -155,7 +157,7 @@ def _load(
             raise CliError(f"--quant: {args.model} is stored quantised already")
         from ..integrations.transformers import four_bit
 
-        dtype = _dtype(args.dtype) or _stored_dtype(args.model)
+        dtype = args.dtype or _stored_dtype(args.model)
         options["quantization_config"] = four_bit(quant, args.double_quant, dtype)
         if args.into == "4bit":
             originals = originals or args.model
@@ -187,10 +189,6 @@ def _stored_dtype(folder: str) -> Any:
 
     config = AutoConfig.from_pretrained(folder)
     return getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or torch.bfloat16
-
-
-def _dtype(name: str | None) -> Any:
-    return None if name is None else torch_dtype(name)
 
 
 def _tokenizer(folder: str) -> Any:

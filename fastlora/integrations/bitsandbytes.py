@@ -74,36 +74,31 @@ def settle_compute_dtype(linear: Any, x: Tensor) -> None:
         linear.compute_type_is_set = True
 
 
-def parts(
-    linear: nn.Module, x_dtype: torch.dtype
-) -> tuple[Tensor, QuantState, torch.dtype, Tensor | None]:
-    """`(weight, quant_state, compute_dtype, bias)`: what `fastlora.lora_linear` takes.
-
-    Args:
-        linear: a `Linear4bit`, already quantised.
-        x_dtype: dtype of the input.
-
-    Returns:
-        The packed weight (`ceil(N K / 2)` bytes, in whatever dtype stores them), its state, the
-        dtype of the base product, and the bias `[N]` or None. Nothing is copied.
+def packed(linear: nn.Module) -> tuple[Tensor, QuantState]:
+    """The packed weight (`ceil(N K / 2)` bytes, in whatever dtype stores them), and its state.
 
     Raises:
         ValueError: the layer is not quantised yet, or bitsandbytes has repacked it.
     """
-    state = raw_quant_state(linear)
+    state, weight = raw_quant_state(linear), linear._parameters["weight"]
     if state is None:
         raise ValueError(
             "linear: expected a quantised Linear4bit, got one without quant_state; move it to its "
             "device first, which quantises it"
         )
-    weight = linear._parameters["weight"]
     assert weight is not None
-    return (
-        weight,
-        as_quant_state(state),
-        compute_dtype(linear, x_dtype),
-        linear._parameters.get("bias"),
-    )
+    return weight, as_quant_state(state)
+
+
+def dense_weight(linear: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
+    """The decoded weight `[N, K]`; raises as `packed`.
+
+    Args:
+        linear: a `Linear4bit`.
+        dtype: None takes the one from before quantisation.
+    """
+    weight, state = packed(linear)
+    return ops.dequantize_4bit(weight, state, dtype or state.dtype)
 
 
 def store(linear: nn.Module, packed: Tensor, state: QuantState) -> None:
@@ -159,10 +154,8 @@ def make_dense(model: nn.Module, dtype: torch.dtype | None = None) -> int:
     """
     layers = list(linear4bit_modules(model))
     for name, linear in layers:
-        weight, state, _, bias = parts(linear, torch.float32)
-        decoded = ops.dequantize_4bit(weight, state, dtype or state.dtype)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, dense_linear(linear, decoded, bias))
+        dense = dense_linear(linear, dense_weight(linear, dtype), linear._parameters.get("bias"))
+        model.set_submodule(name, dense)
     for name in ("hf_quantizer", "quantization_method"):
         model.__dict__.pop(name, None)
     for name in ("is_loaded_in_4bit", "is_quantized"):
@@ -228,16 +221,13 @@ def unpack_reason(linear: nn.Module) -> str | None:
     lost nothing where absmax was a bf16 number before: where the weight was quantised from bf16
     (the largest magnitude of a block of bf16 numbers is one of them) and absmax was not nested.
     """
-    state = raw_quant_state(linear)
+    state, what = raw_quant_state(linear), "bitsandbytes repacked its weight in place in eval mode"
     if getattr(state, "original_nested", True):
-        return (
-            "bitsandbytes repacked its weight in place in eval mode, and its nested absmax is "
-            f"lost. {_ADVICE}."
-        )
+        return f"{what}, and its nested absmax is lost. {_ADVICE}."
     if state.original_dtype != torch.bfloat16:
+        dtype = state.original_dtype
         return (
-            "bitsandbytes repacked its weight in place in eval mode and rounded to bf16 the absmax "
-            f"of a weight quantised from {state.original_dtype}. {_ADVICE}."
+            f"{what} and rounded to bf16 the absmax of a weight quantised from {dtype}. {_ADVICE}."
         )
     return None
 

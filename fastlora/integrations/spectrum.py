@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import io
 import math
 import os
 import re
@@ -16,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .. import ops
 from . import bitsandbytes as bnb
 from .names import kind_of, numbers_of, plain_name
 from .peft.merge.originals import OriginalWeights
+from .text import as_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -125,11 +124,7 @@ class Spectrum:
         return table
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        buffer = io.StringIO()
-        Console(file=buffer, width=140).print(self)
-        return buffer.getvalue().rstrip()
+        return as_text(self)
 
 
 def spectrum(
@@ -234,19 +229,17 @@ def _of_folder(folder: Path) -> dict[str, Callable[[], Tensor]]:
     }
 
 
-def _is_linear(module: nn.Module) -> bool:
+def _is_linear(module: Any) -> bool:
     if bnb.is_linear4bit(module):
         return True
     # GPT-2's Conv1D is a linear layer with its weight turned.
     linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-    return linear and module.weight.is_floating_point()  # type: ignore[operator]
+    return linear and module.weight.is_floating_point()
 
 
-def _weight(module: nn.Module) -> Tensor:
-    if not bnb.is_linear4bit(module):
-        return module.weight.detach()  # type: ignore[operator]
-    weight, state, _, _ = bnb.parts(module, torch.float32)
-    return ops.dequantize_4bit(weight, state, torch.float32)
+def _weight(module: Any) -> Tensor:
+    four_bit = bnb.is_linear4bit(module)
+    return bnb.dense_weight(module, torch.float32) if four_bit else module.weight.detach()
 
 
 def _one_of(choices: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import math
 import os
@@ -222,6 +223,29 @@ def test_ctrl_c_saves_and_says_how_to_go_on(arguments: Arguments, tmp_path: Path
     checkpoint = newest_checkpoint(out)
     assert checkpoint is not None
     assert checkpoint.name == f"checkpoint-{steps}"
+
+
+def test_only_a_cut_off_checkpoint_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that can't be read at the moment holds a run's work."""
+    for name, text in (("3", '{"global_step": 3}'), ("5", '{"global_step"'), ("7", None)):
+        folder = tmp_path / f"checkpoint-{name}"
+        folder.mkdir()
+        if text is not None:
+            (folder / "trainer_state.json").write_text(text)
+    (tmp_path / "checkpoint-notes.txt").touch()
+
+    def refuse(path: Path) -> str:
+        raise OSError(errno.EMFILE, "Too many open files", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", refuse)
+        with pytest.raises(OSError, match="Too many open files"):
+            newest_checkpoint(tmp_path)
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 4
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 2
 
 
 def test_a_finished_run_resumes_to_its_result(arguments: Arguments, tmp_path: Path) -> None:

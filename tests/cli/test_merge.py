@@ -16,7 +16,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import fastlora
-from fastlora import ops
 from fastlora.cli import main
 from fastlora.integrations import bitsandbytes as bnb
 from fastlora.integrations.bitsandbytes import disable_cpu_repacking, linear4bit_modules
@@ -109,8 +108,7 @@ def test_quantised_then_dense(tiny_model: Path, adapter: Path, tmp_path: Path) -
     assert (logits(merged) - logits(trained)).norm() < 0.02 * logits(trained).norm()
     # The layers without an adapter are decoded, too.
     linear = trained.base_model.model.model.layers[0].mlp.up_proj
-    weight, state, _, _ = bnb.parts(linear, torch.float32)
-    decoded = ops.dequantize_4bit(weight, state, torch.float32)
+    decoded = bnb.dense_weight(linear, torch.float32)
     assert torch.equal(merged.model.layers[0].mlp.up_proj.weight, decoded)
 
 

@@ -54,8 +54,7 @@ def base_parameters(model: nn.Module) -> dict[str, Tensor]:
         for key, parameter in base.named_parameters(recurse=False):
             found[f"{name}.{key}"] = parameter.detach().clone()
         if bnb.is_linear4bit(base):
-            weight, state, _, _ = bnb.parts(base, torch.float32)
-            found[f"{name}.weight"] = ops.dequantize_4bit(weight, state, torch.float32)
+            found[f"{name}.weight"] = bnb.dense_weight(base, torch.float32)
     return found
 
 

@@ -57,6 +57,30 @@ def parameter_cases() -> None:
 parameter_cases()
 
 
+def hidden_parameter_cases() -> None:
+    def hidden(module: Callable[[Call], nn.Module], name: str) -> Case:
+        def make() -> Call:
+            call = dense(lora_bias=True)
+            target = module(call)
+            target.__dict__[name] = getattr(target, name).detach() * 2
+            return call
+
+        return make
+
+    for role, module, name in (
+        ("the base layer", lambda call: call.base, "weight"),
+        ("the base layer", lambda call: call.base, "bias"),
+        ("lora_A", lambda call: call.A, "weight"),
+        ("lora_B", lambda call: call.B, "weight"),
+        ("lora_B", lambda call: call.B, "bias"),
+    ):
+        reason = f"{role} has a {name} that is an attribute, not a parameter"
+        CASES.append((f"{name} of {role} is hidden", reason, hidden(module, name)))
+
+
+hidden_parameter_cases()
+
+
 def subclass_cases() -> None:
     def subclass(module: Callable[[Call], nn.Module], name: str) -> Case:
         def make() -> Call:

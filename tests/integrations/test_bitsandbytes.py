@@ -93,9 +93,9 @@ def test_parts_decode_to_the_weight(
     quant_type: str, nested: bool, storage: torch.dtype, backend: str
 ) -> None:
     linear = linear4bit(72, 40, quant_type=quant_type, nested=nested, storage=storage)
-    weight, state, compute_dtype, bias = bnb.parts(linear, FP32)
-    assert weight is linear.weight and bias is linear.bias and compute_dtype == FP32
-    decoded = fastlora.dequantize_4bit(weight, state, FP32)
+    weight, _ = bnb.packed(linear)
+    assert weight is linear.weight
+    decoded = bnb.dense_weight(linear, FP32)
     assert torch.equal(decoded, dequantize_4bit(linear.weight.data, linear.weight.quant_state))
 
 
@@ -106,7 +106,7 @@ def test_the_state_of_the_module_serves_a_plain_parameter() -> None:
     assert bnb.raw_quant_state(linear) is linear.weight.quant_state
     linear._parameters["weight"] = nn.Parameter(linear.weight.data, requires_grad=False)
     assert bnb.raw_quant_state(linear) is state
-    weight, quant_state, _, _ = bnb.parts(linear, FP32)
+    weight, quant_state = bnb.packed(linear)
     assert type(weight) is nn.Parameter and quant_state.shape == (40, 72)
 
 
@@ -118,7 +118,7 @@ def test_the_state_of_the_weight_comes_first() -> None:
 
 def test_parts_of_an_unquantised_layer() -> None:
     with pytest.raises(ValueError, match=r"linear: expected a quantised Linear4bit.*move it"):
-        bnb.parts(bitsandbytes.nn.Linear4bit(8, 8), FP32)
+        bnb.packed(bitsandbytes.nn.Linear4bit(8, 8))
 
 
 @pytest.mark.parametrize("given", [None, FP32, BF16, FP16], ids=str)
@@ -217,7 +217,7 @@ def test_unpack_is_exact_for_weights_quantised_from_bf16(
     )
     assert bnb.is_repacked(linear)
     with pytest.raises(ValueError, match="repacked in place"):
-        bnb.parts(linear, FP32)
+        bnb.packed(linear)
     assert bnb.unpack(linear)
     assert_same(contents(linear), before)
     assert linear.weight.shape == before["weight"].shape

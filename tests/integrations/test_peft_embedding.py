@@ -167,6 +167,10 @@ def dora_before_variants(layer: Any) -> None:
     layer.use_dora["default"] = True
 
 
+def hidden(layer: Any) -> None:
+    layer.base_layer.__dict__["weight"] = layer.base_layer.weight.detach() * 2
+
+
 def nothing(layer: Any) -> None:
     pass
 
@@ -183,6 +187,7 @@ def nothing(layer: Any) -> None:
         (option("max_norm", 1.0), "the base layer has max_norm", {}),
         (option("scale_grad_by_freq", True), "the base layer has scale_grad_by_freq", {}),
         (option("embed_scale", 2.0), "the base layer has an embed_scale that its forward", {}),
+        (hidden, "the base layer has a weight that is an attribute", {}),
         (nothing, "the call passes adapter_names", {"adapter_names": ["default"] * 3}),
     ],
 )

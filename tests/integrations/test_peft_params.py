@@ -242,9 +242,7 @@ def test_conditions() -> None:
     assert "is being trained" in reason()
     weight.requires_grad_(False)
     owner._parameters[name] = nn.Parameter(weight.double(), requires_grad=False)
-    assert (
-        reason() == f"the parameter {name} is in torch.float64; fastlora takes fp32, bf16 and fp16"
-    )
+    assert reason() == f"the parameter {name} is in float64; fastlora takes fp32, bf16 and fp16"
     owner._parameters[name] = nn.Parameter(weight[:, :5].clone(), requires_grad=False)
     assert reason() == f"lora_A or lora_B does not fit the parameter {name} (sharded?)"
     owner._parameters[name] = nn.Parameter(weight.to("meta"), requires_grad=False)
@@ -260,7 +258,7 @@ def test_conditions() -> None:
     with pytest.raises(ValueError, match="does not support mixed adapter batches"):
         layer(torch.randn(3, 32), adapter_names=["default"] * 3)
     layer.lora_A["default"].double()
-    assert reason() == "the lora_A is in torch.float64; fastlora takes fp32, bf16 and fp16"
+    assert reason() == "the lora_A is in float64; fastlora takes fp32, bf16 and fp16"
     layer.lora_A["default"].float()
     layer.set_adapter([])
     assert reason() == "no adapters are active on this layer"

@@ -22,6 +22,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from fastlora import tuning
 from fastlora.integrations import transformers as hf
 from fastlora.integrations.peft import FastLoraLinear
 
@@ -257,15 +258,19 @@ def test_a_broken_conversion_leaves_nothing(
 
 
 def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for converted models and for tuned choices, wherever the environment puts it."""
+    monkeypatch.setenv("FASTLORA_CACHE", "/mine")
     monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
-    assert hf.cache_folder() == Path("/elsewhere/fastlora")
+    assert hf.cache_folder() == tuning.cache_file("device").parent == Path("/mine")
+    monkeypatch.delenv("FASTLORA_CACHE")
+    assert hf.cache_folder() == tuning.cache_file("device").parent == Path("/elsewhere/fastlora")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert hf.cache_folder() == Path.home() / ".cache" / "fastlora"
     assert hf.cache_folder("~/mine") == Path.home() / "mine"
 
 
 @pytest.mark.slow
-def test_a_real_gguf_file(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_real_gguf_file(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastlora.cli.finetune.demo import PACKAGE, smollm2
 
     try:
@@ -273,6 +278,7 @@ def test_a_real_gguf_file(tmp_path_factory: pytest.TempPathFactory) -> None:
     except importlib.metadata.PackageNotFoundError:
         pytest.skip(f"{PACKAGE} is not installed")
     # The user's own cache: converting takes half a minute, and the demo needs the same folder.
+    monkeypatch.delenv("FASTLORA_CACHE")
     model, tokenizer = hf.load_causal_lm(smollm2(), device="cpu")
     ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     with torch.no_grad():

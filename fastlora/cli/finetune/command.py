@@ -76,20 +76,10 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     )
 
     model = parser.add_argument_group("model")
-    _add(
-        model,
-        "--backend",
-        "who runs the LoRA layers",
-        choices=("fastlora", "peft", "both"),
-    )
+    _add(model, "--backend", "who runs the LoRA layers", choices=("fastlora", "peft", "both"))
     _add(model, "--quant", "of the frozen weights", choices=("nf4", "fp4", "none"))
     _add(model, "--double-quant", "absmax in 8 bits as well", action=argparse.BooleanOptionalAction)
-    _add(
-        model,
-        "--dtype",
-        "of the frozen weights, or their compute dtype",
-        choices=SHORT_DTYPES,
-    )
+    _add(model, "--dtype", "of the frozen weights, or their compute dtype", choices=SHORT_DTYPES)
     _add(model, "--adapter-dtype", "of A and B", choices=SHORT_DTYPES)
     _add(
         model,

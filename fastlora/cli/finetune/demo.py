@@ -39,14 +39,14 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--steps", type=positive, metavar="N", default=20, help="(20)")
     parser.add_argument(
-        "--backend", choices=("both", "peft", "fastlora"), default="both", metavar="NAME",
+        "--backend",
+        choices=("both", "peft", "fastlora"),
+        default="both",
+        metavar="NAME",
         help="both | peft | fastlora (both)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--cache-dir",
-        metavar="FOLDER",
-        default=None,
-        help="of converted models (~/.cache/fastlora)",
+        "--cache-dir", metavar="FOLDER", help="of converted models (~/.cache/fastlora)"
     )
     return parser
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections import Counter
 from typing import Any
 
 from ..errors import CliError
@@ -72,11 +73,7 @@ def accelerate(model: Any) -> dict[str, int]:
     from ...integrations import peft
 
     peft.accelerate(model, verbose=False)
-    counts: dict[str, int] = {}
-    for row in peft.explain(model).rows:
-        backend = row.backend or "PEFT's own"
-        counts[backend] = counts.get(backend, 0) + 1
-    return counts
+    return Counter(row.backend or "PEFT's own" for row in peft.explain(model).rows)
 
 
 def adapted_layers(model: Any) -> int:

@@ -25,11 +25,11 @@ def newest_checkpoint(out: Path) -> Path | None:
     The Trainer writes trainer_state.json last: a checkpoint is complete if that can be read.
     """
     complete = []
-    for folder in out.glob("checkpoint-*"):
+    for folder in out.glob("checkpoint-*/"):
         try:
             json.loads((folder / "trainer_state.json").read_text())
             complete.append(folder)
-        except (OSError, json.JSONDecodeError):
+        except (FileNotFoundError, json.JSONDecodeError):
             shutil.rmtree(folder, ignore_errors=True)
     return max(complete, key=step_of, default=None)
 

@@ -6,17 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
-from rich.text import Text
 
 # Without a terminal, a run prints about this many lines of steps.
 _LOG_LINES = 20
@@ -25,13 +16,6 @@ _LOG_LINES = 20
 def gib(megabytes: float) -> str:
     """Formats MiB: 1234.5 as 1.21 GiB, less than 0.1 GiB in MiB."""
     return f"{megabytes:.0f} MiB" if megabytes < 102.4 else f"{megabytes / 1024:.2f} GiB"
-
-
-class _Status(ProgressColumn):
-    """The current status: loading, or the figures of the last step."""
-
-    def render(self, task: Task) -> Text:
-        return Text(task.fields["status"], no_wrap=True, overflow="ellipsis")
 
 
 class TerminalObserver:
@@ -54,7 +38,12 @@ class TerminalObserver:
             TextColumn("{task.description}", table_column=Column(width=width, no_wrap=True)),
             BarColumn(bar_width=None, table_column=Column(min_width=8, ratio=1)),
             MofNCompleteColumn(table_column=Column(no_wrap=True)),
-            _Status(table_column=Column(no_wrap=True, width=38)),
+            # Loading, or the figures of the last step.
+            TextColumn(
+                "{task.fields[status]}",
+                markup=False,
+                table_column=Column(no_wrap=True, width=38),
+            ),
             TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
             console=console,
             expand=True,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 import sys
 from collections import Counter
@@ -19,16 +18,12 @@ from ...backends.machine.tuned import op_key
 from ...version import __version__
 from .. import bitsandbytes as bnb
 from ..names import kind_of
-from .fuse.join import Fusion, fusions
-from .names import base_name, short
+from ..text import as_text
+from .fuse.join import Fusion, fusions, note_of
+from .names import base_name, check_module, short
 from .plan.call import Parts
 from .plan.casts import casts, linear_request
-from .plan.embedding import (
-    EmbeddingParts,
-    embedding_casts,
-    embedding_parts,
-    embedding_request,
-)
+from .plan.embedding import EmbeddingParts, embedding_casts, embedding_parts
 from .plan.parameter import ParamParts, param_parts
 from .plan.parts import layer_parts
 from .plan.reasons import LAST_REASON
@@ -77,7 +72,7 @@ class Row:
     @property
     def note(self) -> str:
         """The note below the printed table about the layer; "" when all is well."""
-        return self.reason or (f"in the latest call: {self.last_call}" if self.last_call else "")
+        return note_of(self.reason, self.last_call)
 
 
 @dataclass(frozen=True)
@@ -135,28 +130,12 @@ class Explanation:
             table.add_column(column, overflow="fold")
         for cells in self.lines():
             table.add_row(*cells, style="yellow" if cells[7] == "PEFT" else None)
-        notes = [Text(line) for line in (*self._numbered_notes(), *self.fusion_lines())]
-        return Group(Text(self.summary(), style="bold"), table, *notes)
+        notes = [f"({i}) {note}" for i, note in enumerate(self.notes(), start=1)]
+        below = map(Text, (*notes, *self.fusion_lines()))
+        return Group(Text(self.summary(), style="bold"), table, *below)
 
     def __str__(self) -> str:
-        """The table as text; by rich where it is installed, in plain columns otherwise."""
-        try:
-            from rich.console import Console
-        except ImportError:
-            return self._plain()
-        buffer = io.StringIO()
-        terminal = sys.stdout.isatty()
-        console = Console(file=buffer, force_terminal=terminal, width=None if terminal else 140)
-        console.print(self)
-        return buffer.getvalue().rstrip()
-
-    def _plain(self) -> str:
-        table = [_COLUMNS, *self.lines()]
-        widths = [max(len(line[i]) for line in table) for i in range(len(_COLUMNS))]
-        text = ("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in table)
-        lines = (self.summary(), *(line.rstrip() for line in text), *self._numbered_notes())
-        lines += tuple(self.fusion_lines())
-        return "\n".join(lines)
+        return as_text(self, terminal=sys.stdout.isatty())
 
     def fusion_lines(self) -> list[str]:
         """A line for each kind of fusion: `fused: x30 model.layers.*.mlp: gate + up: note`."""
@@ -170,9 +149,6 @@ class Explanation:
             f"{what}: x{n} {name}: {layers}{note}"
             for (what, name, layers, note), n in groups.items()
         ]
-
-    def _numbered_notes(self) -> list[str]:
-        return [f"({i}) {note}" for i, note in enumerate(self.notes(), start=1)]
 
 
 def explain(model: nn.Module) -> Explanation:
@@ -191,8 +167,7 @@ def explain(model: nn.Module) -> Explanation:
     Raises:
         TypeError: model is no nn.Module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    check_module(model)
     rows = [_row(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
     return Explanation(rows, fusions(model))
 
@@ -234,29 +209,13 @@ def _served(layer: Any) -> tuple[str, str] | str:
         return parts
     if (reason := bypass_reason(layer)) is not None:
         return reason
-    if isinstance(parts, ParamParts):
-        dtype, device = parts.weight.dtype, parts.weight.device
-        return _named(Request(parts.op, device.type, device.index, dtype))
+    if isinstance(parts, Parts):
+        device = parts.adapters[0].lora_A.device
+        dtypes = casts(parts, _input_dtype(parts), device, None)
+        return dtypes if isinstance(dtypes, str) else _named(linear_request(parts, dtypes, device))
     if isinstance(parts, EmbeddingParts):
-        return _embedding(parts)
-    return _kernel(parts)
-
-
-def _embedding(parts: EmbeddingParts) -> tuple[str, str] | str:
-    """`_served` of an embedding."""
-    device = parts.weight.device
-    if (reason := embedding_casts(parts, device)) is not None:
-        return reason
-    return _named(embedding_request(parts, device))
-
-
-def _kernel(parts: Parts) -> tuple[str, str] | str:
-    """`_served` of a layer around a linear one."""
-    device = parts.adapters[0].lora_A.device
-    dtypes = casts(parts, _input_dtype(parts), device, None)
-    if isinstance(dtypes, str):
-        return dtypes
-    return _named(linear_request(parts, dtypes, device))
+        reason = embedding_casts(parts, parts.weight.device)
+    return _named(parts.request) if reason is None else reason
 
 
 def _named(request: Request) -> tuple[str, str]:

@@ -23,29 +23,34 @@ from .run.linear import run
 from .run.parameter import built_reason, in_place
 
 
-class FastLoraLinear(Linear):
-    """PEFT's `lora.Linear` with fastlora's forward; everything else, and all state, is PEFT's."""
+class Fast(nn.Module):
+    """Stands before a class around a linear layer, whose forward it replaces and nothing else."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """`y = x W^T + bias + scaling * drop(x) A^T B^T`, or PEFT's own code; see `fast_path`."""
-        y = serve(self, x, args, kwargs)
-        return super().forward(x, *args, **kwargs) if y is None else y
+        """`y = x W^T + bias + scaling * drop(x) A^T B^T`, or PEFT's own code; see `fast_path`.
+
+        The instance's `__dict__` keeps the reason of the latest call, for `explain`.
+        """
+        found = plan(self, x, args, kwargs)
+        if isinstance(found, str):
+            record(self, found)
+            y: Tensor = super().forward(x, *args, **kwargs)
+            return y
+        if not torch.compiler.is_compiling():
+            self.__dict__[LAST_REASON] = ""
+        return run(found, x)
 
     def _get_name(self) -> str:
         # PEFT's name, so that a printed model looks as it did; `explain` tells them apart.
-        return type(self).__name__.removeprefix("FastLora")
+        return type(self).__name__.removeprefix("Fast").removeprefix("Lora")
 
 
-class FastSVDLinear(SVDLinear):
-    """PEFT's `adalora.SVDLinear` with fastlora's forward; all else, and all state, is PEFT's."""
+class FastLoraLinear(Fast, Linear):
+    """PEFT's `lora.Linear` with fastlora's forward; everything else, and all state, is PEFT's."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """`y = x W^T + bias + s drop(x) (A * E)^T B^T`, or PEFT's own code; see `fast_path`."""
-        y = serve(self, x, args, kwargs)
-        return super().forward(x, *args, **kwargs) if y is None else y
 
-    def _get_name(self) -> str:
-        return type(self).__name__.removeprefix("Fast")
+class FastSVDLinear(Fast, SVDLinear):
+    """PEFT's `adalora.SVDLinear` with fastlora's forward, in which A is `A * E`."""
 
 
 class FastLoraEmbedding(Embedding):
@@ -81,22 +86,6 @@ class FastParamWrapper(ParamWrapper):
 
 # PEFT knows wrapped parameters by the name of their class, when it adds another adapter.
 FastParamWrapper.__name__ = ParamWrapper.__name__
-
-
-def serve(
-    layer: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Tensor | None:
-    """One forward of a layer around a linear one; None where PEFT's own forward has to run.
-
-    The layer's `__dict__` keeps the reason of the latest call, for `explain`.
-    """
-    found = plan(layer, x, args, kwargs)
-    if isinstance(found, str):
-        record(layer, found)
-        return None
-    if not torch.compiler.is_compiling():
-        layer.__dict__[LAST_REASON] = ""
-    return run(found, x)
 
 
 def fast_path(

@@ -22,6 +22,7 @@ from torch import nn
 from .. import bitsandbytes as bnb
 from .explanation import explain
 from .fuse.join import Fuse, check_fuse, join_mlps, separate
+from .names import check_module
 from .swap import swap_in, swap_out
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -59,7 +60,7 @@ def accelerate(
         ValueError: fuse is neither None nor "mlp"; a 4-bit weight was repacked in eval mode and
             cannot be restored. The model is left as it was.
     """
-    _check_module(model)
+    check_module(model)
     check_fuse(fuse)
     damaged = [(name, m) for name, m in bnb.linear4bit_modules(model) if bnb.is_repacked(m)]
     for name, module in damaged:
@@ -89,7 +90,7 @@ def restore(model: _Model) -> _Model:
     Raises:
         TypeError: model is no nn.Module.
     """
-    _check_module(model)
+    check_module(model)
     separate(model)
     for module in model.modules():
         swap_out(module)
@@ -189,11 +190,6 @@ def _our_patch(build: Any) -> _SwappingBuild | None:
     while build is not None and not isinstance(build, _SwappingBuild):
         build = getattr(build, "__wrapped__", None)
     return build
-
-
-def _check_module(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
 
 
 def _shall_print(verbose: bool | None) -> bool:

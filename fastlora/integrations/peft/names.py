@@ -1,4 +1,4 @@
-"""How messages and tables name dtypes and base layers."""
+"""How messages and tables name models, dtypes and base layers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ from torch import nn
 from .. import bitsandbytes as bnb
 
 _SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def check_module(model: object) -> None:
+    """Raises TypeError unless `model` is an nn.Module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
 
 
 def named(dtype: torch.dtype) -> str:

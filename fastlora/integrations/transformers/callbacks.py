@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 from .memory import peak_memory, reset_peak_memory
 
@@ -21,16 +21,12 @@ class FastLoraCallback(TrainerCallback):
     def __init__(self, restore: bool = False) -> None:
         self.restore = restore
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         from ..peft import accelerate
 
         accelerate(kwargs["model"])
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.restore:
             from ..peft import restore
 
@@ -54,22 +50,16 @@ class ThroughputCallback(TrainerCallback):
         self._began = 0.0
         self._tokens_before = 0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._device = args.device
         self._tokens_before = int(state.num_input_tokens_seen)
         reset_peak_memory(self._device)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._synchronize()
         self._began = time.perf_counter()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._synchronize()
         seconds = time.perf_counter() - self._began
         # Count from the end of the last step: Transformers 4 counts a batch before its step begins.
@@ -82,9 +72,7 @@ class ThroughputCallback(TrainerCallback):
             "peak_memory_mb": peak_memory(self._device) / 2**20,
         }
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if "loss" in kwargs["logs"]:
             kwargs["logs"].update(self.last)
 

@@ -12,11 +12,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ... import tuning
+
+StrPath = str | os.PathLike[str]
 # Part of the cache key: raise it when a conversion would come out differently.
 _CACHE_VERSION = 1
 
 
-def is_gguf(path: str | os.PathLike[str]) -> bool:
+def is_gguf(path: StrPath) -> bool:
     """True if the file starts like a GGUF file."""
     path = Path(path)
     if not path.is_file():
@@ -26,9 +29,7 @@ def is_gguf(path: str | os.PathLike[str]) -> bool:
 
 
 def convert_gguf(
-    path: str | os.PathLike[str],
-    cache_dir: str | os.PathLike[str] | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    path: StrPath, cache_dir: StrPath | None = None, dtype: torch.dtype = torch.bfloat16
 ) -> Path:
     """A folder with the GGUF file's weights in `dtype`, its config and its tokenizer.
 
@@ -73,26 +74,19 @@ def convert_gguf(
 
 
 def gguf_cache_folder(
-    path: str | os.PathLike[str],
-    cache_dir: str | os.PathLike[str] | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    path: StrPath, cache_dir: StrPath | None = None, dtype: torch.dtype = torch.bfloat16
 ) -> Path:
     """The folder in which `convert_gguf` keeps the conversion of this file."""
     name = f"{file_sha256(path)}-{str(dtype).removeprefix('torch.')}-v{_CACHE_VERSION}"
     return cache_folder(cache_dir) / "gguf" / name
 
 
-def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """`cache_dir`, or `$XDG_CACHE_HOME/fastlora`, or `~/.cache/fastlora`."""
-    if cache_dir is None:
-        cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fastlora"
-    return Path(cache_dir).expanduser()
+def cache_folder(cache_dir: StrPath | None = None) -> Path:
+    """`cache_dir`, or the folder of everything that fastlora keeps, `tuning.cache_folder()`."""
+    return tuning.cache_folder() if cache_dir is None else Path(cache_dir).expanduser()
 
 
-def file_sha256(path: str | os.PathLike[str]) -> str:
+def file_sha256(path: StrPath) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
-    digest = hashlib.sha256()
     with Path(path).open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

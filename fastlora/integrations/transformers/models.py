@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .gguf import convert_gguf, is_gguf
+from .gguf import StrPath, convert_gguf, is_gguf
 from .loading import load_model
 
 QUANT_TYPES = ("nf4", "fp4", "none")
@@ -23,13 +22,13 @@ _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 
 
 def load_causal_lm(
-    path: str | os.PathLike[str],
+    path: StrPath,
     *,
     quant: str = "none",
     double_quant: bool = True,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
+    cache_dir: StrPath | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM and its tokenizer, from a folder or a GGUF file, ready for `get_peft_model`.
 
@@ -88,7 +87,7 @@ def four_bit(quant: str, double_quant: bool, dtype: torch.dtype) -> Any:
     )
 
 
-def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: StrPath) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder`.
 
     Raises:
@@ -105,9 +104,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
         raise ValueError(f"the tokenizer in {folder} can't be loaded: {reason}") from error
 
 
-def model_folder(
-    path: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None = None
-) -> Path:
+def model_folder(path: StrPath, cache_dir: StrPath | None = None) -> Path:
     """The folder to load: `path` itself, or the converted copy of a GGUF file.
 
     Raises:

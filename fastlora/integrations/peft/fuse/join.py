@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -42,7 +41,12 @@ class Fusion:
     @property
     def note(self) -> str:
         """What is printed of them."""
-        return self.reason or (f"in the latest call: {self.last_call}" if self.last_call else "")
+        return note_of(self.reason, self.last_call)
+
+
+def note_of(reason: str, last_call: str | None) -> str:
+    """What is printed of a layer, or of layers that might run as one; "" when all is well."""
+    return reason or (f"in the latest call: {last_call}" if last_call else "")
 
 
 def check_fuse(how: str | None) -> None:
@@ -110,13 +114,11 @@ def _as_mlp(module: nn.Module, source: GatedSource) -> GatedMLP | str:
 
 def fusions(model: nn.Module) -> list[Fusion]:
     """What `join_mlps` has joined in `model`, and what it has left alone, with the reason."""
-    return list(_fusions(model))
-
-
-def _fusions(model: nn.Module) -> Iterator[Fusion]:
+    found = []
     for name, module in model.named_modules():
         if (left := module.__dict__.get(_REASON)) is not None:
             layers, reason = left
-            yield Fusion(name, layers, reason, None)
+            found.append(Fusion(name, layers, reason, None))
         if (mlp := module.__dict__.get(GATED)) is not None:
-            yield Fusion(name, mlp.names, "", mlp.last)
+            found.append(Fusion(name, mlp.names, "", mlp.last))
+    return found

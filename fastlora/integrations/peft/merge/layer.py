@@ -41,7 +41,7 @@ def merge_layer(
     if not _is_ours(layer):
         layer.merge(adapter_names=adapters)
         return MergeRow(name, type(layer.get_base_layer()).__name__)
-    peft = _merged_by_peft(layer, adapters) if compare else None
+    peft = (_decoded(layer), _decoded(merged_copy(layer, adapters))) if compare else None
     kept = _stored_dtype(layer, into, dtype)
     result = _in_fp32(layer, "merge", kept, original, adapter_names=adapters)
     _store(layer, result, into, dtype, moments)
@@ -88,15 +88,14 @@ def _stored_dtype(layer: Any, into: str, dtype: torch.dtype | None) -> torch.dty
         return stored
     if into == "4bit":
         return torch.float32  # its absmax
-    return dtype or bnb.parts(base, torch.float32)[1].dtype
+    return dtype or bnb.packed(base)[1].dtype
 
 
 def _decoded(layer: Any) -> Tensor:
     """The base weight in fp32, or in fp64 if it is; a fresh tensor."""
     base = layer.get_base_layer()
     if bnb.is_linear4bit(base):
-        weight, state, _, _ = bnb.parts(base, torch.float32)
-        return ops.dequantize_4bit(weight, state, torch.float32)
+        return bnb.dense_weight(base, torch.float32)
     return _wide(base._parameters[_weight_name(layer)])
 
 
@@ -203,7 +202,7 @@ def _store(
     if not bnb.is_linear4bit(base):
         base._parameters[_weight_name(layer)].copy_(result.after)
         return
-    _, state, _, _ = bnb.parts(base, torch.float32)
+    _, state = bnb.packed(base)
     if moments is None:
         packed, state = ops.quantize_4bit(
             result.after, state.blocksize, state.quant_type, state.nested
@@ -215,9 +214,8 @@ def _store(
 
 def _make_dense(layer: Any, base: Any, result: _Result, dtype: torch.dtype | None) -> None:
     """Puts an nn.Linear into the place of a Linear4bit, and PEFT's dense layer around it."""
-    _, state, _, _ = bnb.parts(base, torch.float32)
-    dtype = dtype or state.dtype
-    dense = bnb.dense_linear(base, result.after.to(dtype), result.bias)
+    _, state = bnb.packed(base)
+    dense = bnb.dense_linear(base, result.after.to(dtype or state.dtype), result.bias)
     fast = is_fast(layer)
     layer.base_layer, layer.__class__ = dense, Linear
     layer.is_target_conv_1d_layer = False
@@ -225,22 +223,16 @@ def _make_dense(layer: Any, base: Any, result: _Result, dtype: torch.dtype | Non
         swap_in(layer)
 
 
-def copy_of(layer: Any) -> Any:
-    """A deep copy of a layer, also of one that holds tensors of a graph."""
+def merged_copy(layer: Any, adapters: list[str]) -> Any:
+    """A deep copy of a layer, also of one that holds tensors of a graph, after PEFT's own merge."""
     memo: dict[int, Any] = {}
     for tensor in tree_leaves(layer.__dict__.get("kwargs", {})):
         # With ensure_weight_tying lm_head holds the embedding's A and B turned, which have a graph.
         if isinstance(tensor, Tensor) and not tensor.is_leaf:
             memo[id(tensor)] = tensor.detach().clone()
-    return copy.deepcopy(layer, memo)
-
-
-def _merged_by_peft(layer: Any, adapters: list[str]) -> tuple[Tensor, Tensor]:
-    """The base weight, in fp32, before and after PEFT's own merge of a copy of the layer."""
-    trial = copy_of(layer)
-    before = _decoded(trial)
+    trial = copy.deepcopy(layer, memo)
     with warnings.catch_warnings(), torch.no_grad():
-        # It warns of the rounding that is measured here.
+        # It warns of the rounding that the report measures.
         warnings.simplefilter("ignore")
         trial.merge(adapter_names=adapters)
-    return before, _decoded(trial)
+    return trial

@@ -7,7 +7,6 @@ base's dtype, or to 4 bits.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +15,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from torch import Tensor, nn
 
-from ....quant import QuantState
 from ... import bitsandbytes as bnb
 from ...names import plain_name
-from .layer import copy_of, merge_layer, unmerge_layer
+from ..names import check_module
+from .layer import merge_layer, merged_copy, unmerge_layer
 from .originals import OriginalWeights, Source
 from .report import MergeReport, MergeRow
 from .tied import part_shared
@@ -69,8 +68,7 @@ def merge_adapter(
             be merged; nothing has changed then. Also when a sum overflows, which only merging
             shows: the layers before the one named are merged then.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    check_module(model)
     if into not in INTO:
         raise ValueError(f"into must be one of {INTO}, got {into!r}")
     if into == "dense" and moments is not None:
@@ -85,7 +83,10 @@ def merge_adapter(
     for merge in plan:
         merge.check(originals, moments)
     _try_variants(plan)
-    _check_allowed(model)
+    # What PEFT checks for the model as a whole.
+    check = getattr(getattr(model, "base_model", model), "_check_merge_allowed", None)
+    if callable(check):
+        check()
     part_shared(model, [merge.layer for merge in plan])
 
     rows = []
@@ -109,8 +110,7 @@ def unmerge_adapter(model: nn.Module) -> int:
     Raises:
         TypeError: model is no nn.Module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    check_module(model)
     merged = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and m.merged]
     for layer in merged:
         with onload_layer(layer):
@@ -151,7 +151,13 @@ class _Merge:
                 raise ValueError(f"{what}: {name} must be finite, got inf or NaN")
         if not self.is_4bit:
             return
-        _, state, _, _ = _parts(linear, what)
+        if bnb.is_repacked(linear) and (reason := bnb.unpack_reason(linear)) is not None:
+            raise ValueError(f"{what}: {reason}")
+        bnb.unpack(linear)
+        try:
+            _, state = bnb.packed(linear)
+        except ValueError as error:
+            raise ValueError(f"{what}: {error}") from None
         if originals is not None:
             originals.check(self.name, state.shape)
         K = state.shape[-1]
@@ -174,18 +180,6 @@ class _Merge:
             raise ValueError(f"model: layer {self.key}: {error}") from error
 
 
-def _parts(linear: nn.Module, what: str) -> tuple[Tensor, QuantState, torch.dtype, Tensor | None]:
-    if bnb.is_repacked(linear):
-        reason = bnb.unpack_reason(linear)
-        if reason is not None:
-            raise ValueError(f"{what}: {reason}")
-        bnb.unpack(linear)
-    try:
-        return bnb.parts(linear, torch.float32)
-    except ValueError as error:
-        raise ValueError(f"{what}: {error}") from None
-
-
 def _plan(model: nn.Module, adapter_names: Sequence[str] | None) -> list[_Merge]:
     """The layers that hold one of the adapters, and those of it that are not merged yet."""
     if isinstance(adapter_names, str):
@@ -196,7 +190,8 @@ def _plan(model: nn.Module, adapter_names: Sequence[str] | None) -> list[_Merge]
     plan, held = [], set()
     for key, layer in layers:
         wanted = dict.fromkeys(layer.active_adapters if adapter_names is None else adapter_names)
-        there = [name for name in wanted if _holds(layer, name)]
+        held_here = {name for part in layer.adapter_layer_names for name in getattr(layer, part)}
+        there = [name for name in wanted if name in held_here]
         held.update(there)
         if left := [name for name in there if name not in layer.merged_adapters]:
             plan.append(_Merge(key, layer, left))
@@ -208,10 +203,6 @@ def _plan(model: nn.Module, adapter_names: Sequence[str] | None) -> list[_Merge]
     return plan
 
 
-def _holds(layer: BaseTunerLayer, adapter: str) -> bool:
-    return any(adapter in getattr(layer, attribute) for attribute in layer.adapter_layer_names)
-
-
 def _try_variants(plan: list[_Merge]) -> None:
     """Raises what the variants raise that can't be merged (aLoRA, Arrow): each is tried once."""
     tried = set()
@@ -220,21 +211,10 @@ def _try_variants(plan: list[_Merge]) -> None:
         for adapter in merge.adapters:
             if adapter in variants and type(variants[adapter]) not in tried:
                 tried.add(type(variants[adapter]))
-                trial = copy_of(merge.layer)
                 try:
-                    with warnings.catch_warnings(), torch.no_grad():
-                        warnings.simplefilter("ignore")
-                        trial.merge(adapter_names=[adapter])
+                    merged_copy(merge.layer, [adapter])
                 except (NotImplementedError, RuntimeError) as error:
                     raise ValueError(f"model: layer {merge.key}: {error}") from error
-
-
-def _check_allowed(model: nn.Module) -> None:
-    """What PEFT checks for the model as a whole."""
-    tuner: Any = getattr(model, "base_model", model)
-    check = getattr(tuner, "_check_merge_allowed", None)
-    if callable(check):
-        check()
 
 
 def _adapter_parameters(layer: Any, adapters: list[str]) -> Iterator[tuple[str, nn.Parameter]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ class InputMoments(Mapping[str, Tensor]):
         self._held.clear()
         # A hook on the Linear4bit inside would keep PEFT's layer off fastlora's kernels.
         hooks = [
-            self._model.get_submodule(name).register_forward_pre_hook(self._note(name))
+            self._model.get_submodule(name).register_forward_pre_hook(partial(self._note, name))
             for name in names
         ]
         try:
@@ -79,12 +80,9 @@ class InputMoments(Mapping[str, Tensor]):
         if missing := [name for name in names if name not in self._held]:
             raise ValueError(f"batches must reach every layer, {missing[0]} got no input")
 
-    def _note(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0].reshape(-1, args[0].shape[-1]).float()
-            if name in self._held:
-                self._held[name].addmm_(x.mT, x)
-            else:
-                self._held[name] = x.mT @ x
-
-        return hook
+    def _note(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        x = args[0].reshape(-1, args[0].shape[-1]).float()
+        if name in self._held:
+            self._held[name].addmm_(x.mT, x)
+        else:
+            self._held[name] = x.mT @ x

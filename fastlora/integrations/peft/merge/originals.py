@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,9 @@ class OriginalWeights:
         """Raises ValueError unless the weight of `layer` is here, floating and of this shape."""
         key = self.key(layer)
         if key in self._files:
-            found, dtype = self._open(key, _shape_and_dtype)
+            with self._open(key) as file:
+                part = file.get_slice(key)
+                found, dtype = tuple(part.get_shape()), part.get_dtype()
         else:
             tensor = self._tensors[key]
             found, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
@@ -91,18 +93,14 @@ class OriginalWeights:
         return ops.dequantize_4bit(weight, state, torch.float32)
 
     def _read(self, key: str) -> Tensor:
-        return self._open(key, lambda file, key: file.get_tensor(key))
+        with self._open(key) as file:
+            weight: Tensor = file.get_tensor(key)
+            return weight
 
-    def _open(self, key: str, read: Callable[[Any, str], Any]) -> Any:
+    def _open(self, key: str) -> Any:
         from safetensors import safe_open
 
-        with safe_open(self._files[key], framework="pt") as file:
-            return read(file, key)
-
-
-def _shape_and_dtype(file: Any, key: str) -> tuple[tuple[int, ...], str]:
-    part = file.get_slice(key)
-    return tuple(part.get_shape()), part.get_dtype()
+        return safe_open(self._files[key], framework="pt")
 
 
 def _index(folder: Path) -> dict[str, Path]:

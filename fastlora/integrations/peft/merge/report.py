@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...names import kind_of, plain_name
+from ...text import as_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -71,8 +71,7 @@ class MergeReport:
 
     def means(self) -> dict[str, float]:
         """Field of `MergeRow` -> its root mean square over the layers; the mean of what is kept."""
-        means = zip(_FIGURES, _means(self.rows), strict=True)
-        return {name: value for name, value in means if value is not None}
+        return _means(self.rows)
 
     def table(self, each: bool = False) -> Table:
         """A rich table. A line of several layers has the root mean square of their figures.
@@ -88,42 +87,33 @@ class MergeReport:
             groups.setdefault((name, row.base), []).append(row)
         lines = [(key, len(rows), _means(rows)) for key, rows in groups.items()]
         # A column that no layer fills says nothing.
-        filled = [
-            i for i in range(len(_FIGURES)) if any(means[i] is not None for *_, means in lines)
-        ]
-        labels = list(_FIGURES.values())
+        filled = [name for name in _FIGURES if any(name in means for *_, means in lines)]
         table = Table(title=f"{len(self.rows)} layers merged", title_justify="left")
         table.add_column("layer", overflow="fold")
         table.add_column("base")
-        for i in filled:
-            table.add_column(labels[i], justify="right")
-        for (name, base), count, means in lines:
-            figures = ("" if (value := means[i]) is None else f"{value:.3g}" for i in filled)
-            table.add_row(f"{name} (x{count})" if count > 1 else name, base, *figures)
+        for name in filled:
+            table.add_column(_FIGURES[name], justify="right")
+        for (layer, base), count, means in lines:
+            figures = (f"{means[name]:.3g}" if name in means else "" for name in filled)
+            table.add_row(f"{layer} (x{count})" if count > 1 else layer, base, *figures)
         return table
 
     def __rich__(self) -> Table:
         return self.table()
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        buffer = io.StringIO()
-        Console(file=buffer, width=140).print(self)
-        return buffer.getvalue().rstrip()
+        return as_text(self)
 
 
-def _means(rows: list[MergeRow]) -> list[float | None]:
+def _means(rows: list[MergeRow]) -> dict[str, float]:
     """The root mean square of each figure; the plain mean of what is kept, which has a sign."""
-    means: list[float | None] = []
+    means = {}
     for name in _FIGURES:
         values = [value for row in rows if (value := getattr(row, name)) is not None]
-        if not values:
-            means.append(None)
-        elif name in ("kept", "peft_kept"):
-            means.append(sum(values) / len(values))
-        else:
-            means.append(math.sqrt(sum(value * value for value in values) / len(values)))
+        if values and name in ("kept", "peft_kept"):
+            means[name] = sum(values) / len(values)
+        elif values:
+            means[name] = math.sqrt(sum(value * value for value in values) / len(values))
     return means
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .call import Adapter
-from .plain import PLAIN, tensors_reason
+from .plain import PLAIN, scaling_reason, tensors_reason, variant_of
 
 # PEFT's variants that differ from LoRA in their initial values and in what trains, not in forward.
 _PLAIN_VARIANTS = ("MiCALinearVariant",)
@@ -25,30 +25,21 @@ def plain_adapter(layer: Any, name: str, roles: list[tuple[str, nn.Module]]) -> 
     state, children = layer.__dict__, layer._modules
     lora_A, lora_B = children["lora_A"]._modules[name], children["lora_B"]._modules[name]
     dropout = children["lora_dropout"]._modules[name]
-    magnitude: nn.Module | None = None
-    kind, invoked, made = "", False, False
-    if name in state.get("lora_variant", ()) or state.get("use_dora", {}).get(name):
-        variant = state.get("lora_variant", {}).get(name)
-        kind = "DoRA" if variant is None else type(variant).__name__
-        if kind == "DoraLinearVariant":
-            magnitude = children["lora_magnitude_vector"]._modules[name]
-            if type(magnitude).__name__ != "DoraLinearLayer":
-                return f"the magnitude is a {type(magnitude).__name__}, not a DoraLinearLayer"
-            roles.append(("the magnitude", magnitude))
-        elif kind == _INVOKED:
-            invoked = True
-        elif kind in _MADE_VARIANTS:
-            made = True
-        elif kind == "VeloraLinearVariant":
-            # Without gradients it is plain LoRA.
-            if layer.training and torch.is_grad_enabled():
-                return "VeLoRA trains A on compressed activations, which fastlora does not make"
-        elif kind not in _PLAIN_VARIANTS:
-            return f"the adapter is a LoRA variant ({kind})"
+    kind, magnitude = variant_of(layer, name), None
+    made = kind in _MADE_VARIANTS
+    if kind == "DoraLinearVariant":
+        magnitude = children["lora_magnitude_vector"]._modules[name]
+        if type(magnitude).__name__ != "DoraLinearLayer":
+            return f"the magnitude is a {type(magnitude).__name__}, not a DoraLinearLayer"
+        roles.append(("the magnitude", magnitude))
+    elif kind == "VeloraLinearVariant":
+        # Without gradients it is plain LoRA.
+        if layer.training and torch.is_grad_enabled():
+            return "VeLoRA trains A on compressed activations, which fastlora does not make"
+    elif kind not in ("", _INVOKED, *_MADE_VARIANTS, *_PLAIN_VARIANTS):
+        return f"the adapter is a LoRA variant ({kind})"
     scaling = state["scaling"][name]
-    if type(scaling) not in (float, int):
-        return f"scaling is a {type(scaling).__name__}, not a number"
-    if (reason := _dropout_reason(dropout)) is not None:
+    if (reason := scaling_reason(scaling) or _dropout_reason(dropout)) is not None:
         return reason
     for part in (lora_A, lora_B):
         if type(part) is not nn.Linear and not (made and _is_block_diagonal(part)):
@@ -76,7 +67,7 @@ def plain_adapter(layer: Any, name: str, roles: list[tuple[str, nn.Module]]) -> 
                 return diagonal
             A = A * diagonal[:, None]
     vector = None if magnitude is None else magnitude._parameters["weight"]
-    return Adapter(name, A, B, bias, dropout, scaling, vector, invoked, made)
+    return Adapter(name, A, B, bias, dropout, scaling, vector, kind == _INVOKED, made)
 
 
 def _kasa_diagonal(layer: Any, name: str) -> Tensor | str:
@@ -100,10 +91,8 @@ def svd_adapter(layer: Any, name: str, roles: list[tuple[str, nn.Module]]) -> Ad
     wait for a GPU.
     """
     children, scaling = layer._modules, layer.scaling[name]
-    if type(scaling) not in (float, int):
-        return f"scaling is a {type(scaling).__name__}, not a number"
     dropout = children["lora_dropout"]._modules[name]
-    if (reason := _dropout_reason(dropout)) is not None:
+    if (reason := scaling_reason(scaling) or _dropout_reason(dropout)) is not None:
         return reason
     roles.append(("the dropout module", dropout))
     A, B, E = (children[part]._parameters[name] for part in ("lora_A", "lora_B", "lora_E"))

@@ -10,8 +10,7 @@ from ....backends.contract import Request
 from ... import bitsandbytes as bnb
 from ..names import named
 from .call import Casts, Parts
-
-SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from .plain import SUPPORTED_DTYPES, dtype_reason
 
 
 def casts(
@@ -29,13 +28,13 @@ def casts(
     Args:
         autocast: the dtype of the autocast region around the call, None outside.
     """
-    if x_dtype not in SUPPORTED_DTYPES:
-        return f"x is in {named(x_dtype)}; fastlora takes fp32, bf16 and fp16"
+    if (reason := dtype_reason("x", x_dtype)) is not None:
+        return reason
     weight, bias = parts.weight, parts.bias
     dtypes = {adapter.lora_A.dtype for adapter in parts.adapters} or {x_dtype}
     for dtype in dtypes:
-        if dtype not in SUPPORTED_DTYPES:
-            return f"the adapter is in {named(dtype)}; fastlora takes fp32, bf16 and fp16"
+        if (reason := dtype_reason("the adapter", dtype)) is not None:
+            return reason
     compute = None
     if parts.quant_state is None:
         x_cast = autocast or x_dtype

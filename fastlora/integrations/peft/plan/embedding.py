@@ -11,8 +11,18 @@ from torch import Tensor, nn
 
 from ....backends.contract import Request
 from ..syntax import source_tree
-from .casts import SUPPORTED_DTYPES, backend_reason
-from .plain import PLAIN, modules_reason, state_reason, tensors_reason
+from .casts import backend_reason
+from .plain import (
+    NONE_ACTIVE,
+    PLAIN,
+    dtype_reason,
+    hidden_reason,
+    modules_reason,
+    scaling_reason,
+    state_reason,
+    tensors_reason,
+    variant_of,
+)
 from .reasons import Unserved, call_reason
 
 OP = "lora_embedding_fwd"
@@ -45,6 +55,12 @@ class EmbeddingParts(NamedTuple):
         same = self.lora_A.dtype == self.weight.dtype
         return self.lora_A.dtype if same else torch.float32
 
+    @property
+    def request(self) -> Request:
+        """What the layer asks a backend for."""
+        device = self.weight.device
+        return Request(OP, device.type, device.index, self.weight.dtype, self.dtype)
+
 
 def embedding_parts(layer: Any) -> EmbeddingParts | str:
     """The tensors that the fast path reads, or why PEFT's code has to run whatever the input."""
@@ -54,14 +70,11 @@ def embedding_parts(layer: Any) -> EmbeddingParts | str:
     As, Bs = (children[f"lora_embedding_{x}"]._parameters for x in "AB")
     names = [name for name in layer.active_adapters if name in As]
     if not names:
-        return "no adapters are active on this layer"
+        return NONE_ACTIVE
     if len(names) > 1:
         return "several adapters are active on an embedding"
     name, base = names[0], children["base_layer"]
-    variants = state.get("lora_variant", {})
-    variant = type(variants[name]).__name__ if name in variants else ""
-    if not variant and state.get("use_dora", {}).get(name):
-        variant = "DoRA"
+    variant = variant_of(layer, name)
     if variant and variant not in _PLAIN_VARIANTS:
         return f"the adapter is a LoRA variant ({variant})"
     if state.get("input_fns", {}).get(name) or state.get("output_fns", {}).get(name):
@@ -87,6 +100,8 @@ def embedding_parts(layer: Any) -> EmbeddingParts | str:
     weight, A, B = base._parameters.get("weight"), As[name], Bs[name]
     if weight is None or A is None or B is None:
         return "a weight is no parameter of its layer (parametrised or pruned)"
+    if (reason := hidden_reason([("the base layer", base)])) is not None:
+        return reason
     tensors = [("base weight", weight), ("lora_A", A), ("lora_B", B)]
     if (reason := tensors_reason(tensors)) is not None:
         return reason
@@ -97,8 +112,8 @@ def embedding_parts(layer: Any) -> EmbeddingParts | str:
         shapes = f"{tuple(A.shape)} and {tuple(B.shape)}"
         return f"lora_A and lora_B have the shapes {shapes}, not {(R, V)} and {(N, R)} (sharded?)"
     scaling = state["scaling"][name]
-    if type(scaling) not in (float, int):
-        return f"scaling is a {type(scaling).__name__}, not a number"
+    if (reason := scaling_reason(scaling)) is not None:
+        return reason
     return EmbeddingParts(base, weight, A, B, float(scaling), rounds_scale)
 
 
@@ -107,11 +122,11 @@ def embedding_casts(parts: EmbeddingParts, device: torch.device) -> str | None:
     if parts.lora_A.dtype != parts.lora_B.dtype:
         return f"lora_A is in {parts.lora_A.dtype} and lora_B in {parts.lora_B.dtype}"
     for role, tensor in (("table", parts.weight), ("adapter", parts.lora_A), ("", parts.lora_B)):
-        if tensor.dtype not in SUPPORTED_DTYPES:
-            return f"the {role} is in {tensor.dtype}; fastlora takes fp32, bf16 and fp16"
+        if (reason := dtype_reason(f"the {role}", tensor.dtype)) is not None:
+            return reason
         if tensor.device != device:
             return f"the ids are on {device} and the layer, or a part of it, on {tensor.device}"
-    return backend_reason(embedding_request(parts, device))
+    return backend_reason(parts.request)
 
 
 def embedding_plan(
@@ -152,14 +167,9 @@ def _scale_reason(layer: Any, base: nn.Module) -> str | None:
 def _returned(forward: Any) -> str:
     """What a forward returns, as source, if that is all it does; "" for all others."""
     function = source_tree(forward)
-    if function is None or hasattr(forward, "__wrapped__"):
+    if function is None or len(function.body) != 1:
         return ""
-    last = function.body[-1]
-    if function.decorator_list or len(function.body) != 1 or not isinstance(last, ast.Return):
+    returned = function.body[0]
+    if not isinstance(returned, ast.Return) or returned.value is None:
         return ""
-    return "" if last.value is None else ast.unparse(last.value)
-
-
-def embedding_request(parts: EmbeddingParts, device: torch.device) -> Request:
-    """What a layer asks a backend for."""
-    return Request(OP, device.type, device.index, parts.weight.dtype, parts.dtype)
+    return ast.unparse(returned.value)

@@ -114,11 +114,19 @@ def _look(layer: nn.Module, x: Tensor) -> _Look | None:
             return None
         if nn_module._has_any_global_hook():
             return None
-        parameters = base._parameters
-        weight, bias = parameters["weight"], parameters["bias"]
-        A: Any = lora_A._parameters["weight"]
-        B: Any = lora_B._parameters["weight"]
-        bias_A, bias_B = lora_A._parameters["bias"], lora_B._parameters["bias"]
+        own_base, own_A, own_B = base.__dict__, lora_A.__dict__, lora_B.__dict__
+        if (
+            "weight" in own_base
+            or "bias" in own_base
+            or "weight" in own_A
+            or "weight" in own_B
+            or "bias" in own_B
+        ):
+            return None
+        of_base, of_A, of_B = own_base["_parameters"], own_A["_parameters"], own_B["_parameters"]
+        weight, bias = of_base["weight"], of_base["bias"]
+        A, bias_A = of_A["weight"], of_A["bias"]
+        B, bias_B = of_B["weight"], of_B["bias"]
         scaling = own["scaling"][name]
         N, K = own["out_features"], own["in_features"]
         fan_in_fan_out = own["fan_in_fan_out"]

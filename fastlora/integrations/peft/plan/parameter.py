@@ -9,8 +9,15 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from ....backends.contract import Request
-from .casts import SUPPORTED_DTYPES, backend_reason
-from .plain import PLAIN, state_reason
+from .casts import backend_reason
+from .plain import (
+    NONE_ACTIVE,
+    dtype_reason,
+    scaling_reason,
+    state_reason,
+    tensors_reason,
+    variant_of,
+)
 from .reasons import Unserved, call_reason
 
 
@@ -26,9 +33,11 @@ class ParamParts(NamedTuple):
     factors: tuple[tuple[Tensor, Tensor, float], ...]
 
     @property
-    def op(self) -> str:
-        """The forward op that serves the parameter."""
-        return "lora_linear_fwd" if self.weight.dim() == 2 else "grouped_lora_linear_fwd"
+    def request(self) -> Request:
+        """What the layer asks a backend for."""
+        op = "lora_linear_fwd" if self.weight.dim() == 2 else "grouped_lora_linear_fwd"
+        device = self.weight.device
+        return Request(op, device.type, device.index, self.weight.dtype)
 
 
 def param_parts(layer: Any) -> ParamParts | str:
@@ -38,7 +47,7 @@ def param_parts(layer: Any) -> ParamParts | str:
     As, Bs = layer._modules["lora_A"]._modules, layer._modules["lora_B"]._modules
     names = [name for name in layer.active_adapters if name in As]
     if not names:
-        return "no adapters are active on this layer"
+        return NONE_ACTIVE
     owner, name = layer.get_base_layer(), layer.parameter_name
     weight = owner._parameters.get(name)
     if weight is None or name in owner.__dict__:
@@ -50,10 +59,10 @@ def param_parts(layer: Any) -> ParamParts | str:
         inner = inner._modules["base_layer"]
     tensors = [(f"parameter {name}", weight)]
     for adapter in names:
-        if adapter in layer.lora_variant or layer.use_dora.get(adapter):
+        if variant_of(layer, adapter):
             return "the adapter is a LoRA variant"
-        if type(layer.scaling[adapter]) not in (float, int):
-            return f"scaling is a {type(layer.scaling[adapter]).__name__}, not a number"
+        if (reason := scaling_reason(layer.scaling[adapter])) is not None:
+            return reason
         for role, module in (("lora_A", As[adapter]), ("lora_B", Bs[adapter])):
             if type(module) is not nn.Linear:
                 return f"{role} is a {type(module).__name__}, not a plain nn.Linear"
@@ -73,22 +82,18 @@ def param_parts(layer: Any) -> ParamParts | str:
             return f"lora_A or lora_B does not fit the parameter {name} (sharded?)"
         factors.append((*found, float(layer.scaling[adapter])))
     parts = ParamParts(owner, name, weight, tuple(factors))
-    reason = backend_reason(
-        Request(parts.op, weight.device.type, weight.device.index, weight.dtype)
-    )
+    reason = backend_reason(parts.request)
     return parts if reason is None else Unserved(reason)
 
 
 def _tensor_reason(tensors: list[tuple[str, Tensor]]) -> str | None:
     """Why the fast path can't read one of the tensors, of which the first is the parameter."""
+    if (reason := tensors_reason(tensors)) is not None:
+        return reason
     device = tensors[0][1].device
     for role, tensor in tensors:
-        if type(tensor) not in PLAIN:
-            return f"the {role} is a {type(tensor).__name__}, a tensor subclass"
-        if tensor.is_meta:
-            return f"the {role} is on the meta device (offloaded or not loaded)"
-        if tensor.dtype not in SUPPORTED_DTYPES:
-            return f"the {role} is in {tensor.dtype}; fastlora takes fp32, bf16 and fp16"
+        if (reason := dtype_reason(f"the {role}", tensor.dtype)) is not None:
+            return reason
         if tensor.device != device:
             return f"the {role} is on {tensor.device} and the parameter on {device}"
     return None

@@ -14,7 +14,7 @@ from ... import bitsandbytes as bnb
 from ..names import named
 from .adapters import plain_adapter, svd_adapter
 from .call import Adapter, Parts
-from .plain import modules_reason, state_reason, tensors_reason
+from .plain import NONE_ACTIVE, hidden_reason, modules_reason, state_reason, tensors_reason
 
 
 def layer_parts(layer: Any, names: Iterable[str] | None = None) -> Parts | str:
@@ -38,7 +38,7 @@ def layer_parts(layer: Any, names: Iterable[str] | None = None) -> Parts | str:
     chosen = layer.active_adapters if names is None else dict.fromkeys(names)
     present = [name for name in chosen if name in As]
     if not present and names is None:
-        return "no adapters are active on this layer"
+        return NONE_ACTIVE
     adapters: list[Adapter] = []
     roles: list[tuple[str, nn.Module]] = [("the base layer", children["base_layer"])]
     for name in present:
@@ -60,6 +60,8 @@ def layer_parts(layer: Any, names: Iterable[str] | None = None) -> Parts | str:
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
     if weight is None or any(a.lora_A is None or a.lora_B is None for a in adapters):
         return "a weight is no parameter of its layer (parametrised or pruned)"
+    if (reason := hidden_reason(roles)) is not None:
+        return reason
     if four_bit and torch.compiler.is_compiling():
         return "torch.compile does not trace bitsandbytes' weights into fastlora"
     quant_state = bnb.raw_quant_state(base) if four_bit else None

@@ -6,10 +6,38 @@ import functools
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
+from ..names import named
+
 PLAIN = (Tensor, nn.Parameter)
+SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NONE_ACTIVE = "no adapters are active on this layer"
+
+
+def dtype_reason(role: str, dtype: torch.dtype) -> str | None:
+    """Why fastlora does not take a tensor of this role, or None."""
+    if dtype in SUPPORTED_DTYPES:
+        return None
+    return f"{role} is in {named(dtype)}; fastlora takes fp32, bf16 and fp16"
+
+
+def scaling_reason(scaling: object) -> str | None:
+    """Why PEFT's factor of an adapter can't be read without waiting for a device, or None."""
+    if type(scaling) in (float, int):
+        return None
+    return f"scaling is a {type(scaling).__name__}, not a number"
+
+
+def variant_of(layer: Any, name: str) -> str:
+    """The class of PEFT's variant that an adapter is; "" for plain LoRA."""
+    state = layer.__dict__
+    if name in state.get("lora_variant", ()):
+        return type(state["lora_variant"][name]).__name__
+    # Layers pickled by a PEFT that had no variants know DoRA by this alone.
+    return "DoRA" if state.get("use_dora", {}).get(name) else ""
 
 
 def state_reason(layer: Any) -> str | None:
@@ -54,6 +82,18 @@ def modules_reason(roles: Iterable[tuple[str, nn.Module]]) -> str | None:
         return f"{role} has a forward of its own (accelerate's offloading, or another patch)"
     if nn_module._has_any_global_hook():
         return "global module hooks are registered, which fastlora would not call"
+    return None
+
+
+def hidden_reason(roles: Iterable[tuple[str, nn.Module]]) -> str | None:
+    """Why modules, each with its role, compute with something else than their parameters, or None.
+
+    An attribute of the instance comes before a parameter of that name.
+    """
+    for role, module in roles:
+        for name in ("weight", "bias"):
+            if name in module.__dict__:
+                return f"{role} has a {name} that is an attribute, not a parameter"
     return None
 
 

@@ -208,10 +208,6 @@ def _transpose(weight: Any, dim0: int, dim1: int) -> Any:
     return weight.turned() if {dim0 % weight.dim(), dim1 % weight.dim()} == last else NotImplemented
 
 
-def _turn(weight: Any) -> Any:
-    return weight.turned()
-
-
 def _turn_matrix(weight: Any) -> Any:
     return weight.turned() if weight.dim() == 2 else NotImplemented
 
@@ -240,7 +236,7 @@ _SERVED: dict[str, Callable[..., Any]] = {
     "swapdims": _transpose,
     "t": _turn_matrix,
     "data_ptr": _data_ptr,
-    "mT": _turn,
+    "mT": AdaptedWeight.turned,
     "T": _turn_matrix,
 }
 
