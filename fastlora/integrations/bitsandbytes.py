@@ -138,11 +138,32 @@ def dense_linear(linear: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.L
         own = linear._parameters["bias"]
         trains = own is not None and own.requires_grad
         dense.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=trains)
+    dense.source_cls = getattr(linear, "source_cls", None)  # type: ignore[assignment]
     return dense.train(linear.training)
+
+
+def was_conv1d(linear: nn.Module) -> bool:
+    """Whether Transformers put the layer into the place of a `Conv1D`, whose weight is `[K, N]`."""
+    kind = getattr(linear, "source_cls", None)
+    return getattr(kind, "__name__", "") == "Conv1D"
+
+
+def _as_conv1d(linear: nn.Linear) -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    conv: nn.Module = Conv1D(*linear.weight.shape)
+    conv.weight = nn.Parameter(linear.weight.detach().T.contiguous(), requires_grad=False)
+    none = nn.Parameter(linear.weight.new_zeros(len(linear.weight)), requires_grad=False)
+    bias = linear._parameters.get("bias")
+    conv.bias = none if bias is None else bias
+    return conv.train(linear.training)
 
 
 def make_dense(model: nn.Module, dtype: torch.dtype | None = None) -> int:
     """Puts a decoded `nn.Linear` into the place of every 4-bit layer, one at a time.
+
+    In a model of `Conv1D` (GPT-2), whose layers Transformers turns for bitsandbytes, they are
+    turned back, those too that are dense already.
 
     Args:
         model: left without the marks of a quantised Transformers model, so that it saves as any
@@ -156,6 +177,9 @@ def make_dense(model: nn.Module, dtype: torch.dtype | None = None) -> int:
     for name, linear in layers:
         dense = dense_linear(linear, dense_weight(linear, dtype), linear._parameters.get("bias"))
         model.set_submodule(name, dense)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and was_conv1d(module):
+            model.set_submodule(name, _as_conv1d(module))
     for name in ("hf_quantizer", "quantization_method"):
         model.__dict__.pop(name, None)
     for name in ("is_loaded_in_4bit", "is_quantized"):

@@ -11,9 +11,16 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from fastlora.cli import main
+from fastlora.integrations.bitsandbytes import disable_cpu_repacking
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 IDS = torch.arange(6, 20)[None]
@@ -108,3 +115,31 @@ def test_a_classifier(into: str, tiny_model: Path, tmp_path: Path) -> None:
         ).eval()
         got, want = merged(IDS).logits, fresh(IDS).logits
         torch.testing.assert_close(got.float(), want.float(), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("how", [["--quant", "nf4"], ["--into", "4bit"]], ids=" ".join)
+def test_conv1d_in_4_bits(how: list[str], tiny_model: Path, tmp_path: Path) -> None:
+    """Transformers turns GPT-2's weights for bitsandbytes; what is written is GPT-2 again."""
+    torch.manual_seed(0)
+    sizes = {"n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 64}
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=32, **sizes)).to(torch.bfloat16)
+    base.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "model")
+    # Square, so that a turned weight would have the same shape.
+    config = LoraConfig(r=4, target_modules=["attn.c_proj", "c_fc"], fan_in_fan_out=True)
+    model = get_peft_model(base, config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    want = model.eval()(IDS).logits.float()
+    assert merge(tmp_path / "model", tmp_path / "adapter", tmp_path / "out", *how) == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    disable_cpu_repacking(merged)
+    got = merged(IDS).logits.float()
+    with model.disable_adapter():
+        moved = (model(IDS).logits.float() - want).abs().mean()
+    # Four bits move the logits less than the adapter does.
+    assert (got - want).abs().mean() < 0.6 * moved
+    if how == ["--quant", "nf4"]:
+        assert type(merged.transformer.h[0].attn.c_proj).__name__ == "Conv1D"

@@ -159,7 +159,8 @@ class _Merge:
         except ValueError as error:
             raise ValueError(f"{what}: {error}") from None
         if originals is not None:
-            originals.check(self.name, state.shape)
+            turned = bnb.was_conv1d(linear)
+            originals.check(self.name, state.shape[::-1] if turned else state.shape)
         K = state.shape[-1]
         # InputMoments makes them of the layer's own inputs, and not before they are asked for.
         given = moments.get(self.key) if isinstance(moments, dict) else None
@@ -171,6 +172,8 @@ class _Merge:
     ) -> MergeRow:
         """Merges the layer; see `merge_layer` for `options`."""
         original = originals[self.name] if originals is not None and self.is_4bit else None
+        if original is not None and bnb.was_conv1d(self.layer.get_base_layer()):
+            original = original.T
         given = moments[self.key] if moments is not None and self.key in moments else None
         try:
             return merge_layer(
