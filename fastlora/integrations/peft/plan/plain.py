@@ -60,9 +60,8 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether a module has no hooks, and no forward but that of its class."""
-    inner = module.__dict__
+def is_plain(module: nn.Module, inner: dict[str, Any]) -> bool:
+    """Whether a module, `inner` its `__dict__`, has no hooks, and no forward but its class's."""
     return not (
         inner["_forward_hooks"]
         or inner["_forward_pre_hooks"]
@@ -75,7 +74,7 @@ def is_plain(module: nn.Module) -> bool:
 def modules_reason(roles: Iterable[tuple[str, nn.Module]]) -> str | None:
     """Why modules, each with its role, can't be bypassed, or None."""
     for role, module in roles:
-        if is_plain(module):
+        if is_plain(module, module.__dict__):
             continue
         if has_hooks(module):
             return f"{role} has hooks, which fastlora would not call"
