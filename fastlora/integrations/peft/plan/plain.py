@@ -10,16 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from ..names import named
+from ..names import SHORT_DTYPES, named
 
 PLAIN = (Tensor, nn.Parameter)
-SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NONE_ACTIVE = "no adapters are active on this layer"
 
 
 def dtype_reason(role: str, dtype: torch.dtype) -> str | None:
     """Why fastlora does not take a tensor of this role, or None."""
-    if dtype in SUPPORTED_DTYPES:
+    if dtype in SHORT_DTYPES:
         return None
     return f"{role} is in {named(dtype)}; fastlora takes fp32, bf16 and fp16"
 
