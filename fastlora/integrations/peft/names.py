@@ -8,7 +8,8 @@ from torch import nn
 
 from .. import bitsandbytes as bnb
 
-_SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+# The dtypes that fastlora takes, and what tables call them.
+SHORT_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def check_module(model: object) -> None:
@@ -24,7 +25,7 @@ def named(dtype: torch.dtype) -> str:
 
 def short(dtype: torch.dtype) -> str:
     """As in `bf16`."""
-    return _SHORT.get(dtype, named(dtype))
+    return SHORT_DTYPES.get(dtype, named(dtype))
 
 
 def base_name(base: nn.Module) -> str:

@@ -8,9 +8,9 @@ from torch import Tensor
 from ....backends import BACKENDS, DEVICE_ORDER, forced_backend
 from ....backends.contract import Request
 from ... import bitsandbytes as bnb
-from ..names import named
+from ..names import SHORT_DTYPES, named
 from .call import Casts, Parts
-from .plain import SUPPORTED_DTYPES, dtype_reason
+from .plain import dtype_reason
 
 
 def casts(
@@ -41,7 +41,7 @@ def casts(
         if weight.dtype != x_cast:
             if autocast is None:
                 return f"x is in {named(x_dtype)} and the base weight in {named(weight.dtype)}"
-            if weight.dtype not in SUPPORTED_DTYPES:
+            if weight.dtype not in SHORT_DTYPES:
                 return f"the base weight is in {named(weight.dtype)}"
             compute = autocast
         if bias is not None and bias.dtype != x_cast and autocast is None:
@@ -50,7 +50,7 @@ def casts(
     else:
         x_cast = x_dtype
         compute = bnb.compute_dtype(parts.base, x_dtype)
-        if compute not in SUPPORTED_DTYPES:
+        if compute not in SHORT_DTYPES:
             return f"compute_dtype is {named(compute)}; fastlora takes fp32, bf16 and fp16"
         if autocast is not None and compute == torch.float32:
             compute = autocast

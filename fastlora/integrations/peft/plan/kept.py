@@ -110,11 +110,17 @@ def _look(layer: nn.Module, x: Tensor) -> _Look | None:
         dropout = children["lora_dropout"]._modules[name]
         if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear:
             return None
-        if not (is_plain(base) and is_plain(lora_A) and is_plain(lora_B) and is_plain(dropout)):
+        own_base, own_A, own_B = base.__dict__, lora_A.__dict__, lora_B.__dict__
+        own_dropout = dropout.__dict__
+        if not (
+            is_plain(base, own_base)
+            and is_plain(lora_A, own_A)
+            and is_plain(lora_B, own_B)
+            and is_plain(dropout, own_dropout)
+        ):
             return None
         if nn_module._has_any_global_hook():
             return None
-        own_base, own_A, own_B = base.__dict__, lora_A.__dict__, lora_B.__dict__
         if (
             "weight" in own_base
             or "bias" in own_base
@@ -166,7 +172,7 @@ def _look(layer: nn.Module, x: Tensor) -> _Look | None:
         torch.get_autocast_dtype(kind) if autocast else None,
         type(base),
         type(dropout),
-        dropout.__dict__.get("inplace"),
+        own_dropout.get("inplace"),
         type(scaling),
         fan_in_fan_out,
         N,

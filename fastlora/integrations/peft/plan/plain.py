@@ -10,16 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from ..names import named
+from ..names import SHORT_DTYPES, named
 
 PLAIN = (Tensor, nn.Parameter)
-SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NONE_ACTIVE = "no adapters are active on this layer"
 
 
 def dtype_reason(role: str, dtype: torch.dtype) -> str | None:
     """Why fastlora does not take a tensor of this role, or None."""
-    if dtype in SUPPORTED_DTYPES:
+    if dtype in SHORT_DTYPES:
         return None
     return f"{role} is in {named(dtype)}; fastlora takes fp32, bf16 and fp16"
 
@@ -60,9 +59,8 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether a module has no hooks, and no forward but that of its class."""
-    inner = module.__dict__
+def is_plain(module: nn.Module, inner: dict[str, Any]) -> bool:
+    """Whether a module, `inner` its `__dict__`, has no hooks, and no forward but its class's."""
     return not (
         inner["_forward_hooks"]
         or inner["_forward_pre_hooks"]
@@ -75,7 +73,7 @@ def is_plain(module: nn.Module) -> bool:
 def modules_reason(roles: Iterable[tuple[str, nn.Module]]) -> str | None:
     """Why modules, each with its role, can't be bypassed, or None."""
     for role, module in roles:
-        if is_plain(module):
+        if is_plain(module, module.__dict__):
             continue
         if has_hooks(module):
             return f"{role} has hooks, which fastlora would not call"
