@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fastlora import backends, ops, reference
-from fastlora.backends import native
+from fastlora.backends import composed, native
 from fastlora.backends.contract import Request
 from fastlora.backends.schemas import flatten, flatten_all, packed
+from fastlora.layer import Layer
 
 # Run here with this module's `backend`.
 from tests.backend_checks import (  # noqa: F401
@@ -155,3 +158,40 @@ def test_choice_of_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backends.choose(wide).name == "reference"
     with pytest.raises(RuntimeError, match="native: "):
         backends.choose(wide, "native")
+
+
+def test_a_block_ends_its_own_choice_alone() -> None:
+    """Blocks of two threads, or of two generators, may end in any order."""
+    outer, inner = backends.use_backend("reference"), backends.use_backend("native")
+    outer.__enter__()
+    inner.__enter__()
+    outer.__exit__(None, None, None)
+    assert backends.forced_backend() == "native"
+    inner.__exit__(None, None, None)
+    assert backends.forced_backend() is None
+
+
+@pytest.mark.parametrize("bad", [-1, 9])
+def test_ids_outside_of_the_table(bad: int, backend: str) -> None:
+    """Also below 0, where indexing would begin at the end."""
+    layer = Layer(torch.zeros(9, 4), torch.zeros(2, 9), torch.zeros(4, 2), 1.0)
+    with pytest.raises(IndexError):
+        ops.lora_embedding_fwd(torch.tensor([0, bad]), layer, backend=backend)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_stack_without_experts(nested: bool, backend: str) -> None:
+    """Composed of calls of one expert: of none."""
+    weight, state = reference.quantize_4bit(torch.randn(1, 8, 64), compress_statistics=nested)
+    state = replace(state, shape=torch.Size((0, 8, 64)), absmax=state.absmax[:0])
+    adapters = torch.zeros(0, 4, 64), torch.zeros(0, 8, 4)
+    stack = Layer(
+        weight[:0], *adapters, 1.0, quant_state=state, offsets=torch.tensor([], dtype=torch.long)
+    )
+    for forward in (reference.lora_linear_fwd, None):
+        x = torch.randn(3, 64)
+        if forward is None:
+            y, S = ops.grouped_lora_linear_fwd(x, stack, backend=backend)
+        else:
+            y, S = composed.grouped_lora_linear_fwd(forward, x, stack)
+        assert y.shape == (3, 8) and S.shape == (3, 4) and not y.any()

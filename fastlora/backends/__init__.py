@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +27,16 @@ DEVICE_ORDER: dict[str, tuple[str, ...]] = {
     "cuda": ("native", "triton", "reference"),
 }
 _DEFAULT_ORDER = ("reference",)
-_forced: list[str] = []  # of the `use_backend` blocks, the innermost last
+
+
+@dataclass(eq=False)
+class _Forced:
+    """The name that one `use_backend` block has given."""
+
+    name: str
+
+
+_forced: list[_Forced] = []  # of the `use_backend` blocks, the innermost last
 
 
 def _checked(name: str, source: str) -> str:
@@ -41,11 +51,13 @@ def use_backend(name: str) -> Iterator[None]:
 
     The choice holds for the whole process, other threads included.
     """
-    _forced.append(_checked(name, "use_backend(name)"))
+    own = _Forced(_checked(name, "use_backend(name)"))
+    _forced.append(own)
     try:
         yield
     finally:
-        _forced.pop()
+        # Not the last: a block of another thread may have begun since.
+        _forced[:] = [each for each in _forced if each is not own]
 
 
 # `backend=` for a call whose backend was settled before: none is forced.
@@ -62,7 +74,7 @@ def forced_backend(backend: str | None = None) -> str | None:
     if backend is not None:
         return _checked(backend, "backend")
     if _forced:
-        return _forced[-1]
+        return _forced[-1].name
     if name := os.environ.get("FASTLORA_BACKEND", ""):
         return _checked(name, "FASTLORA_BACKEND")
     return None

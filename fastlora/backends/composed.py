@@ -87,11 +87,13 @@ def separable(state: QuantState) -> QuantState:
 
 def _experts(layer: Layer) -> Iterator[tuple[int, slice, Layer]]:
     """Each expert that has rows: its number, its rows, and the expert as a layer."""
+    assert layer.offsets is not None
+    if len(layer.offsets) == 0:
+        return
     weight, state = layer.weight, layer.quant_state
     if state is not None:
         state = separable(state)
         weight = weight.view(state.shape[0], -1)
-    assert layer.offsets is not None
     for e, begin, end in segments(layer.offsets):
         expert = layer._replace(
             weight=weight[e],

@@ -26,9 +26,9 @@ def lora_embedding_fwd(ids: Tensor, layer: Layer, weight_scale: float = 1.0) -> 
     """
     table = layer.weight
     acc = sum_dtype(table)
-    S = layer.lora_A.to(acc).T[ids]
+    S = embedding(ids, layer.lora_A.to(acc).T)
     term = layer.scaling * (S @ layer.lora_B.to(acc).T)
-    return (weight_scale * table[ids].to(acc) + term).to(table.dtype)
+    return (weight_scale * embedding(ids, table).to(acc) + term).to(table.dtype)
 
 
 def lora_embedding_bwd(

@@ -21,7 +21,6 @@ try:
     from ... import _C
 
     _build = _C.build_info()
-    cpu.use_tuned(_C)
 except ImportError as error:
     _build = None
     _reason = (
@@ -29,6 +28,8 @@ except ImportError as error:
         "in fastlora's source folder, `FASTLORA_NATIVE=1 pip install --no-build-isolation .` "
         "builds it."
     )
+else:
+    cpu.use_tuned(_C)
 
 
 def build_info() -> dict[str, Any] | None:
