@@ -28,6 +28,7 @@ from tests.cases import (
     Case,
     Inputs,
     exact_results,
+    is_refused,
     make_inputs,
     plain_results,
 )
@@ -423,8 +424,8 @@ def make_calls() -> list[Call]:
     for i, case in enumerate(CASES):
         for j, base in enumerate(BASES):
             dtypes = names[(i + j) % len(names)]
-            if base.quant_type is None and DTYPES[dtypes][2] is not None:
-                dtypes = names[i % 5]  # a dense weight has no compute dtype of its own
+            if is_refused(base, dtypes):
+                dtypes = names[i % 5]
             calls += layer_calls(case, base, dtypes)
     nested = grouped_cases.Case("whole nested blocks", (2, 2, 41, 44), 46, 128, 256, 6, 0.2)
     for i, stack in enumerate((*grouped_cases.CASES, nested)):
