@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from fastlora.cli.bench import table
+from fastlora.cli.bench.case import PASSES
 from fastlora.cli.bench.rows import Row, ratio, read, together
-from fastlora.cli.bench.table import PASSES, Cell, short
+from fastlora.cli.bench.table import Cell, short
 
 from .document import fill, markdown
 

@@ -10,19 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .case import PASSES
 from .rows import Row, ratio, together
 
-PASSES = {
-    "forward": "forward",
-    "backward": "backward",
-    "step": "forward + backward",
-    "inference": "inference",
-    "dequantize": "dequantise",
-    "train": "training step",
-    "train-checkpointed": "training step, checkpointed",
-    "decode": "decoding a token",
-}
-_MODE_ORDER = list(PASSES)
 _ALLOCATOR_ORDER = ("glibc", "tcmalloc")
 
 
@@ -190,4 +180,4 @@ def _by_allocator(row: Row) -> tuple[int, ...]:
     allocator = row["allocator"]
     known = allocator in _ALLOCATOR_ORDER
     place = _ALLOCATOR_ORDER.index(allocator) if known else len(_ALLOCATOR_ORDER)
-    return place, _MODE_ORDER.index(row["mode"])
+    return place, list(PASSES).index(row["mode"])

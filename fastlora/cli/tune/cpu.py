@@ -12,10 +12,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ...backends.machine import cpu
-from ..bench.case import Case, Layer, grid
+from ..bench.case import PASSES, Case, Layer, grid
 from ..bench.measure import Bench, Calls, Refused, interleave
 from ..bench.plan import Budget
-from ..bench.table import PASSES
 from ..errors import CliError
 
 TOKENS = (1, 16, 128, 512)
