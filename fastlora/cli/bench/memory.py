@@ -124,15 +124,15 @@ def saved_bytes(
     return sum(held.values())
 
 
-def peak_mb(call: Callable[[], object], times: int, device: str = "cpu") -> float:
-    """Growth of the peak memory in MiB, in so many calls: resident, or allocated on the GPU."""
-    place = torch.device(device)
+def peak_mb(call: Callable[[], object], times: int) -> float:
+    """Growth of the resident memory in MiB, at its peak, in so many calls."""
+    device = torch.device("cpu")
     _release_free_memory()
-    reset_peak_memory(place)
-    before = peak_memory(place)
+    reset_peak_memory(device)
+    before = peak_memory(device)
     for _ in range(times):
         call()
-    return (peak_memory(place) - before) / 2**20
+    return (peak_memory(device) - before) / 2**20
 
 
 def _release_free_memory() -> None:
