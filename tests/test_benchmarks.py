@@ -164,7 +164,7 @@ def test_gate_refuses_a_wrong_dequantisation(monkeypatch: pytest.MonkeyPatch) ->
         PROVIDERS["fastlora-fresh"],
         name="cheat",
         build=build,
-        unsupported=lambda case, device: None,
+        backend=None,
     )
     monkeypatch.setitem(PROVIDERS, "cheat", cheat)
     (case,) = grid([dataclasses.replace(TINY, dtype="fp32")], [], ["dequantize"])

@@ -18,6 +18,7 @@ import platform
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,76 +31,48 @@ _VERIFY_SHARE, _TUNE_SHARE = 0.3, 0.3
 _BACKENDS = ("triton", "native")
 
 
+# Names of `fastlora bench`. Compiling PEFT takes half a minute: it is done for the first case only.
+_PROVIDERS = ("frozen", "frozen-dense", "peft", "peft-cast", "addmm", "fastlora-triton", "fastlora")
+_FIRST_CASE_ONLY = ("compile",)
+
+
 @dataclass(frozen=True)
 class Plan:
-    """What a run does.
+    """What a run does: by default LoRAFusion's shapes.
 
     Args:
         verify: (M, N, K, R) on which every op is checked, with all dtypes and bases.
         shapes: N = K of the layers to tune and measure, the most important first.
         tokens, few: M of training, and of decoding.
-        providers: names of `fastlora bench`.
-        compiled: more of them, for the first case only.
         candidates: tiles to try for each problem; each takes a second to compile.
         rounds, sample_seconds: as in `fastlora bench`.
     """
 
-    verify: Sequence[tuple[int, int, int, int]]
-    shapes: Sequence[int]
-    tokens: Sequence[int]
-    few: Sequence[int]
-    providers: Sequence[str]
-    compiled: Sequence[str]
-    candidates: int
-    rounds: int
-    sample_seconds: float
-
-
-_COLUMNS = ("frozen", "frozen-dense", "peft", "peft-cast", "addmm", "fastlora-triton", "fastlora")
-# LoRAFusion's shapes, and fewer tokens, for which a 4-bit weight is decoded inside the product. One
-# odd size and one of whole tiles are enough to verify every Triton kernel.
-FULL = Plan(
-    # The last three split the sums of the native kernels.
-    verify=(
+    # One odd size and one of whole tiles are enough to verify every Triton kernel. The last three
+    # split the sums of the native kernels.
+    verify: Sequence[tuple[int, int, int, int]] = (
         (129, 259, 320, 24),
         (256, 256, 512, 16),
         (1, 96, 128, 64),
         (16, 256, 4096, 16),
         (256, 384, 2048, 16),
         (70, 2048, 128, 8),
-    ),
-    shapes=(4096, 5120, 8192),
-    tokens=(8192, 2048, 256, 512, 4096, 1024, 128),
-    few=(1, 16, 64, 4, 32),
-    providers=_COLUMNS,
-    compiled=("compile",),
-    candidates=7,
-    rounds=7,
-    sample_seconds=0.02,
-)
-DRY = Plan(
-    verify=((17, 35, 64, 16),),
-    shapes=(64,),
-    tokens=(20,),
-    few=(1,),
-    providers=_COLUMNS,
-    compiled=(),
-    candidates=3,
-    rounds=1,
-    sample_seconds=1e-6,
-)
+    )
+    shapes: Sequence[int] = (4096, 5120, 8192)
+    tokens: Sequence[int] = (8192, 2048, 256, 512, 4096, 1024, 128)
+    # A 4-bit weight is decoded inside the product of few tokens.
+    few: Sequence[int] = (1, 16, 64, 4, 32)
+    candidates: int = 7
+    rounds: int = 7
+    sample_seconds: float = 0.02
+
+
+DRY = Plan(((17, 35, 64, 16),), (64,), (20,), (1,), candidates=3, rounds=1, sample_seconds=1e-6)
 
 
 @dataclass
 class Run:
-    """One run: its folder, its clock, and its findings.
-
-    Args:
-        out: folder of the results.
-        device: "cuda", or "cpu" in the interpreter.
-        plan: what to do.
-        seconds: time for all of it.
-    """
+    """One run: its folder, device ("cpu" in the interpreter), time and findings."""
 
     out: Path
     device: str
@@ -124,7 +97,7 @@ class Run:
         (self.out / "summary.json").write_text(json.dumps(self.summary, indent=1))
         self.console.print(f"{name}: {self.summary[name]}", highlight=False, soft_wrap=True)
 
-    def write(self, name: str, row: dict[str, Any]) -> None:
+    def write(self, name: str, row: dict[str, str]) -> None:
         """Appends a row to a CSV file, at once."""
         from fastlora.cli.bench.rows import append
 
@@ -172,9 +145,9 @@ def verify(run: Run, until: float) -> dict[str, Any]:
                 for column, cell in cells.items():
                     failures += cell.failures
                     row = {"size": " ".join(map(str, size)), "backend": backend, "op": op}
-                    row |= {"base": base, "dtypes": column, "cases": cell.cases}
+                    row |= {"base": base, "dtypes": column, "cases": str(cell.cases)}
                     row |= {"worst_error_over_bound": f"{cell.worst:.3g}"}
-                    run.write("verify.csv", row | {"failures": len(cell.failures)})
+                    run.write("verify.csv", row | {"failures": str(len(cell.failures))})
         done += run.elapsed() <= until
     left_out = {name: unsupported(name, run.device) for name in _BACKENDS if name not in backends}
     facts = {"backends": backends, "left_out": left_out}
@@ -186,8 +159,7 @@ def tune(run: Run, until: float) -> dict[str, Any]:
     from fastlora.backends.triton.tuner import Problem
     from fastlora.cli.tune.gpu import tune as tune_one
 
-    plan, wrong, done = run.plan, [], 0
-    left_out: dict[str, int] = {}
+    plan, wrong, done, left_out = run.plan, [], 0, Counter[str]()
     problems = [
         Problem(op, (M, width, width, 16))
         for width in plan.shapes
@@ -201,21 +173,13 @@ def tune(run: Run, until: float) -> dict[str, Any]:
             problem, run.device, min(plan.rounds, 5), plan.sample_seconds / 4, plan.candidates
         )
         wrong += outcome.wrong
-        for reason in outcome.left_out:
-            left_out[reason] = left_out.get(reason, 0) + 1
+        left_out.update(outcome.left_out)
         for name, seconds in outcome.seconds.items():
-            run.write(
-                "tune.csv",
-                {
-                    "problem": str(problem),
-                    "candidate": name,
-                    "ms": f"{seconds * 1e3:.4g}",
-                    "kept": name == outcome.kept,
-                    "left_out": len(outcome.left_out),
-                },
-            )
+            row = {"problem": str(problem), "candidate": name, "ms": f"{seconds * 1e3:.4g}"}
+            row |= {"kept": str(name == outcome.kept), "left_out": str(len(outcome.left_out))}
+            run.write("tune.csv", row)
         done += 1
-    return {"problems": done, "of": len(problems), "wrong": wrong, "left_out": left_out}
+    return {"problems": done, "of": len(problems), "wrong": wrong, "left_out": dict(left_out)}
 
 
 def measure(run: Run, until: float) -> dict[str, Any]:
@@ -237,14 +201,13 @@ def measure(run: Run, until: float) -> dict[str, Any]:
     ]
     done, refused = 0, {}
     wrong: list[str] = []
-    budget = Budget(plan.rounds, plan.sample_seconds)
-    bench = Bench(plan.providers, budget, run.device)
+    bench = Bench(_PROVIDERS, Budget(plan.rounds, plan.sample_seconds), run.device)
+    always = bench.providers
     for case in cases:
         if run.elapsed() > until:
             break
-        # Compiling PEFT takes half a minute, so it is done for the first case only.
-        compiled = plan.compiled if case == cases[0] else ()
-        bench.providers = [PROVIDERS[name] for name in (*plan.providers, *compiled)]
+        first = case == cases[0] and plan is not DRY
+        bench.providers = [*always, *(PROVIDERS[name] for name in _FIRST_CASE_ONLY if first)]
         written = []
         for row, reason in bench.rows(case, facts):
             name = row["provider"]
@@ -290,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
     from fastlora.backends import BACKENDS
     from fastlora.backends.contract import Request
 
-    device, plan = ("cpu", DRY) if args.dry_run else ("cuda", FULL)
+    device, plan = ("cpu", DRY) if args.dry_run else ("cuda", Plan())
     if reason := BACKENDS["triton"].unsupported(Request("lora_linear_fwd", device)):
         parser.error(reason)
     run = Run(args.out, device, plan, args.minutes * 60, Console())

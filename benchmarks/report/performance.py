@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from fastlora.cli.bench import table
+from fastlora.cli.bench.case import PASSES
 from fastlora.cli.bench.rows import Row, ratio, read, together
-from fastlora.cli.bench.table import PASSES, Cell, short
+from fastlora.cli.bench.table import Cell, short
 
 from .document import fill, markdown
 
@@ -27,7 +28,7 @@ README_TOKENS = (1, 16, 128, 512, 2048)
 
 # Two cores of the machine of RESULTS, GFLOP/s: loops of vdpbf16ps and of fp32 FMA in registers.
 PEAK_BF16, PEAK_FP32 = 455.0, 230.0
-# Reading and writing memory on them, GB/s: the best of the rows of providers `read` and `write`.
+# Reading memory on them, GB/s: the best of the rows of provider `read`.
 BANDWIDTH = 64.0
 
 Group = Mapping[str, Row]
@@ -53,28 +54,11 @@ def limit_ms(row: Row) -> float:
     return max(flop_ms, memory_ms)
 
 
-def _grid(
-    title: str,
-    groups: Iterable[Group],
-    label: Callable[[Row], str],
-    cell: Callable[[Group], Cell],
-    needs: tuple[str, ...],
-    keep: Callable[[Row], bool],
-) -> str:
-    """A table of one figure for each label and number of tokens, as Markdown."""
-    found = table.Tables()
-    for group in groups:
-        if all(name in group for name in needs):
-            row = group[needs[0]]
-            if not table.is_model(row) and keep(row):
-                found.put(title, label(row), row, cell(group))
-    grids = found.grids(lambda row: (int(row["N"]) * int(row["K"]), label(row)))
-    return "".join(grid.markdown() for grid in grids)
+def _ratio_to(baseline: str, invert: bool = False) -> Callable[[Group], Cell]:
+    """Time of `baseline` / time of fastlora, or the inverse, with its 20th to 80th percentile."""
 
-
-def _ratio_to(baseline: str, provider: str = "fastlora", invert: bool = False):  # type: ignore[no-untyped-def]
     def cell(group: Group) -> Cell:
-        low, middle, high = ratio(group[provider], group[baseline])
+        low, middle, high = ratio(group["fastlora"], group[baseline])
         if invert:
             low, middle, high = 1 / high, 1 / middle, 1 / low
         return Cell(short(middle), f"{short(low)}-{short(high)}")
@@ -86,13 +70,10 @@ def _shape_pass(row: Row) -> str:
     return f"{row['N']} x {row['K']}, {PASSES[row['mode']]}, {row['allocator']}"
 
 
-def _training(quant: str, dropout: str = "0.05") -> Callable[[Row], bool]:
+def _training(quant: str, passes: Sequence[str] = ("forward", "step")) -> Callable[[Row], bool]:
     def keep(row: Row) -> bool:
-        return (
-            row["mode"] in ("forward", "step")
-            and (row["quant"], row["dtype"], row["dropout"]) == (quant, "bf16", dropout)
-            and row["R"] == "16"
-        )
+        setting = row["quant"], row["dtype"], row["dropout"], row["R"]
+        return row["mode"] in passes and setting == (quant, "bf16", "0.05", "16")
 
     return keep
 
@@ -104,73 +85,65 @@ def _share(group: Group) -> Cell:
 
 def tables(rows: list[Row]) -> dict[str, str]:
     """Every table of docs/performance.md, by its mark."""
-    groups = together(rows)
+    groups = [g for g in together(rows) if "fastlora" in g and not table.is_model(g["fastlora"])]
+
+    def grid(
+        title: str,
+        baseline: str,
+        keep: Callable[[Row], bool],
+        cell: Callable[[Group], Cell],
+        label: Callable[[Row], str] = _shape_pass,
+    ) -> str:
+        """A figure for each label and number of tokens, of rows measured with `baseline`."""
+        found = table.Tables()
+        for group in groups:
+            row = group["fastlora"]
+            if baseline in group and keep(row):
+                found.put(title, label(row), row, cell(group))
+        grids = found.grids(lambda row: (int(row["N"]) * int(row["K"]), label(row)))
+        return "".join(made.markdown() for made in grids)
 
     def versus(baseline: str, quant: str, title: str) -> str:
-        needs = ("fastlora", baseline)
-        return _grid(title, groups, _shape_pass, _ratio_to(baseline), needs, _training(quant))
+        return grid(title, baseline, _training(quant), _ratio_to(baseline))
 
-    def of_inference(quant: str) -> Callable[[Row], bool]:
-        return lambda row: row["mode"] == "inference" and row["quant"] == quant
+    def cost_over(other: str, title: str) -> str:
+        return grid(title, other, _training(nf4, ["step"]), _ratio_to(other, invert=True))
 
     nf4, dense = "nf4 nested", "none"
-    step = _training(nf4)
+    compared = {"peft": "PEFT", "addmm": "addmm", "compile": "compiled PEFT"}
+    on_dense = (
+        versus(baseline, dense, f"time of {name} / time of fastlora, bf16 base")
+        for baseline, name in compared.items()
+    )
+    of_limit = "share of the limit that fastlora reaches, "
     return {
         "nf4": versus("peft", nf4, "time of PEFT + bitsandbytes / time of fastlora, NF4 nested"),
-        "dense": "\n".join(
-            part
-            for baseline, name in (
-                ("peft", "PEFT"),
-                ("addmm", "addmm"),
-                ("compile", "compiled PEFT"),
-            )
-            if (part := versus(baseline, dense, f"time of {name} / time of fastlora, bf16 base"))
-        ),
+        "dense": "\n".join(filter(None, on_dense)),
         "limit": "\n".join(
-            _grid(
-                f"share of the limit that fastlora reaches, {name}",
-                groups,
-                _shape_pass,
-                _share,
-                ("fastlora",),
-                _training(quant),
-            )
+            grid(of_limit + name, "fastlora", _training(quant), _share)
             for quant, name in ((nf4, "NF4 nested"), (dense, "bf16 base"))
         ),
-        "adapter": _grid(
+        "adapter": cost_over(
+            "fastlora-frozen",
             "time of a LoRA layer / time of fastlora's own frozen layer, NF4 nested",
-            groups,
-            _shape_pass,
-            _ratio_to("fastlora-frozen", invert=True),
-            ("fastlora", "fastlora-frozen"),
-            lambda row: step(row) and row["mode"] == "step",
         ),
-        "quant": _grid(
-            "time on NF4 / time on the dense bf16 weight",
-            groups,
-            _shape_pass,
-            _ratio_to("fastlora-dense", invert=True),
-            ("fastlora", "fastlora-dense"),
-            lambda row: step(row) and row["mode"] == "step",
-        ),
-        "decode": _grid(
+        "quant": cost_over("fastlora-dense", "time on NF4 / time on the dense bf16 weight"),
+        "decode": grid(
             "time of PEFT on bitsandbytes' repacked weights / time of fastlora, inference",
-            groups,
-            lambda row: f"{row['N']} x {row['K']}, {row['allocator']}",
+            "bnb-packed",
+            lambda row: row["mode"] == "inference" and row["quant"] == nf4,
             _ratio_to("bnb-packed"),
-            ("fastlora", "bnb-packed"),
-            of_inference(nf4),
+            lambda row: f"{row['N']} x {row['K']}, {row['allocator']}",
         ),
-        "read": _grid(
+        "read": grid(
             "share of the time that is needed to read the weight, inference",
-            groups,
-            lambda row: f"{row['N']} x {row['K']}, {row['quant']}, {row['allocator']}",
-            lambda group: Cell(f"{ratio(group['fastlora'], group['read'])[1]:.0%}"),
-            ("fastlora", "read"),
+            "read",
             lambda row: row["mode"] == "inference",
+            lambda group: Cell(f"{ratio(group['fastlora'], group['read'])[1]:.0%}"),
+            lambda row: f"{row['N']} x {row['K']}, {row['quant']}, {row['allocator']}",
         ),
-        "memory": "\n".join(grid.markdown() for grid in table.memory(rows)),
-        "models": "\n".join(grid.markdown() for grid in table.models(rows)),
+        "memory": "\n".join(made.markdown() for made in table.memory(rows)),
+        "models": "\n".join(made.markdown() for made in table.models(rows)),
     }
 
 

@@ -16,6 +16,9 @@ from fastlora.layer import Layer
 from fastlora.quant import QuantState
 from tests import emulated
 
+OutOfResources = pytest.importorskip(
+    "triton.runtime.errors", reason="Triton is what is tuned"
+).OutOfResources
 DEQUANTIZE = Request("dequantize_4bit", "cpu")
 
 pytestmark = pytest.mark.skipif(
@@ -222,13 +225,43 @@ def test_a_wrong_candidate_is_neither_timed_nor_kept(monkeypatch: pytest.MonkeyP
         if choice == spoilt:
             return lambda: (run(self, choice)()[0] * 1.05,)
         if choice["way"] == "vendor":
-            raise RuntimeError("out of resource: shared memory")
+            raise OutOfResources(300_000, 232_448, "shared memory")
         return run(self, choice)
 
     monkeypatch.setattr(tuner.Trial, "call", call)
     ready, left_out, wrong = tune._checked(trial, choices)
     assert ready == list(choices)[2:]
     assert "shared memory" in left_out[0] and "y is wrong" in wrong[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "left_out"),
+    [
+        (OutOfResources(300_000, 232_448, "shared memory"), True),
+        (RuntimeError("PassManager::run failed"), True),
+        (RuntimeError("expected scalar type Half"), False),
+        (TypeError("call() takes 1 positional argument"), False),
+    ],
+)
+def test_only_what_is_too_large_is_left_out(
+    error: Exception,
+    left_out: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """An error of our own code ends the command, and so does a problem that no candidate runs."""
+    from fastlora.backends.triton import tuner
+    from fastlora.cli import main
+
+    def call(self, choice):  # type: ignore[no-untyped-def]
+        raise error
+
+    monkeypatch.setattr(tuner.Trial, "call", call)
+    sizes = ["--shape", "48,64", "--tokens", "5", "--rank", "2", "--quant", "none"]
+    assert main(["tune", *sizes, "--rounds", "1", "--sample-ms", "0.1"]) == 1
+    captured = capsys.readouterr()
+    assert ("no candidate runs here" in captured.out) == left_out
+    assert (str(error).splitlines()[0] in captured.err) != left_out
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

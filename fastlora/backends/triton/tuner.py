@@ -94,11 +94,15 @@ class Trial:
 
         self.x, self.dy = normal(M, K), normal(M, N)
         self.weight = normal(N, K, by=K)
-        self.A = normal(R, K, by=K, dtype=problem.adapter_dtype)
-        self.B = normal(N, R, by=R, dtype=problem.adapter_dtype)
         self.seed = torch.tensor([7], device=device)
-        self.layer = Layer(self.weight, self.A, self.B, _SCALING, None, None, None,
-                           problem.dropout_p, self.seed)  # fmt: skip
+        self.layer = Layer(
+            self.weight,
+            normal(R, K, by=K, dtype=problem.adapter_dtype),
+            normal(N, R, by=R, dtype=problem.adapter_dtype),
+            _SCALING,
+            dropout_p=problem.dropout_p,
+            seed=self.seed,
+        )
         self.packed: Packed | None = None
         if problem.four_bit:
             data, state = reference.quantize_4bit(
@@ -147,16 +151,11 @@ class Trial:
         return lambda: lora_linear_bwd(gpu, self.dy, self.x, self.layer, self.S, _NEEDS)
 
     def _native(self, kernel: Any) -> tuple[Tensor, Tensor] | Grads:
-        x, layer = self.x, self.layer
-        if kernel is not None:
-            cuda = native.cuda.Cuda()
-            if self.problem.is_forward:
-                return cuda.lora_linear_fwd(x, layer, kernel)
-            return cuda.lora_linear_bwd(self.dy, x, layer, self.S, _NEEDS, kernel)
-        backend = native.on(x.device.type)
+        backend: Any = native.on(self.x.device.type) if kernel is None else native.cuda.Cuda()
+        named = () if kernel is None else (kernel,)
         if self.problem.is_forward:
-            return backend.lora_linear_fwd(x, layer)
-        return backend.lora_linear_bwd(self.dy, x, layer, self.S, _NEEDS)
+            return backend.lora_linear_fwd(self.x, self.layer, *named)
+        return backend.lora_linear_bwd(self.dy, self.x, self.layer, self.S, _NEEDS, *named)
 
     def fault(self, choice: tuning.Choice) -> str | None:
         """How the op's result under this choice breaks the error policy, or None."""
@@ -170,7 +169,8 @@ class Trial:
     def plain(self) -> Call:
         """The addmm sequence: adapters in x's dtype, torch's dropout, a decoded 4-bit weight."""
         problem, x, dy = self.problem, self.x, self.dy
-        A, B, S = (t.to(problem.dtype) for t in (self.A, self.B, self.S))
+        adapter = self.layer.lora_A, self.layer.lora_B
+        A, B, S = (t.to(problem.dtype) for t in (*adapter, self.S))
         p = problem.dropout_p
 
         def forward() -> Tensor:
@@ -194,13 +194,13 @@ class Trial:
 
     def _expected(self, exact: bool) -> Tensor:
         """y or dx of `rows` by plain torch, in float64 or in the working dtypes."""
-        p, rows, weight = self.problem.dropout_p, self.rows, self.weight
-        layer, x, dy = self.layer, self.x[rows], self.dy[rows]
+        p, layer, weight = self.problem.dropout_p, self.layer, self.weight
+        x, dy = self.x[self.rows], self.dy[self.rows]
         M, K = self.x.shape
-        mask = reference.dropout_mask(M, K, p, self.seed, x.device)[rows]
+        mask = reference.dropout_mask(M, K, p, self.seed, x.device)[self.rows]
         if exact:
-            x, dy, weight = x.double(), dy.double(), weight.double()
-            layer = layer._replace(lora_A=self.A.double(), lora_B=self.B.double())
+            layer = plain.widened(layer, self.problem.dtype)
+            x, dy, weight = x.double(), dy.double(), layer.weight
         factors = plain.dropout_factors(mask, p, layer.lora_A.dtype)
         x = x.requires_grad_()
         y = plain.lora_linear(x, layer, factors=factors, weight=weight)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -82,16 +84,14 @@ def frozen_dense(setup: Setup, index: int) -> Built:
     return Built(lambda x: linear(x, weight), (), no_modes)
 
 
-def peft(setup: Setup, index: int) -> Built:
-    return built(peft_layer(setup, index, torch.float32))
+def peft(cast: bool = False, repack: bool = False) -> Callable[[Setup, int], Built]:
+    """PEFT's layer, its adapter in x's dtype if `cast`; `repack` as in `base_module`."""
 
+    def build(setup: Setup, index: int) -> Built:
+        dtype = setup.dtype if cast else torch.float32
+        return built(peft_layer(setup, index, dtype, repack))
 
-def peft_cast(setup: Setup, index: int) -> Built:
-    return built(peft_layer(setup, index, setup.dtype))
-
-
-def bnb_packed(setup: Setup, index: int) -> Built:
-    return built(peft_layer(setup, index, torch.float32, repack=True))
+    return build
 
 
 def compile(setup: Setup, index: int) -> Built:
@@ -101,12 +101,12 @@ def compile(setup: Setup, index: int) -> Built:
     torch._dynamo.reset()
     module = peft_layer(setup, index, torch.float32)
     compiled = torch.compile(module, dynamic=False)
-    return Built(compiled, tuple(p for p in module.parameters() if p.requires_grad), module.train)
+    return replace(built(module), call=compiled)
 
 
 def addmm(setup: Setup, index: int) -> Built:
     base = base_module(setup, index)
-    A, B = setup.adapter(setup.dtype)
+    A, B = setup.adapter(setup.layer.dtype)
     dropout = nn.Dropout(setup.layer.dropout)
 
     def call(x: Tensor) -> Tensor:

@@ -8,18 +8,20 @@ from typing import Any
 
 from ..options import DTYPES as DTYPES
 
+# Names of modes, and how tables write them.
 MODES = {
-    "forward": "forward of a training step",
-    "backward": "backward alone: gradients of x, A and B",
-    "step": "forward and backward",
-    "inference": "forward without gradients, in eval mode",
-    "dequantize": "the whole 4-bit weight to a dense one",
+    "forward": "forward",  # of a training step
+    "backward": "backward",  # alone: gradients of x, A and B
+    "step": "forward + backward",
+    "inference": "inference",  # a forward without gradients, in eval mode
+    "dequantize": "dequantise",  # the whole 4-bit weight to a dense one
 }
 MODEL_MODES = {
-    "train": "a training step of a model: forward, backward, optimizer",
-    "train-checkpointed": "the same with gradient checkpointing",
-    "decode": "one more token, with the others in the cache",
+    "train": "training step",  # forward, backward, optimizer
+    "train-checkpointed": "training step, checkpointed",
+    "decode": "decoding a token",  # with the others in the cache
 }
+PASSES = MODES | MODEL_MODES
 # The baseline of a mode's ratios.
 BASELINES = dict.fromkeys(MODES, "peft") | {"dequantize": "bitsandbytes"}
 # With inputs of unit variance this makes the LoRA term as large as the base's.

@@ -11,7 +11,8 @@ from torch.nn.functional import dropout, linear
 from ...layer import Layer
 from ...reference import dropout_mask, plain
 from ...tolerance import exceeds
-from .case import DTYPES, SCALING, Case
+from ..options import torch_dtype
+from .case import SCALING, Case
 from .inputs import Built, Setup
 from .providers import Provider
 
@@ -41,7 +42,7 @@ def fault(provider: Provider, built: Built, setup: Setup, case: Case) -> str | N
     keep, exact_keep = (
         _keep(provider, case, p, setup, exact) if p else None for exact in (False, True)
     )
-    adapter = () if name is None else setup.adapter(getattr(torch, DTYPES[name]))
+    adapter = () if name is None else setup.adapter(name)
     rows = _rows(case.M)
     base = _sequence(setup, case, rows, adapter, keep)
     exact = _sequence(setup, case, rows, adapter, exact_keep, exact=True)
@@ -76,7 +77,7 @@ def _keep(provider: Provider, case: Case, p: float, setup: Setup, exact: bool) -
     """What dropout multiplies x by, as the provider draws it from `_SEED`."""
     name = provider.adapter_dtype(setup.layer)
     assert name is not None
-    shape, dtype = (case.M, setup.layer.K), getattr(torch, DTYPES[name])
+    shape, dtype = (case.M, setup.layer.K), torch_dtype(name)
     if provider.dropout == "torch":
         torch.manual_seed(_SEED)
         return dropout(torch.ones(shape, dtype=dtype, device=setup.device), p)

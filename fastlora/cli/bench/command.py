@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -121,15 +122,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints the tables; 1 if a result was wrong."""
+    from .providers import PROVIDERS
+
     if args.providers == "list":
-        return _list_providers()
+        for provider in PROVIDERS.values():
+            print(f"{provider.name:<16} {provider.label}")
+        return 0
     output = output_of(args)
     if args.model:
         return execute([model_plan_of(args)], output)
     plan = plan_of(args, cases_of(args))
-    for name in itertools.chain(*args.compare or ()):
-        if name not in plan.providers:
-            raise CliError(f"--compare: expected some of {', '.join(plan.providers)}, got {name}")
+    _check_compared(args.compare or (), plan.providers)
     return execute([plan], output)
 
 
@@ -150,29 +153,13 @@ def model_plan_of(args: argparse.Namespace) -> ModelPlan:
         raise CliError(f"--mode: {wrong[0]} is a layer's; --model has {', '.join(MODEL_MODES)}")
     if not Path(args.model).exists():
         raise CliError(f"--model: no such folder or file: {args.model}")
-    return ModelPlan(
-        str(Path(args.model).resolve()),
-        modes,
-        _layers(args, [(0, 0)])[0],
-        args.batch_size,
-        args.seq_len,
-        _allocators(args),
-        _budget(args),
-        args.threads,
-        args.memory,
-    )
+    path, layer = str(Path(args.model).resolve()), _layers(args, [(0, 0)])[0]
+    return ModelPlan(path, modes, layer, args.batch_size, args.seq_len, *_how(args))
 
 
 def plan_of(args: argparse.Namespace, cases: list[Case]) -> Plan:
     """The plan for `cases`."""
-    return Plan(
-        cases,
-        _providers(args),
-        _allocators(args),
-        _budget(args),
-        args.threads,
-        args.memory,
-    )
+    return Plan(cases, _providers(args), *_how(args))
 
 
 def output_of(args: argparse.Namespace) -> Output:
@@ -180,13 +167,17 @@ def output_of(args: argparse.Namespace) -> Output:
     from .providers import PROVIDERS
 
     comparisons = args.compare or COMPARISONS
-    for name in itertools.chain(*comparisons):
-        if name not in PROVIDERS:
-            raise CliError(f"--compare: expected some of {', '.join(PROVIDERS)}, got {name}")
+    _check_compared(comparisons, PROVIDERS)
     return Output(args.csv, args.markdown, args.plot, comparisons, args.times)
 
 
 # ---- arguments -------------------------------------------------------------------------------
+
+
+def _check_compared(comparisons: Iterable[tuple[str, str]], known: Collection[str]) -> None:
+    for name in itertools.chain(*comparisons):
+        if name not in known:
+            raise CliError(f"--compare: expected some of {', '.join(known)}, got {name}")
 
 
 def _layers(args: argparse.Namespace, shapes: list[tuple[int, int]]) -> list[Layer]:
@@ -218,22 +209,12 @@ def _providers(args: argparse.Namespace) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _list_providers() -> int:
-    from .providers import PROVIDERS
-
-    for provider in PROVIDERS.values():
-        print(f"{provider.name:<16} {provider.label}")
-    return 0
-
-
-def _budget(args: argparse.Namespace) -> Budget:
-    return Budget(args.rounds or (3 if args.quick else 9), args.sample_ms * 1e-3)
-
-
-def _allocators(args: argparse.Namespace) -> list[str]:
+def _how(args: argparse.Namespace) -> tuple[list[str], Budget, int | None, bool]:
+    """The allocators, budget, threads and memory of a plan."""
     wanted = args.allocators or ["current"]
-    names = [current() if name == "current" else name for name in wanted]
-    return list(dict.fromkeys(names))
+    names = dict.fromkeys(current() if name == "current" else name for name in wanted)
+    budget = Budget(args.rounds or (3 if args.quick else 9), args.sample_ms * 1e-3)
+    return list(names), budget, args.threads, args.memory
 
 
 def _couple(text: str) -> tuple[str, str]:

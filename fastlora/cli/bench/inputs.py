@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ... import ops, reference
 from ...quant import QuantState
-from .case import DTYPES, Layer
+from ..options import torch_dtype
+from .case import Layer
 
 # All copies of a weight together exceed the last-level cache, so that weights come from memory as
 # they do in a model.
@@ -59,7 +60,7 @@ class Setup:
 
     def __post_init__(self) -> None:
         layer = self.layer
-        self.dtype: torch.dtype = getattr(torch, DTYPES[layer.dtype])
+        self.dtype: torch.dtype = torch_dtype(layer.dtype)
         self._generator = torch.Generator().manual_seed(0)
         weight = self._normal(layer.N, layer.K).mul_(layer.K**-0.5).to(self.dtype)
         state = None
@@ -110,9 +111,11 @@ class Setup:
         """The weight in float64, after rounding to x's dtype."""
         return self.dense[0].double()
 
-    def adapter(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """New leaves A and B."""
-        A, B = (t.to(dtype, copy=True).requires_grad_() for t in (self.lora_A, self.lora_B))
+    def adapter(self, dtype: str) -> tuple[Tensor, Tensor]:
+        """New leaves A and B in a dtype of DTYPES."""
+        A, B = (
+            t.to(torch_dtype(dtype), copy=True).requires_grad_() for t in (self.lora_A, self.lora_B)
+        )
         return A, B
 
 

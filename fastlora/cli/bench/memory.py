@@ -6,17 +6,18 @@ There are four layers in a row, so that what a forward keeps for the backward ad
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from ...integrations.transformers import peak_memory, reset_peak_memory
 from ..process import Leader
 from .case import Case
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from .inputs import Built, Setup
+from .inputs import Built, Setup
+from .providers import PROVIDERS
 
 LAYERS = 4
 _STEPS = 3
@@ -25,8 +26,6 @@ _STEPS = 3
 def work(request: dict[str, Any], leader: Leader) -> dict[str, float]:
     """The memory of `request["case"]` with `request["provider"]`; see `measure`."""
     if threads := request["plan"]["threads"]:
-        import torch
-
         torch.set_num_threads(threads)
     return measure(Case.from_dict(request["case"]), request["provider"])
 
@@ -44,12 +43,6 @@ def measure(case: Case, provider: str) -> dict[str, float]:
         case: its mode is "step" or "inference".
         provider: a name in PROVIDERS.
     """
-    import torch
-
-    from ...integrations.transformers import peak_memory, reset_peak_memory
-    from .inputs import Setup
-    from .providers import PROVIDERS
-
     layer = case.layer
     turned = replace(layer, N=layer.K, K=layer.N)
     setups = [Setup(layer, LAYERS)]
@@ -65,67 +58,84 @@ def measure(case: Case, provider: str) -> dict[str, float]:
 
     # The first step, on few tokens, loads code and starts threads.
     _step(chain, x[:2], dy[:2], case.mode)
-    device = torch.device("cpu")
-    release_free_memory()
-    reset_peak_memory(device)
-    before = peak_memory(device)
     # Several: what one step leaves in the allocator adds to the next.
-    for _ in range(_STEPS):
-        _step(chain, x, dy, case.mode)
-    peak = peak_memory(device) - before
+    peak = peak_mb(lambda: _step(chain, x, dy, case.mode), _STEPS)
     elements = case.M * sum(setups[i % len(setups)].layer.K for i in range(LAYERS))
-    saved = _saved_bytes(chain, setups, x, dy) if case.mode == "step" else 0
-    return {"peak_mb": peak / 2**20, "saved_bytes": saved / elements}
+    saved = 0
+    if case.mode == "step":
+        leaf = x.detach().requires_grad_()
+        saved = saved_bytes(lambda: _forward(chain, leaf), _own(chain, setups))
+    return {"peak_mb": peak, "saved_bytes": saved / elements}
 
 
 def _step(chain: list[Built], x: Tensor, dy: Tensor, mode: str) -> None:
-    import torch
-
     with torch.set_grad_enabled(mode == "step"):
         leaf = x.detach().requires_grad_(mode == "step")
-        y = leaf
-        for built in chain:
-            y = built.call(y)
+        y = _forward(chain, leaf)
         if mode == "step":
             adapters = [t for built in chain for t in built.adapter]
             torch.autograd.grad(y, (leaf, *adapters), dy)
 
 
-def _saved_bytes(chain: list[Built], setups: Iterable[Setup], x: Tensor, dy: Tensor) -> int:
-    """Bytes of all storage that saved tensors keep alive, each counted once."""
-    import torch
+def _forward(chain: list[Built], x: Tensor) -> Tensor:
+    for built in chain:
+        x = built.call(x)
+    return x
 
+
+def _own(chain: list[Built], setups: list[Setup]) -> list[Tensor]:
+    """Weights and adapters."""
+    own = [tensor for built in chain for tensor in built.adapter]
+    for setup in setups:
+        own += setup.__dict__.get("dense", [])
+        for weight, state in setup.weights:
+            own.append(weight)
+            if state is not None:
+                own += [state.code, *(t for t in state.tensors() if t is not None)]
+    return own
+
+
+def saved_bytes(
+    forward: Callable[[], Tensor],
+    own: Iterable[Tensor],
+    counts: Callable[[Tensor], bool] = lambda tensor: True,
+) -> int:
+    """Bytes of all storage that a graph's saved tensors keep alive, each counted once.
+
+    Args:
+        forward: builds the graph.
+        own: what is alive without the graph, and not counted.
+        counts: which saved tensors are.
+    """
     held: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        held[storage.data_ptr()] = storage.nbytes()
+        if counts(tensor):
+            held[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    # No tensor may be freed here: another could take its address.
+    # The result keeps every tensor alive: another could take the address of one that was freed.
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = x.detach().requires_grad_()
-        for built in chain:
-            y = built.call(y)
-    for setup in setups:
-        for tensor in _constants(setup):
-            held.pop(tensor.untyped_storage().data_ptr(), None)
-    for built in chain:
-        for tensor in built.adapter:
-            held.pop(tensor.untyped_storage().data_ptr(), None)
+        result = forward()
+    for tensor in own:
+        held.pop(tensor.untyped_storage().data_ptr(), None)
+    del result
     return sum(held.values())
 
 
-def _constants(setup: Setup) -> list[Tensor]:
-    tensors: list[Tensor] = [*setup.__dict__.get("dense", [])]
-    for weight, state in setup.weights:
-        tensors.append(weight)
-        tensors += [t for t in state.tensors() if t is not None] if state is not None else []
-        tensors += [state.code] if state is not None else []
-    return tensors
+def peak_mb(call: Callable[[], object], times: int) -> float:
+    """Growth of the resident memory in MiB, at its peak, in so many calls."""
+    device = torch.device("cpu")
+    _release_free_memory()
+    reset_peak_memory(device)
+    before = peak_memory(device)
+    for _ in range(times):
+        call()
+    return (peak_memory(device) - before) / 2**20
 
 
-def release_free_memory() -> None:
+def _release_free_memory() -> None:
     """Returns free memory of tcmalloc to the system; `reset_peak_memory` does so for glibc."""
     release = getattr(ctypes.CDLL(None), "MallocExtension_ReleaseFreeMemory", None)
     if release is not None:

@@ -213,20 +213,10 @@ class _Model:
 
     def peak_mb(self, mode: str, provider: str) -> float:
         """Growth of the resident memory in MiB, over the loaded model, in a few calls."""
-        import torch
-
-        from ...integrations.transformers import peak_memory, reset_peak_memory
-        from .memory import release_free_memory
+        from .memory import peak_mb
 
         self.switch(provider)
-        call = self.call(mode, provider)
-        device = torch.device("cpu")
-        release_free_memory()
-        reset_peak_memory(device)
-        before = peak_memory(device)
-        for _ in range(2):
-            call()
-        return (peak_memory(device) - before) / 2**20
+        return peak_mb(self.call(mode, provider), 2)
 
 
 def _with_weights(path: Path, scratch: Path, dtype: str) -> Path:

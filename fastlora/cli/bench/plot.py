@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .case import MODES
+from .case import MODES, PASSES
 from .providers import PROVIDERS
 from .rows import Row, ratio, together
-from .table import PASSES, is_model, layer_title
+from .table import is_model, layer_title
 
 # fastlora in reds, others in greys and blues, limits in green.
 _COLOURS = {

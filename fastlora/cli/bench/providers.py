@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -14,8 +15,9 @@ from ...autograd.linear import lora_linear
 from ...backends import BACKENDS
 from ...backends.contract import Request
 from ...quant import QuantState
+from ..options import torch_dtype
 from . import baselines
-from .case import DTYPES, SCALING, Case, Layer
+from .case import SCALING, Case, Layer
 from .inputs import Built, Setup, no_modes
 
 LINEAR_MODES = ("forward", "backward", "step", "inference")
@@ -35,7 +37,10 @@ class Provider:
         needs: packages that it imports, bitsandbytes for a 4-bit weight alone.
         once: it is built for every case anew, and takes one copy of the weight.
         modes: what it is measured in.
-        unsupported: one sentence that says why it can't run a case on a device, or None.
+        backend: of fastlora; it must be able to run the case.
+        four_bit: only a 4-bit weight makes it another provider.
+        casts: only an x that is not fp32 makes it another provider.
+        repacks: bitsandbytes must be able to rewrite the weight.
     """
 
     name: str
@@ -46,25 +51,48 @@ class Provider:
     needs: tuple[str, ...] = ()
     once: bool = False
     modes: tuple[str, ...] = LINEAR_MODES
-    unsupported: Callable[[Case, str], str | None] = lambda case, device: None
+    backend: str | None = None
+    four_bit: bool = False
+    casts: bool = False
+    repacks: bool = False
 
     def adapter_dtype(self, layer: Layer) -> str | None:
         """Dtype of A and B as a name in DTYPES; None without an adapter."""
-        return {"given": layer.adapter_dtype, "fp32": "fp32", "x": layer.dtype, None: None}[
-            self.adapter
-        ]
+        names = {"given": layer.adapter_dtype, "fp32": "fp32", "x": layer.dtype, None: None}
+        return names[self.adapter]
 
     def why_not(self, case: Case, device: str) -> str | None:
         """One sentence that says why it can't run `case` on "cpu" or "cuda", or None."""
-        missing = [
-            name
-            for name in self.needs
-            if find_spec(name) is None
-            and not (name == "bitsandbytes" and case.layer.quant == "none")
-        ]
-        if missing:
+        layer, dense = case.layer, case.layer.quant == "none"
+        needs = [name for name in self.needs if not (dense and name == "bitsandbytes")]
+        if missing := [name for name in needs if find_spec(name) is None]:
             return f"{' and '.join(missing)} not installed."
-        return self.unsupported(case, device)
+        if self.four_bit and dense:
+            return "the weight is dense."
+        if self.casts and layer.dtype == "fp32":
+            return "adapters are fp32 already."
+        if self.repacks:
+            return _why_not_repacked(layer, device)
+        if self.backend is None:
+            return None
+        request = Request(
+            "lora_linear_fwd",
+            device,
+            dtype=torch_dtype(layer.dtype),
+            adapter_dtype=torch_dtype(layer.adapter_dtype),
+            four_bit=not dense,
+        )
+        return BACKENDS[self.backend].unsupported(request)
+
+
+def _why_not_repacked(layer: Layer, device: str) -> str | None:
+    if layer.dtype != "bf16" or layer.N % 32:
+        return "bitsandbytes repacks for bf16 and out_features divisible by 32."
+    if device != "cpu":
+        return "bitsandbytes repacks on CPUs alone."
+    from bitsandbytes.functional import has_avx512bf16
+
+    return None if has_avx512bf16() else "bitsandbytes repacks on CPUs with AVX512-BF16 alone."
 
 
 # ---- fastlora --------------------------------------------------------------------------------
@@ -102,10 +130,9 @@ def _fastlora_call(
     return Built(call, tuple(t for t in adapter if t.requires_grad), train)
 
 
-def _fastlora(backend: str | None = None, cast: bool = False) -> Callable[[Setup, int], Built]:
+def _fastlora(backend: str, cast: bool = False) -> Callable[[Setup, int], Built]:
     def build(setup: Setup, index: int) -> Built:
-        name = setup.layer.dtype if cast else setup.layer.adapter_dtype
-        adapter = setup.adapter(getattr(torch, DTYPES[name]))
+        adapter = setup.adapter(setup.layer.dtype if cast else setup.layer.adapter_dtype)
         return _fastlora_call(setup, *setup.weights[index], adapter, backend)
 
     return build
@@ -114,22 +141,19 @@ def _fastlora(backend: str | None = None, cast: bool = False) -> Callable[[Setup
 def _fastlora_peft(setup: Setup, index: int) -> Built:
     from ...integrations.peft import accelerate
 
-    dtype = getattr(torch, DTYPES[setup.layer.adapter_dtype])
-    return baselines.built(accelerate(baselines.peft_layer(setup, index, dtype), verbose=False))
+    layer = baselines.peft_layer(setup, index, torch_dtype(setup.layer.adapter_dtype))
+    return baselines.built(accelerate(layer, verbose=False))
 
 
 def _fastlora_frozen(setup: Setup, index: int) -> Built:
     layer = setup.layer
-    dtype = getattr(torch, DTYPES[layer.adapter_dtype])
-    empty = (
-        torch.empty(0, layer.K, dtype=dtype, device=setup.device),
-        torch.empty(layer.N, 0, dtype=dtype, device=setup.device),
-    )
+    new = {"dtype": torch_dtype(layer.adapter_dtype), "device": setup.device}
+    empty = torch.empty(0, layer.K, **new), torch.empty(layer.N, 0, **new)
     return _fastlora_call(setup, *setup.weights[index], empty)
 
 
 def _fastlora_dense(setup: Setup, index: int) -> Built:
-    adapter = setup.adapter(getattr(torch, DTYPES[setup.layer.adapter_dtype]))
+    adapter = setup.adapter(setup.layer.adapter_dtype)
     return _fastlora_call(setup, setup.dense[index % len(setup.dense)], None, adapter)
 
 
@@ -150,164 +174,57 @@ def _packed(setup: Setup, index: int) -> tuple[Tensor, QuantState]:
     return weight, state
 
 
-# ---- who can run what ------------------------------------------------------------------------
+# ---- all of them -----------------------------------------------------------------------------
 
 
-def _only_4bit(case: Case, device: str) -> str | None:
-    return "the weight is dense." if case.layer.quant == "none" else None
-
-
-def _packed_for_cpu(case: Case, device: str) -> str | None:
-    if reason := _only_4bit(case, device):
-        return reason
-    if case.layer.dtype != "bf16" or case.layer.N % 32:
-        return "bitsandbytes repacks for bf16 and out_features divisible by 32."
-    if device != "cpu":
-        return "bitsandbytes repacks on CPUs alone."
-    from bitsandbytes.functional import has_avx512bf16
-
-    return None if has_avx512bf16() else "bitsandbytes repacks on CPUs with AVX512-BF16 alone."
-
-
-def _native(case: Case, device: str) -> str | None:
-    return BACKENDS["native"].unsupported(_request(case, device))
-
-
-def _triton(case: Case, device: str) -> str | None:
-    return BACKENDS["triton"].unsupported(_request(case, device))
-
-
-def _request(case: Case, device: str) -> Request:
-    layer = case.layer
-    return Request(
-        "lora_linear_fwd",
-        device,
-        dtype=getattr(torch, DTYPES[layer.dtype]),
-        adapter_dtype=getattr(torch, DTYPES[layer.adapter_dtype]),
-        four_bit=layer.quant != "none",
-    )
-
-
-def _native_4bit(case: Case, device: str) -> str | None:
-    return _only_4bit(case, device) or _native(case, device)
-
-
-def _not_fp32(case: Case, device: str) -> str | None:
-    return "adapters are fp32 already." if case.layer.dtype == "fp32" else None
-
-
-def _native_cast(case: Case, device: str) -> str | None:
-    return _not_fp32(case, device) or _native(case, device)
-
-
-_PEERS = ("peft", "bitsandbytes")
+_BNB, _PEERS = ("bitsandbytes",), ("peft", "bitsandbytes")
+_peft = partial(Provider, adapter="fp32", dropout="torch", needs=_PEERS)
+_ours = partial(Provider, backend="native")
+_dequantizer = partial(Provider, adapter=None, modes=("dequantize",))
 _ALL = (
-    Provider(
-        "frozen",
-        "frozen layer alone",
-        baselines.frozen,
-        adapter=None,
-        needs=("bitsandbytes",),
-    ),
+    Provider("frozen", "frozen layer alone", baselines.frozen, adapter=None, needs=_BNB),
     Provider(
         "frozen-dense",
         "frozen layer, not quantised",
         baselines.frozen_dense,
         adapter=None,
-        unsupported=_only_4bit,
+        four_bit=True,
     ),
-    Provider("peft", "PEFT", baselines.peft, adapter="fp32", dropout="torch", needs=_PEERS),
-    Provider(
+    _peft("peft", "PEFT", baselines.peft()),
+    _peft(
         "peft-cast",
         "PEFT, adapter in x's dtype",
-        baselines.peft_cast,
+        baselines.peft(cast=True),
         adapter="x",
-        dropout="torch",
-        needs=_PEERS,
-        unsupported=_not_fp32,
+        casts=True,
     ),
-    Provider(
-        "addmm",
-        "torch addmm",
-        baselines.addmm,
-        adapter="x",
-        dropout="torch",
-        needs=("bitsandbytes",),
-    ),
-    Provider(
-        "compile",
-        "PEFT, compiled",
-        baselines.compile,
-        adapter="fp32",
-        dropout="own",
-        needs=_PEERS,
-        once=True,
-    ),
-    Provider(
+    Provider("addmm", "torch addmm", baselines.addmm, adapter="x", dropout="torch", needs=_BNB),
+    _peft("compile", "PEFT, compiled", baselines.compile, dropout="own", once=True),
+    _peft(
         "bnb-packed",
         "PEFT, weights repacked",
-        baselines.bnb_packed,
-        adapter="fp32",
-        dropout="torch",
-        needs=_PEERS,
+        baselines.peft(repack=True),
         modes=("inference",),
-        unsupported=_packed_for_cpu,
+        four_bit=True,
+        repacks=True,
     ),
-    Provider("fastlora", "fastlora", _fastlora("native"), unsupported=_native),
-    Provider(
+    _ours("fastlora", "fastlora", _fastlora("native")),
+    _ours(
         "fastlora-cast",
         "fastlora, adapter in x's dtype",
         _fastlora("native", cast=True),
         adapter="x",
-        unsupported=_native_cast,
+        casts=True,
     ),
-    Provider(
-        "fastlora-peft",
-        "PEFT model, accelerated",
-        _fastlora_peft,
-        needs=_PEERS,
-        unsupported=_native,
-    ),
-    Provider(
-        "fastlora-frozen",
-        "fastlora, frozen layer alone",
-        _fastlora_frozen,
-        adapter=None,
-        unsupported=_native,
-    ),
-    Provider(
-        "fastlora-dense",
-        "fastlora, not quantised",
-        _fastlora_dense,
-        unsupported=_native_4bit,
-    ),
-    Provider("fastlora-triton", "fastlora, Triton", _fastlora("triton"), unsupported=_triton),
+    _ours("fastlora-peft", "PEFT model, accelerated", _fastlora_peft, needs=_PEERS),
+    _ours("fastlora-frozen", "fastlora, frozen layer alone", _fastlora_frozen, adapter=None),
+    _ours("fastlora-dense", "fastlora, not quantised", _fastlora_dense, four_bit=True),
+    Provider("fastlora-triton", "fastlora, Triton", _fastlora("triton"), backend="triton"),
     Provider("reference", "fastlora's reference", _fastlora("reference")),
     Provider("read", "reading the weight", baselines.read, adapter=None, modes=("inference",)),
-    Provider(
-        "bitsandbytes",
-        "bitsandbytes",
-        baselines.bitsandbytes_dequantize,
-        adapter=None,
-        needs=("bitsandbytes",),
-        modes=("dequantize",),
-    ),
-    Provider(
-        "fastlora-fresh",
-        "fastlora",
-        _fastlora_dequantize,
-        adapter=None,
-        modes=("dequantize",),
-        unsupported=_native,
-    ),
-    Provider(
-        "fastlora-out",
-        "fastlora, out=",
-        _fastlora_dequantize_out,
-        adapter=None,
-        modes=("dequantize",),
-        unsupported=_native,
-    ),
-    Provider("write", "writing the result", baselines.write, adapter=None, modes=("dequantize",)),
+    _dequantizer("bitsandbytes", "bitsandbytes", baselines.bitsandbytes_dequantize, needs=_BNB),
+    _dequantizer("fastlora-fresh", "fastlora", _fastlora_dequantize, backend="native"),
+    _dequantizer("fastlora-out", "fastlora, out=", _fastlora_dequantize_out, backend="native"),
+    _dequantizer("write", "writing the result", baselines.write),
 )
 PROVIDERS = {provider.name: provider for provider in _ALL}

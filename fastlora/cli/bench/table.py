@@ -10,20 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .allocators import ALLOCATORS
+from .case import PASSES
 from .rows import Row, ratio, together
-
-PASSES = {
-    "forward": "forward",
-    "backward": "backward",
-    "step": "forward + backward",
-    "inference": "inference",
-    "dequantize": "dequantise",
-    "train": "training step",
-    "train-checkpointed": "training step, checkpointed",
-    "decode": "decoding a token",
-}
-_MODE_ORDER = list(PASSES)
-_ALLOCATOR_ORDER = ("glibc", "tcmalloc")
 
 
 @dataclass(frozen=True)
@@ -94,34 +83,40 @@ def ratios(rows: Iterable[Row], provider: str = "fastlora", baseline: str = "pef
 def times(rows: Iterable[Row]) -> list[Grid]:
     """One table a layer, allocator and pass: milliseconds of every provider, and its ratio."""
     tables = Tables()
-    for row in sorted(rows, key=lambda row: row["date"]):
-        if row["ms_p50"] and not is_model(row):
-            note = f"{short(float(row['ratio_p50']))}x" if row["ratio_p50"] else ""
-            cell = Cell(f"{float(row['ms_p50']):.3g} ms", "" if note == "1.00x" else note)
-            title = f"{PASSES[row['mode']]}, {row['allocator']}: {layer_title(row)}"
-            tables.put(title, row["provider"], row, cell)
+    for row in _layer_rows(rows, "ms_p50"):
+        note = f"{short(float(row['ratio_p50']))}x" if row["ratio_p50"] else ""
+        cell = Cell(f"{float(row['ms_p50']):.3g} ms", "" if note == "1.00x" else note)
+        tables.put(f"{_pass(row)}: {layer_title(row)}", row["provider"], row, cell)
     return tables.grids()
 
 
 def memory(rows: Iterable[Row]) -> list[Grid]:
     """One table a layer: MiB that a step of four layers takes, and bytes saved for the backward."""
     tables = Tables()
-    for row in sorted(rows, key=lambda row: row["date"]):
-        if row["peak_mb"] and not is_model(row):
-            saved = f"{float(row['saved_bytes']):.2f} B saved" if row["mode"] == "step" else ""
-            cell = Cell(f"{float(row['peak_mb']):.0f} MiB", saved)
-            title = (
-                f"peak memory of four layers, {PASSES[row['mode']]}, {row['allocator']}: "
-                f"{layer_title(row)}"
-            )
-            tables.put(title, row["provider"], row, cell)
+    for row in _layer_rows(rows, "peak_mb"):
+        saved = f"{float(row['saved_bytes']):.2f} B saved" if row["mode"] == "step" else ""
+        title = f"peak memory of four layers, {_pass(row)}: {layer_title(row)}"
+        tables.put(title, row["provider"], row, Cell(f"{float(row['peak_mb']):.0f} MiB", saved))
     return tables.grids()
+
+
+def _layer_rows(rows: Iterable[Row], column: str) -> list[Row]:
+    """Rows of layers with a value in `column`, the oldest first."""
+    return [row for row in _by_date(rows) if row[column] and not is_model(row)]
+
+
+def _by_date(rows: Iterable[Row]) -> list[Row]:
+    return sorted(rows, key=lambda row: row["date"])
+
+
+def _pass(row: Row) -> str:
+    return f"{PASSES[row['mode']]}, {row['allocator']}"
 
 
 def models(rows: Iterable[Row]) -> list[Grid]:
     """One table a model and setting: time, tokens a second, ratio to PEFT and peak memory."""
     lines: dict[str, dict[str, list[Cell]]] = {}
-    for row in sorted(rows, key=lambda row: row["date"]):
+    for row in _by_date(rows):
         if is_model(row):
             title = f"{row['op']}, {_base(row)}, r = {row['R']}, dropout {row['dropout']}"
             label = (
@@ -187,7 +182,5 @@ class Tables:
 
 
 def _by_allocator(row: Row) -> tuple[int, ...]:
-    allocator = row["allocator"]
-    known = allocator in _ALLOCATOR_ORDER
-    place = _ALLOCATOR_ORDER.index(allocator) if known else len(_ALLOCATOR_ORDER)
-    return place, _MODE_ORDER.index(row["mode"])
+    known = (*ALLOCATORS, row["allocator"])
+    return known.index(row["allocator"]), list(PASSES).index(row["mode"])

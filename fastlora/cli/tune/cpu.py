@@ -12,10 +12,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ...backends.machine import cpu
-from ..bench.case import Case, Layer, grid
+from ..bench.case import PASSES, Case, Layer, grid
 from ..bench.measure import Bench, Calls, Refused, interleave
 from ..bench.plan import Budget
-from ..bench.table import PASSES
 from ..errors import CliError
 
 TOKENS = (1, 16, 128, 512)
@@ -54,16 +53,6 @@ class Comparison:
 Compare = Callable[[Sizes, Mapping[str, Sizes]], dict[str, Comparison]]
 
 
-@dataclass(frozen=True)
-class Trial:
-    """A value that was tried for one size, with all other sizes unchanged."""
-
-    name: str
-    before: int
-    tried: int
-    found: Comparison
-
-
 def run(args: argparse.Namespace, shapes: Sequence[tuple[int, int]]) -> int:
     """Measures, keeps faster sizes, prints the result; 1 if a result was wrong."""
     from ... import _C
@@ -80,7 +69,7 @@ def run(args: argparse.Namespace, shapes: Sequence[tuple[int, int]]) -> int:
     before = library.tile_sizes()
     console = Console()
     timer = _Timer(cases, Budget(args.rounds, args.sample_ms * 1e-3), library.set_tile_sizes)
-    trials: list[Trial] = []
+    trials = Table("size", "before", "tried", "time before / tried", "worst case", box=None)
     try:
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task("tuning", total=len(before))
@@ -92,7 +81,7 @@ def run(args: argparse.Namespace, shapes: Sequence[tuple[int, int]]) -> int:
                 progress.advance(task)
         final = timer.compare(before, {"tuned": best})["tuned"]
         if not final.wins:
-            console.print(_trials_table(trials))
+            console.print(trials)
             if best != before:
                 console.print(_table(final))
             console.print(f"Nothing is faster than the sizes in use on {isa}; nothing was stored.")
@@ -139,15 +128,14 @@ def climb(
     return best
 
 
-def _recorded(compare: Compare, name: str, trials: list[Trial]) -> Compare:
-    """`compare`, which also adds its findings for size `name` to `trials`."""
+def _recorded(compare: Compare, name: str, trials: Table) -> Compare:
+    """`compare`, which also adds a line to `trials` for each value of size `name`."""
 
     def recorded(sizes: Sizes, candidates: Mapping[str, Sizes]) -> dict[str, Comparison]:
         found = compare(sizes, candidates)
-        trials.extend(
-            Trial(name, sizes[name], candidates[step][name], comparison)
-            for step, comparison in found.items()
-        )
+        for step, it in found.items():
+            values = str(sizes[name]), str(candidates[step][name])
+            trials.add_row(name, *values, f"{it.gain:.3f}", f"{it.worst:.2f}")
         return found
 
     return recorded
@@ -220,12 +208,4 @@ def _table(final: Comparison) -> Table:
     for case, ratio in final.ratios.items():
         table.add_row(str(case.layer), PASSES[case.mode], str(case.M), f"{ratio:.2f}")
     table.add_row("all", "", "", f"{final.gain:.3f}")
-    return table
-
-
-def _trials_table(trials: Sequence[Trial]) -> Table:
-    table = Table("size", "before", "tried", "time before / tried", "worst case", box=None)
-    for trial in trials:
-        figures = (f"{trial.found.gain:.3f}", f"{trial.found.worst:.2f}")
-        table.add_row(trial.name, str(trial.before), str(trial.tried), *figures)
     return table

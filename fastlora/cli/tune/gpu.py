@@ -156,23 +156,36 @@ def tune(
     return Outcome(problem, seconds, faster[0] if faster else None, left_out, wrong)
 
 
-def _checked(
-    trial: Trial, choices: dict[str, Any]
-) -> tuple[list[str], list[str], list[str]]:  # fmt: skip
-    """The candidates to time, those left out, and those that are wrong, by name."""
+def _checked(trial: Trial, choices: dict[str, Any]) -> tuple[list[str], list[str], list[str]]:
+    """The candidates to time, those left out, and those that are wrong, by name.
+
+    If all are left out, that is wrong as well.
+    """
     ready, left_out, wrong = [], [], []
     for name, choice in choices.items():
         try:
             fault = trial.fault(choice)
         except Exception as error:
-            # Too large for this GPU's compiler or shared memory.
+            if not _too_large(error):
+                raise
             left_out.append(f"{name}: {type(error).__name__}: {error}")
             continue
         if fault is None:
             ready.append(name)
         else:
             wrong.append(f"{trial.problem} with {name}: {fault}")
+    if not ready and not wrong:
+        wrong.append(f"{trial.problem}: no candidate runs here")
     return ready, left_out, wrong
+
+
+def _too_large(error: Exception) -> bool:
+    """Whether a candidate needs more than this GPU's compiler or shared memory has."""
+    from triton.errors import TritonError
+
+    # MLIR reports a failed pass as a RuntimeError.
+    failed_pass = isinstance(error, RuntimeError) and "PassManager::run failed" in str(error)
+    return failed_pass or isinstance(error, TritonError)
 
 
 def _name(choice: Any) -> str:

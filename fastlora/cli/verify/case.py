@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from ...layer import Layer, Needs
 from ...quant import FORMATS
 from ...reference import plain
 from ...tolerance import exceeds
+from ..options import torch_dtype
 
 # x, adapter and, for a 4-bit weight, compute dtype: the combinations that PEFT makes.
 DTYPES = {
@@ -88,109 +89,76 @@ class Case:
         again until there are enough of them.
         """
         M, _, _, R = self.size
-        draws = [_Inputs.draw(self, seed) for seed in range(-(-_ENOUGH_ELEMENTS // (M * R)))]
+        draws = [self._draw(seed) for seed in range(-(-_ENOUGH_ELEMENTS // (M * R)))]
 
-        def joined(results: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-            return {name: torch.stack([r[name] for r in results]) for name in _RESULTS}
+        def joined(compute: Callable[..., Iterable[Tensor | None]]) -> dict[str, Tensor]:
+            results = zip(*(compute(*draw) for draw in draws), strict=True)
+            return {n: torch.stack(t) for n, t in zip(_RESULTS, results, strict=True)}
 
-        exact = joined([draw.exact() for draw in draws])
-        base = joined([draw.plain() for draw in draws])
+        exact, base = joined(_exact), joined(_plain)
         for backend in backends:
-            for name, out in joined([draw.run(backend) for draw in draws]).items():
+            for name, out in joined(partial(_run, backend)).items():
                 report = exceeds(out, exact[name], base[name])
                 forward = self.base.forward
                 op = forward.replace("fwd", "bwd") if name.startswith("d") else forward
                 yield backend, op, name, max(report.max_ratio, report.rms_ratio)
 
-
-@dataclass(frozen=True)
-class _Inputs:
-    """One draw of a case's inputs."""
-
-    dropout: float
-    x: Tensor
-    weight: Tensor
-    state: Any
-    bias: Tensor
-    lora_A: Tensor
-    lora_B: Tensor
-    dy: Tensor
-    seed: Tensor
-    compute_dtype: torch.dtype | None
-
-    @classmethod
-    def draw(cls, case: Case, seed: int) -> _Inputs:
-        """Random inputs. B is not zero: it would hide A's gradient."""
-        x_dtype, adapter_dtype = getattr(torch, case.names[0]), getattr(torch, case.names[1])
-        M, N, K, R = case.size
+    def _draw(self, seed: int) -> tuple[Tensor, Tensor, Layer]:
+        """x, dy and the layer, random. B is not zero: it would hide A's gradient."""
+        x_dtype, adapter_dtype, compute_dtype = (
+            None if name is None else torch_dtype(name) for name in self.names
+        )
+        M, N, K, R = self.size
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator).to(case.device)
+            return torch.randn(*shape, generator=generator).to(self.device)
 
         weight, state = normal(N, K).mul(K**-0.5).to(x_dtype), None
-        if case.base.quant_type is not None:
+        if self.base.quant_type is not None:
             weight, state = reference.quantize_4bit(
-                weight, None, case.base.quant_type, case.base.nested
+                weight, None, self.base.quant_type, self.base.nested
             )
-        return cls(
-            dropout=case.dropout,
-            x=normal(M, K).to(x_dtype),
-            weight=weight,
-            state=state,
-            bias=normal(N).to(x_dtype),
-            lora_A=normal(R, K).mul(K**-0.5).to(adapter_dtype),
-            lora_B=normal(N, R).mul(R**-0.5).to(adapter_dtype),
-            dy=normal(M, N).to(x_dtype),
-            seed=torch.tensor([seed], device=case.device),
-            compute_dtype=getattr(torch, case.names[2]) if case.names[2] else None,
-        )
-
-    @property
-    def layer(self) -> Layer:
-        """The inputs but x and dy."""
-        return Layer(
-            self.weight,
-            self.lora_A,
-            self.lora_B,
+        x, bias = normal(M, K).to(x_dtype), normal(N).to(x_dtype)
+        layer = Layer(
+            weight,
+            normal(R, K).mul(K**-0.5).to(adapter_dtype),
+            normal(N, R).mul(R**-0.5).to(adapter_dtype),
             _SCALING,
-            self.bias,
-            self.state,
-            self.compute_dtype,
+            bias,
+            state,
+            compute_dtype,
             self.dropout,
-            self.seed,
+            torch.tensor([seed], device=self.device),
         )
+        return x, normal(M, N).to(x_dtype), layer
 
-    def run(self, backend: str) -> dict[str, Tensor]:
-        """The ops of `backend`."""
-        y, S = ops.lora_linear_fwd(self.x, self.layer, backend=backend)
-        grads = ops.lora_linear_bwd(self.dy, self.x, self.layer, S, _NEEDS, backend=backend)
-        return _by_name(y, S, *grads)
 
-    def exact(self) -> dict[str, Tensor]:
-        """The reference in float64, with a 4-bit W decoded to the dtype that it is used in."""
-        weight, x, bias, A, B, dy = (
-            t.double() if t.is_floating_point() else t
-            for t in (self.weight, self.x, self.bias, self.lora_A, self.lora_B, self.dy)
+def _run(backend: str, x: Tensor, dy: Tensor, layer: Layer) -> Iterable[Tensor | None]:
+    """The ops of `backend`."""
+    y, S = ops.lora_linear_fwd(x, layer, backend=backend)
+    return y, S, *ops.lora_linear_bwd(dy, x, layer, S, _NEEDS, backend=backend)
+
+
+def _exact(x: Tensor, dy: Tensor, layer: Layer) -> Iterable[Tensor | None]:
+    """The reference in float64, with a 4-bit W decoded to the dtype that it is used in."""
+    wide = plain.widened(layer)
+    if layer.quant_state is not None:
+        # The reference rounds x and bias to that dtype, too.
+        wide = wide._replace(
+            weight=layer.weight,
+            quant_state=layer.quant_state,
+            compute_dtype=layer.compute_dtype or x.dtype,
         )
-        dtype = None if self.state is None else self.compute_dtype or self.x.dtype
-        layer = self.layer._replace(
-            weight=weight, lora_A=A, lora_B=B, bias=bias, compute_dtype=dtype
-        )
-        y, S = reference.lora_linear_fwd(x, layer)
-        grads = reference.lora_linear_bwd(dy, x, layer, S, _NEEDS)
-        return _by_name(y, S, *grads)
-
-    def plain(self) -> dict[str, Tensor]:
-        """PEFT's own sequence of torch calls in the working dtypes, and autograd's gradients."""
-        leaves = [t.clone().requires_grad_() for t in (self.x, self.lora_A, self.lora_B, self.bias)]
-        x, A, B, bias = leaves
-        layer = self.layer._replace(lora_A=A, lora_B=B, bias=bias)
-        y = plain.lora_linear(x, layer)
-        S = plain.shrink(x, layer)
-        dx, dA, dB, dbias = torch.autograd.grad(y, leaves, self.dy)
-        return _by_name(y.detach(), S.detach(), dx, dA, dB, dbias)
+    y, S = reference.lora_linear_fwd(x.double(), wide)
+    return y, S, *reference.lora_linear_bwd(dy.double(), x.double(), wide, S, _NEEDS)
 
 
-def _by_name(*tensors: Tensor | None) -> dict[str, Tensor]:
-    return {n: t for n, t in zip(_RESULTS, tensors, strict=True) if t is not None}
+def _plain(x: Tensor, dy: Tensor, layer: Layer) -> Iterable[Tensor | None]:
+    """PEFT's own sequence of torch calls in the working dtypes, and autograd's gradients."""
+    assert layer.bias is not None
+    leaves = [t.clone().requires_grad_() for t in (x, layer.lora_A, layer.lora_B, layer.bias)]
+    x, A, B, bias = leaves
+    layer = layer._replace(lora_A=A, lora_B=B, bias=bias)
+    y, S = plain.lora_linear(x, layer), plain.shrink(x, layer)
+    return y.detach(), S.detach(), *torch.autograd.grad(y, leaves, dy)
