@@ -36,6 +36,7 @@ from fastlora.cli.bench.case import Layer
 from fastlora.cli.bench.inputs import Setup
 from fastlora.cli.bench.measure import Timing, interleave
 from fastlora.cli.bench.plan import Budget
+from fastlora.cli.bench.rows import quantiles
 from fastlora.integrations.peft.plan.plan import plan
 from fastlora.integrations.peft.plan.reasons import LAST_REASON
 from fastlora.integrations.peft.run.linear import one_call, run
@@ -127,13 +128,6 @@ def microseconds(timing: Timing) -> float:
     return 1e6 * statistics.quantiles(timing.seconds, n=10)[0]
 
 
-def spread(timed: dict[str, Timing]) -> tuple[float, float]:
-    """20th and 80th percentile of fastlora's time over PEFT's, round by round."""
-    pairs = zip(timed["fastlora"].seconds, timed["peft"].seconds, strict=True)
-    fifths = statistics.quantiles([ours / theirs for ours, theirs in pairs], n=5)
-    return fifths[0], fifths[3]
-
-
 def bounds() -> dict[str, float]:
     """The bound of each case, by its name."""
     with BOUNDS.open() as file:
@@ -148,7 +142,7 @@ def measured(pair: Pair, bound: float | None) -> tuple[float, str]:
         peft, ours = microseconds(timed["peft"]), microseconds(timed["fastlora"])
         if bound is None or ours <= bound * peft:
             break
-    low, high = spread(timed)
+    low, _, high = quantiles(timed["fastlora"].over(timed["peft"]))
     what = f"{pair.case!s:<18} {peft:7.1f} {ours:9.1f}"
     return ours / peft, f"{what}   {ours / peft:5.2f}  ({low:.2f} to {high:.2f})"
 

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastlora
-from benchmarks.report.document import fill, markdown
+from benchmarks.report.document import markdown, quantiles_text, rewrite
 from fastlora.cli.bench.measure import interleave
+from fastlora.cli.bench.memory import saved_bytes
 from fastlora.cli.bench.plan import Budget
-from fastlora.cli.bench.rows import append, machine, quantiles
+from fastlora.cli.bench.rows import append, machine, quantile_columns
 from tests.integrations.models import linear4bit
 
 RESULTS = Path(__file__).parents[1] / "results" / "fuse.csv"
@@ -77,31 +78,19 @@ class Step:
 
     def kept_mib(self) -> float:
         """The distinct memory that the graph of `forward` keeps beyond the model's own."""
-        own = {t.untyped_storage().data_ptr() for t in self.model.state_dict().values()}
-        kept: dict[int, int] = {}
-
-        def note(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if tensor.is_floating_point() and storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            loss = self.forward()
-            total = sum(kept.values())
-        del loss
-        return total / 2**20
+        own = self.model.state_dict().values()
+        return saved_bytes(self.forward, own, Tensor.is_floating_point) / 2**20
 
 
-def pack(model: nn.Module) -> None:
+def pack(model: Any) -> None:
     """Gives every linear layer of the decoder an NF4 weight of its shape."""
-    for layer in model.model.layers.modules():  # type: ignore[union-attr,operator]
+    options: dict[str, Any] = {"compute_dtype": torch.bfloat16, "dtype": torch.bfloat16}
+    for layer in model.model.layers.modules():
         for name, child in list(layer.named_children()):
             if type(child) is nn.Linear:
-                options = {"compute_dtype": torch.bfloat16, "dtype": torch.bfloat16}
                 packed = linear4bit(child.in_features, child.out_features, bias=False, **options)
                 setattr(layer, name, packed)
-    model.is_loaded_in_4bit = True  # type: ignore[assignment]
+    model.is_loaded_in_4bit = True
 
 
 def measure(base: str, rounds: int) -> list[dict[str, str]]:
@@ -112,20 +101,10 @@ def measure(base: str, rounds: int) -> list[dict[str, str]]:
     rows = []
     for name in names:
         step.switch(name)
-        pairs = zip(timings["None"].seconds, timings[name].seconds, strict=True)
-        low, middle, high = quantiles([plain / joined for plain, joined in pairs])
-        rows.append(
-            {
-                "base": base,
-                "fuse": name,
-                "rounds": str(rounds),
-                "ms": f"{statistics.median(timings[name].seconds) * 1e3:.1f}",
-                "ratio_p20": f"{low:.3f}",
-                "ratio_p50": f"{middle:.3f}",
-                "ratio_p80": f"{high:.3f}",
-                "kept_mib": f"{step.kept_mib():.1f}",
-            }
-        )
+        ms = f"{statistics.median(timings[name].seconds) * 1e3:.1f}"
+        row = {"base": base, "fuse": name, "rounds": str(rounds), "ms": ms}
+        row |= quantile_columns("ratio", timings["None"].over(timings[name]), ".3f")
+        rows.append(row | {"kept_mib": f"{step.kept_mib():.1f}"})
     return rows
 
 
@@ -136,10 +115,8 @@ def table() -> str:
     rows = {key: row for key, row in rows.items() if key[1] in map(str, WAYS)}
     lines = []
     for row in rows.values():
-        low, middle, high = (f"{float(row[f'ratio_{p}']):.2f}" for p in ("p20", "p50", "p80"))
-        lines.append(
-            (row["base"], row["fuse"], row["ms"], f"{middle} ({low}-{high})", row["kept_mib"])
-        )
+        ratio = quantiles_text(row, "ratio")
+        lines.append((row["base"], row["fuse"], row["ms"], ratio, row["kept_mib"]))
     head = ("base", "`fuse`", "step, ms", "without `fuse` / with it", "kept, MiB")
     return markdown(head, lines, numbers=True)
 
@@ -150,7 +127,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write the table, measure nothing")
     args = parser.parse_args()
     if args.write:
-        PAGE.write_text(fill(PAGE.read_text(), {"fuse": table()}))
+        rewrite(PAGE, {"fuse": table()})
         return
     facts = machine()
     for base in BASES:

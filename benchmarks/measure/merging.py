@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import fastlora
-from benchmarks.report.document import fill, markdown
+from benchmarks.report.document import markdown, rewrite
 from fastlora.cli.bench.rows import append, machine
 from fastlora.cli.console import quiet_libraries
 from fastlora.cli.finetune.data import Collator, batches, load_data
@@ -137,7 +137,7 @@ def main() -> None:
     what.add_argument("--docs", action="store_true", help="write the table in docs/peft.md")
     args = parser.parse_args()
     if args.docs:
-        PAGE.write_text(fill(PAGE.read_text(), {"merging": table()}))
+        rewrite(PAGE, {"merging": table()})
         return
     quiet_libraries()
     warnings.simplefilter("ignore")

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import fastlora
-from benchmarks.report.document import fill, markdown
+from benchmarks.report.document import markdown, quantiles_text, rewrite
 from fastlora.cli.bench.measure import interleave
 from fastlora.cli.bench.plan import Budget
-from fastlora.cli.bench.rows import append, machine, quantiles
+from fastlora.cli.bench.rows import append, machine, quantile_columns
 from fastlora.integrations.peft.plan.reasons import LAST_REASON
 from tests.integrations.models import gradients, linear4bit, lora_layers
 from tests.integrations.peft_case import Case
@@ -38,8 +38,10 @@ from tests.integrations.peft_table import CASES
 
 RESULTS = Path(__file__).parents[1] / "results" / "peft_family.csv"
 PAGE = Path(__file__).parents[2] / "docs" / "peft.md"
-COLUMNS = ("configuration", "rounds", "peft_ms", "fastlora_ms", "lora_ms")
-COLUMNS += tuple(f"{what}_{p}" for what in ("ratio", "to_lora") for p in ("p20", "p50", "p80"))
+COLUMNS = (
+    *("configuration", "rounds", "peft_ms", "fastlora_ms", "lora_ms"),
+    *("ratio_p20", "ratio_p50", "ratio_p80", "to_lora_p20", "to_lora_p50", "to_lora_p80"),
+)
 # Configurations with a computation of their own; the others only initialise LoRA differently.
 MEASURED = (
     "LoRA",
@@ -158,9 +160,7 @@ def measure(name: str, rounds: int) -> dict[str, str]:
     for who, timing in timings.items():
         row[f"{who}_ms"] = f"{statistics.median(timing.seconds) * 1e3:.2f}"
     for what, above, below in (("ratio", "peft", "fastlora"), ("to_lora", "fastlora", "lora")):
-        pairs = zip(timings[above].seconds, timings[below].seconds, strict=True)
-        values = zip(("p20", "p50", "p80"), quantiles([a / b for a, b in pairs]), strict=True)
-        row |= {f"{what}_{p}": f"{value:.3f}" for p, value in values}
+        row |= quantile_columns(what, timings[above].over(timings[below]), ".3f")
     return row
 
 
@@ -169,27 +169,14 @@ def table() -> str:
     with RESULTS.open(newline="") as file:
         rows = {row["configuration"]: row for row in csv.DictReader(file)}
 
-    def cell(row: dict[str, str], what: str) -> str:
-        low, middle, high = (f"{float(row[f'{what}_{p}']):.2f}" for p in ("p20", "p50", "p80"))
-        return f"{middle} ({low}-{high})"
-
     lines = []
     for name in MEASURED:
         row = rows[name]
         times = (f"{float(row[which]):.3g}" for which in ("peft_ms", "fastlora_ms"))
-        to_lora = "" if name == "embedding" else cell(row, "to_lora")  # no linear layer
-        lines.append((name, *times, cell(row, "ratio"), to_lora))
-    return markdown(
-        (
-            "configuration",
-            "PEFT, ms",
-            "fastlora, ms",
-            "PEFT / fastlora",
-            "fastlora / its plain LoRA",
-        ),
-        lines,
-        numbers=True,
-    )
+        to_lora = "" if name == "embedding" else quantiles_text(row, "to_lora")  # no linear layer
+        lines.append((name, *times, quantiles_text(row, "ratio"), to_lora))
+    ratios = ("PEFT / fastlora", "fastlora / its plain LoRA")
+    return markdown(("configuration", "PEFT, ms", "fastlora, ms", *ratios), lines, numbers=True)
 
 
 def main() -> None:
@@ -199,7 +186,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write the table, measure nothing")
     args = parser.parse_args()
     if args.write:
-        PAGE.write_text(fill(PAGE.read_text(), {"family": table()}))
+        rewrite(PAGE, {"family": table()})
         return
     warnings.simplefilter("ignore")
     facts = machine()

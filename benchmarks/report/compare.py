@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from fastlora.cli.bench.rows import CASE_COLUMNS, Row, read
+from fastlora.cli.bench.rows import CASE_COLUMNS, Row, quantiles_in, read
 from fastlora.cli.console import wide_console
 
 # Rows of the same key are measurements of the same thing.
@@ -61,20 +61,15 @@ def _newest(rows: Iterable[Row]) -> dict[tuple[str, ...], Row]:
 def _change(before: Row, after: Row, by: str) -> Change:
     if by == "ratio" and _has_ratio(before) and _has_ratio(after):
         # A ratio is baseline / time: it falls when the row becomes slower.
-        (low, old, _), (_, new, high) = _figures(before, "ratio"), _figures(after, "ratio")
+        (low, old, _), (_, new, high) = quantiles_in(before, "ratio"), quantiles_in(after, "ratio")
         return Change(before, after, old / new, high >= low)
-    (_, old, high), (low, new, _) = _figures(before, "ms"), _figures(after, "ms")
+    (_, old, high), (low, new, _) = quantiles_in(before, "ms"), quantiles_in(after, "ms")
     return Change(before, after, new / old, low <= high)
 
 
 def _has_ratio(row: Row) -> bool:
     """The baseline's own ratio is 1 and says nothing."""
     return bool(row["ratio_p50"]) and (row["ratio_p20"], row["ratio_p80"]) != ("1", "1")
-
-
-def _figures(row: Row, what: str) -> tuple[float, float, float]:
-    low, middle, high = (float(row[f"{what}_{part}"]) for part in ("p20", "p50", "p80"))
-    return low, middle, high
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 from tests.csrc import cuda_gates
 from tests.cuda_faults import FAULTS
 
-from .document import fill, markdown
+from .document import markdown, rewrite
 
 DOCS = Path(__file__).parents[2] / "docs" / "gpu.md"
 
@@ -58,4 +58,4 @@ def tables() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    DOCS.write_text(fill(DOCS.read_text(), tables()))
+    rewrite(DOCS, tables())

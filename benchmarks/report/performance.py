@@ -17,7 +17,7 @@ from fastlora.cli.bench.case import PASSES
 from fastlora.cli.bench.rows import Row, ratio, read, together
 from fastlora.cli.bench.table import Cell, short
 
-from .document import fill, markdown
+from .document import markdown, rewrite
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "epyc-zen4-2core.csv"
@@ -198,8 +198,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.print:
         print("\n".join(made.values()))
     else:
-        DOCS.write_text(fill(DOCS.read_text(), made))
-        README.write_text(fill(README.read_text(), readme_tables(rows)))
+        rewrite(DOCS, made)
+        rewrite(README, readme_tables(rows))
     return 0
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import dropout
+from triton.errors import TritonError
 
 from ... import reference, tuning
 from ...layer import Grads, Layer, Needs
@@ -36,6 +37,15 @@ _NEEDS = Needs()
 _ROWS = 192
 
 Call = Callable[[], Any]
+
+
+def is_too_large(error: Exception) -> bool:
+    """Whether a candidate needs more than this GPU's compiler or shared memory has."""
+    # MLIR reports a failed pass as a RuntimeError.
+    failed_pass = isinstance(error, RuntimeError) and "PassManager::run failed" in str(error)
+    return failed_pass or isinstance(error, TritonError)
+
+
 # The candidate that is no tile: the op on the native backend, by the kernel named "kernel", if any.
 NATIVE: tuning.Choice = {"way": native.NAME}
 

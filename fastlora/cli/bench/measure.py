@@ -37,6 +37,10 @@ class Timing:
     seconds: list[float]
     calls: int
 
+    def over(self, other: Timing) -> list[float]:
+        """This time / the other's, round by round."""
+        return [a / b for a, b in zip(self.seconds, other.seconds, strict=True)]
+
 
 @dataclass(frozen=True)
 class Refused:

@@ -22,6 +22,7 @@ COLUMNS = (
 CASE_COLUMNS = ("op", "mode", "M", "N", "K", "R", "dtype", "quant", "dropout")
 # Rows with the same values here were measured in the same rounds.
 _ROUND_COLUMNS = ("date", "commit", "device", "cpu_isa", "threads", "allocator", *CASE_COLUMNS)
+_QUANTILES = ("p20", "p50", "p80")
 
 Row = dict[str, str]
 
@@ -85,15 +86,23 @@ def case_row(case: Case, provider: str, adapter_dtype: str | None) -> Row:
 
 def timing_columns(seconds: Sequence[float], baseline: Sequence[float] | None) -> Row:
     """Quantiles of the time in ms and of the ratio baseline / time, round by round."""
-    columns = dict(
-        zip(("ms_p20", "ms_p50", "ms_p80"), quantiles([1e3 * s for s in seconds]), strict=True)
-    )
+    columns = quantile_columns("ms", [1e3 * s for s in seconds])
     if baseline is not None:
-        ratios = quantiles([b / s for b, s in zip(baseline, seconds, strict=True)])
-        columns |= dict(zip(("ratio_p20", "ratio_p50", "ratio_p80"), ratios, strict=True))
-    return {name: f"{value:.4g}" for name, value in columns.items()} | {
-        "samples_ms": " ".join(f"{1e3 * s:.5g}" for s in seconds)
-    }
+        ratios = [b / s for b, s in zip(baseline, seconds, strict=True)]
+        columns |= quantile_columns("ratio", ratios)
+    return columns | {"samples_ms": " ".join(f"{1e3 * s:.5g}" for s in seconds)}
+
+
+def quantile_columns(what: str, values: Sequence[float], form: str = ".4g") -> Row:
+    """The columns `what`_p20, `what`_p50 and `what`_p80 of some values."""
+    figures = zip(_QUANTILES, quantiles(values), strict=True)
+    return {f"{what}_{name}": format(value, form) for name, value in figures}
+
+
+def quantiles_in(row: Row, what: str) -> tuple[float, float, float]:
+    """What `quantile_columns` has written."""
+    low, middle, high = (float(row[f"{what}_{name}"]) for name in _QUANTILES)
+    return low, middle, high
 
 
 def timed_row(

@@ -182,8 +182,7 @@ class _Timer:
                 switch=lambda name: self._use(**every[name]),
             )
             for name in candidates:
-                pairs = zip(times[""].seconds, times[name].seconds, strict=True)
-                found[name][case] = statistics.median(ours / its for ours, its in pairs)
+                found[name][case] = statistics.median(times[""].over(times[name]))
         return {name: Comparison(ratios) for name, ratios in found.items()}
 
     def fault(self, sizes: Sizes) -> str | None:

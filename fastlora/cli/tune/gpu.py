@@ -161,12 +161,14 @@ def _checked(trial: Trial, choices: dict[str, Any]) -> tuple[list[str], list[str
 
     If all are left out, that is wrong as well.
     """
+    from ...backends.triton.tuner import is_too_large
+
     ready, left_out, wrong = [], [], []
     for name, choice in choices.items():
         try:
             fault = trial.fault(choice)
         except Exception as error:
-            if not _too_large(error):
+            if not is_too_large(error):
                 raise
             left_out.append(f"{name}: {type(error).__name__}: {error}")
             continue
@@ -177,15 +179,6 @@ def _checked(trial: Trial, choices: dict[str, Any]) -> tuple[list[str], list[str
     if not ready and not wrong:
         wrong.append(f"{trial.problem}: no candidate runs here")
     return ready, left_out, wrong
-
-
-def _too_large(error: Exception) -> bool:
-    """Whether a candidate needs more than this GPU's compiler or shared memory has."""
-    from triton.errors import TritonError
-
-    # MLIR reports a failed pass as a RuntimeError.
-    failed_pass = isinstance(error, RuntimeError) and "PassManager::run failed" in str(error)
-    return failed_pass or isinstance(error, TritonError)
 
 
 def _name(choice: Any) -> str:
