@@ -100,6 +100,12 @@ REGISTERED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: embedding(torch.zeros(5, 4), torch.tensor(1.0)),
         "lora_A must be a matrix, got 0 dim",
     ),
+    "table without a rank": (
+        lambda: torch.ops.fastlora.lora_embedding_fwd(
+            IDS, torch.ones(5, 4), torch.zeros(0, 5), torch.zeros(4, 0), 1.0, 1.0
+        ),
+        "lora_A must have a rank",
+    ),
     "norm of three dimensions": (
         lambda: norm(torch.zeros(4, 8, 0), torch.zeros(2, 8)),
         r"weight must be \[4, 8\]",
@@ -131,10 +137,10 @@ def test_registered_ops(name: str) -> None:
 
 @needs_native
 def test_tensors_without_elements_have_no_memory_to_lose() -> None:
-    y = torch.ops.fastlora.lora_embedding_fwd(
-        IDS, torch.ones(5, 4), torch.zeros(0, 5), torch.zeros(4, 0), 1.0, 1.0
-    )
-    assert torch.equal(y, torch.ones(3, 4))
+    layer = flat(torch.ones(4, 8), torch.zeros(0, 8), torch.zeros(4, 0))
+    y, S = torch.ops.fastlora.lora_linear_fwd(torch.ones(3, 8), *layer)
+    assert torch.equal(y, torch.full((3, 4), 8.0)) and S.shape == (3, 0)
+    assert torch.ops.fastlora.lora_linear_fwd(torch.ones(0, 8), *layer)[0].shape == (0, 4)
 
 
 @needs_native

@@ -18,6 +18,7 @@ void check_ids(const Tensor& ids, int64_t V) {
 }
 
 void check_adapter(const Tensor& A, const Tensor& B, int64_t N, int64_t R, int64_t V) {
+  STD_TORCH_CHECK(R > 0, "lora_A must have a rank of at least 1");
   check_matrix(A, "lora_A", R, V);
   check_matrix(B, "lora_B", N, R);
   STD_TORCH_CHECK(A.scalar_type() == B.scalar_type(), "lora_B must have lora_A's dtype");

@@ -101,6 +101,20 @@ def _check_state(state: QuantState) -> None:
         raise ValueError(
             f"quant_state.state2.blocksize must be {NESTED_BLOCKSIZE}, got {inner.blocksize}"
         )
+    if inner is not None:
+        scales = -(-state.absmax.numel() // NESTED_BLOCKSIZE)
+        # One by one: every call of a 4-bit layer asks.
+        if (
+            inner.absmax.numel() != scales
+            or inner.code.numel() != 256
+            or state.offset is None
+            or state.offset.numel() != 1
+            or not inner.absmax.dtype == inner.code.dtype == state.offset.dtype == torch.float32
+        ):
+            raise ValueError(
+                f"quant_state must have {scales} nested scales, 256 nested codes and an offset, in "
+                "fp32"
+            )
     absmax, code = state.absmax, state.code
     if code.dtype != torch.float32 or code.numel() != 16:
         raise ValueError(

@@ -166,14 +166,17 @@ class QuantState:
             device: where the tensors go; they stay where they are when None.
 
         Raises:
-            ValueError: when an entry is missing.
+            ValueError: when an entry is missing, or its JSON is not that of a state.
         """
         blobs = [key for key in entries if key.startswith("quant_state.bitsandbytes__")]
         if len(blobs) != 1:
             raise ValueError(
                 f"entries must have one key 'quant_state.bitsandbytes__<quant_type>', got {blobs}"
             )
-        fields = json.loads(bytes(entries[blobs[0]].cpu().tolist()))
+        try:
+            fields = _fields(entries[blobs[0]])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"entries: {blobs[0]} is no quant state: {error}") from error
         wanted = {"absmax", "quant_map"}
         if "nested_offset" in fields:
             wanted |= {"nested_absmax", "nested_quant_map"}
@@ -203,6 +206,34 @@ class QuantState:
             state2=state2,
         )
         return state if device is None else state.to(device)
+
+
+# What a state dict's JSON has, and, if absmax is nested, also has.
+_KINDS: dict[str, Any] = {"shape": list, "dtype": str, "blocksize": int, "quant_type": str}
+_NESTED_KINDS: dict[str, Any] = {
+    "nested_dtype": str,
+    "nested_blocksize": int,
+    "nested_offset": (int, float),
+}
+
+
+def _fields(blob: Tensor) -> dict[str, Any]:
+    """The JSON of a state dict's entry, after a look at each value's type.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is no JSON, or lacks a value, or has another one.
+    """
+    fields = json.loads(bytes(blob.cpu().tolist()))
+    if not isinstance(fields, dict):
+        raise TypeError(f"expected an object, got {fields!r}")
+    for name, kind in (_KINDS | (_NESTED_KINDS if "nested_offset" in fields else {})).items():
+        value = fields[name]
+        is_dtype = isinstance(getattr(torch, str(value), None), torch.dtype)
+        if not isinstance(value, kind) or (name.endswith("dtype") and not is_dtype):
+            raise TypeError(f"{name} can't be {value!r}")
+    if not all(isinstance(size, int) and size >= 0 for size in fields["shape"]):
+        raise TypeError(f"shape can't be {fields['shape']!r}")
+    return fields
 
 
 def packed_bytes(weight: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ def adapter_config(folder: str | os.PathLike[str]) -> PeftConfig:
         raise ValueError(f"{path}: peft_type must be {' or '.join(KINDS)}, got {kind}")
     try:
         config: PeftConfig = PeftConfig.from_pretrained(str(folder))
-    except (KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever a wrong value makes PEFT raise
         raise ValueError(f"{path} can't be read: {first_line(error)}") from error
     return config
 
@@ -86,13 +86,13 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
         adapted = PeftModel.from_pretrained(model, str(folder), config=config)
         # Once more, since from_pretrained keeps to itself what fitted nowhere.
         result = set_peft_model_state_dict(adapted, weights)
-    except KeyError as error:  # a trained copy of a module
-        check_keys(folder, [_short(str(error.args[0]))], [])
-        raise
-    except (ValueError, RuntimeError) as error:
+    except Exception as error:  # whatever a wrong value in the config makes PEFT raise
+        if isinstance(error, KeyError):  # a trained copy of a module
+            check_keys(folder, [_short(str(error.args[0]))], [])
         # PyTorch's message has a line for each tensor.
         reason = "; ".join(line.strip() for line in str(error).splitlines()[:4])
-        raise ValueError(f"{folder} doesn't fit the model: {reason}") from error
+        what = type(error).__name__
+        raise ValueError(f"{folder} doesn't fit the model: {reason or what}") from error
     missing = [_short(key) for key in result.missing_keys if ".default" in key]
     check_keys(folder, missing, [_short(key) for key in result.unexpected_keys])
     return adapted
