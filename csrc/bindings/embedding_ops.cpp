@@ -9,7 +9,7 @@ namespace fastlora {
 namespace {
 
 void check_ids(const Tensor& ids, int64_t V) {
-  check_vector(ids, "ids", ids.numel());
+  STD_TORCH_CHECK(ids.dim() == 1, "ids must be a vector, got ", ids.dim(), " dimensions");
   check_dtype(ids, "ids", ScalarType::Long);
   const int64_t* id = data_of<const int64_t>(ids);
   for (int64_t m = 0; m < ids.numel(); m++) {

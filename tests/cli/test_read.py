@@ -98,6 +98,8 @@ def test_prose_stays_text(text: str, tmp_path: Path) -> None:
         ("a.csv", b"prompt,completion\na,b\nc\n", "line 3: expected 2 columns"),
         ("a.csv", b'prompt,completion\na,"b\n', "after line 1: unexpected end of data"),
         ("a.csv", b'messages,id\n"[{",1\n', "line 2: not JSON"),
+        ("a.csv", b"prompt,completion\n", "has no record"),
+        ("a.json", b"[]", "has no record"),
         ("a.gz", b"\x1f\x8bnothing", "can't read"),
         ("a.parquet", b"PAR1nothing", "can't read"),
         ("a.arrow", b"ARROW1nothing", "can't read"),

@@ -38,10 +38,10 @@ LAYOUTS = ("whole", "turned", "strided", "shifted", "spread", "freed", "cut", "m
 
 
 @st.composite
-def tensors(draw: st.DrawFn) -> Tensor:
+def tensors(draw: st.DrawFn, layouts: tuple[str, ...] = LAYOUTS) -> Tensor:
     """A tensor of up to four dimensions, in any layout, that may have lost its memory."""
     shape = draw(st.lists(SIZES, max_size=4).map(tuple))
-    layout = draw(st.sampled_from(LAYOUTS))
+    layout = draw(st.sampled_from(layouts))
     base = torch.ones(shape).to(draw(DTYPES))
     if layout == "turned" and base.dim() > 1:
         return base.transpose(0, -1).contiguous().transpose(0, -1)
@@ -68,7 +68,8 @@ def others(value: Any) -> st.SearchStrategy[Any]:
         return st.sampled_from([-1.0, 0.0, 0.5, 1.0, 1.5, 1e300, float("inf"), float("nan")])
     if isinstance(value, torch.dtype):
         return DTYPES
-    return st.one_of(tensors(), st.none()) if value is None else tensors()
+    # Where torch expects no tensor it prints what it got, which must have its memory for that.
+    return st.one_of(tensors(LAYOUTS[:5]), st.none()) if value is None else tensors()
 
 
 def layer(M: int, N: int, K: int, R: int, dtype: torch.dtype, four_bit: bool) -> Layer:
@@ -158,5 +159,7 @@ def test_arguments(data: st.DataObject, name: str) -> None:
     except (RuntimeError, ValueError, TypeError, NotImplementedError, OverflowError):
         assert replaced, "a valid call was refused"
         return
+    if any(isinstance(a, Tensor) and a.dim() == 0 for a in arguments):
+        return  # torch takes it as a number, if it is on the CPU
     given_ = [a.to("meta") if isinstance(a, Tensor) else a for a in arguments]
     assert described(result) == described(op(*given_))

@@ -35,6 +35,13 @@ def read(path: str) -> str | list[Record]:
     Raises:
         CliError: it can't be read, is empty, or is malformed; with the line or the row.
     """
+    content = _content(path)
+    if not content:
+        raise CliError(f"--data: {path} has no record")
+    return content
+
+
+def _content(path: str) -> str | list[Record]:
     file = Path(path).expanduser()
     if not file.exists():
         raise CliError(f"--data: no such file: {path}")
@@ -131,7 +138,10 @@ def _delimiter(text: str) -> str | None:
     """What separates the columns of a table without a suffix that says so; None for prose."""
     first = text.lstrip().partition("\n")[0].strip()
     for delimiter in _TABLES.values():
-        names = set(next(csv.reader([first], delimiter=delimiter)))
+        try:
+            names = set(next(csv.reader([first], delimiter=delimiter)))
+        except csv.Error:  # a control character in the first line of prose
+            return None
         if len(names) > 1 and any(columns <= names for columns in _COLUMNS):
             return delimiter
     return None
