@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .console import layer_bar, quiet_libraries, wide_console
-from .errors import CliError
+from .errors import CliError, check_writable
 from .options import SHORT_DTYPES, add_double_quant, positive, torch_dtype
 
 # Tokens in an example of the text that --calibrate names.
@@ -115,6 +115,7 @@ def _check(args: argparse.Namespace, out: Path) -> None:
     """Finds wrong arguments before a model is loaded."""
     if out.exists():
         raise CliError(f"--out: {out} exists; nothing is overwritten")
+    check_writable("--out", out)
     if not (Path(args.model) / "config.json").is_file():
         raise CliError(f"--model: expected a folder with config.json, got {args.model}")
     if args.calibrate and args.into != "4bit":

@@ -109,3 +109,15 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(info, "collect", collect)
     with pytest.raises(RuntimeError, match="deep"):
         main(["info", "--debug"])
+
+
+@pytest.mark.parametrize("command", ["merge", "finetune"])
+def test_a_place_that_can_not_be_written_is_said_first(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before a model is looked for. /proc is writable for nobody, root included."""
+    given = {"merge": ["--adapter", str(tmp_path)], "finetune": ["--data", __file__]}[command]
+    (tmp_path / "config.json").touch()
+    arguments = [command, "--model", str(tmp_path), "--out", "/proc/fastlora/out", *given]
+    assert main(arguments) == 2
+    assert "--out: can't write to /proc" in capsys.readouterr().err

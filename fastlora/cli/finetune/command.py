@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from ..console import quiet_libraries
-from ..errors import CliError
+from ..errors import CliError, check_writable
 from ..options import SHORT_DTYPES, not_negative, positive, positive_float, share
 from .compare import compare
 from .data import load_data
@@ -144,6 +144,7 @@ def execute(job: Job, *, resume: bool, overwrite: bool, console: Console | None 
     out = Path(job.out)
     if not resume:
         _check_free(out, overwrite)
+    check_writable("--out", out)
     _check(job, console)
     fresh = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
