@@ -184,6 +184,8 @@ def test_a_stack_without_experts(nested: bool, backend: str) -> None:
     """Composed of calls of one expert: of none."""
     weight, state = reference.quantize_4bit(torch.randn(1, 8, 64), compress_statistics=nested)
     state = replace(state, shape=torch.Size((0, 8, 64)), absmax=state.absmax[:0])
+    if state.state2 is not None:
+        state = replace(state, state2=replace(state.state2, absmax=state.state2.absmax[:0]))
     adapters = torch.zeros(0, 4, 64), torch.zeros(0, 8, 4)
     stack = Layer(
         weight[:0], *adapters, 1.0, quant_state=state, offsets=torch.tensor([], dtype=torch.long)
