@@ -4,8 +4,7 @@
 #include "../common/philox.h"
 #include "isa/simd.h"
 
-namespace fastlora {
-namespace FASTLORA_ISA {
+namespace fastlora::FASTLORA_ISA {
 
 constexpr int kKeepWords = kDropoutBlock / 32;
 
@@ -101,5 +100,4 @@ FASTLORA_INLINE uint32_t lane_bits(const uint32_t* row, int64_t k) {
   return row[k / 32] >> (k % 32);
 }
 
-}  // namespace FASTLORA_ISA
-}  // namespace fastlora
+}  // namespace fastlora::FASTLORA_ISA

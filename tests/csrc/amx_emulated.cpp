@@ -10,9 +10,7 @@
 
 #include "cpu/isa/amx_tiles.h"
 
-namespace fastlora {
-namespace FASTLORA_ISA {
-namespace tiles {
+namespace fastlora::FASTLORA_ISA::tiles {
 namespace {
 
 constexpr int kTiles = 8, kMaxRows = 16, kMaxBytes = 64;  // palette 1
@@ -113,8 +111,6 @@ void multiply_add() {
 }
 
 }  // namespace
-}  // namespace tiles
-}  // namespace FASTLORA_ISA
-}  // namespace fastlora
+}  // namespace fastlora::FASTLORA_ISA::tiles
 
 #include "cpu/isa/amx.cpp"

@@ -5,9 +5,7 @@
 #include "amx_tiles.h"
 #include "product.h"
 
-namespace fastlora {
-
-namespace FASTLORA_ISA {
+namespace fastlora::FASTLORA_ISA {
 namespace {
 
 constexpr int64_t kRows = 16;   // of a tile
@@ -105,5 +103,4 @@ void multiply(const TileProduct<uint32_t>& p) {
   tiles::release();
 }
 
-}  // namespace FASTLORA_ISA
-}  // namespace fastlora
+}  // namespace fastlora::FASTLORA_ISA

@@ -4,9 +4,7 @@
 
 #include <cstdint>
 
-namespace fastlora {
-namespace FASTLORA_ISA {
-namespace tiles {
+namespace fastlora::FASTLORA_ISA::tiles {
 
 // What LDTILECFG reads. Tiles of no rows may not be used.
 struct alignas(64) Config {
@@ -47,6 +45,4 @@ FASTLORA_TILE void multiply_add() {
 
 #endif
 
-}  // namespace tiles
-}  // namespace FASTLORA_ISA
-}  // namespace fastlora
+}  // namespace fastlora::FASTLORA_ISA::tiles

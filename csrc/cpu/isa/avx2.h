@@ -5,8 +5,7 @@
 
 #include "elements.h"
 
-namespace fastlora {
-namespace FASTLORA_ISA {
+namespace fastlora::FASTLORA_ISA {
 
 constexpr int kLanes = 8;
 constexpr int kPanelVectors = 2;
@@ -14,13 +13,11 @@ constexpr int kRegisters = 16;
 // Rows of a tile by its width in vectors: as many accumulators as fit beside the panel's registers.
 constexpr int kTileRows[kPanelVectors + 1] = {0, 12, 6};
 
-}  // namespace FASTLORA_ISA
-}  // namespace fastlora
+}  // namespace fastlora::FASTLORA_ISA
 
 #include "compiler_vectors.h"
 
-namespace fastlora {
-namespace FASTLORA_ISA {
+namespace fastlora::FASTLORA_ISA {
 
 FASTLORA_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 
@@ -65,13 +62,11 @@ FASTLORA_INLINE void transpose(Vec r[8]) {
   for (int i = 0; i < 8; i++) r[i] = t[i];
 }
 
-}  // namespace FASTLORA_ISA
-}  // namespace fastlora
+}  // namespace fastlora::FASTLORA_ISA
 
 #include "partial.h"
 
-namespace fastlora {
-namespace FASTLORA_ISA {
+namespace fastlora::FASTLORA_ISA {
 
 // ---- 4-bit codes: the sixteen values times absmax, and the look-up of kGroup codes ----------------
 
@@ -98,5 +93,4 @@ FASTLORA_INLINE void decode_group(const uint8_t* q, const Table& table, const Si
   }
 }
 
-}  // namespace FASTLORA_ISA
-}  // namespace fastlora
+}  // namespace fastlora::FASTLORA_ISA

@@ -5,8 +5,7 @@
 
 #include "elements.h"
 
-namespace fastlora {
-namespace FASTLORA_ISA {
+namespace fastlora::FASTLORA_ISA {
 
 constexpr int kLanes = 16;
 constexpr int kPanelVectors = 4;
@@ -142,5 +141,4 @@ FASTLORA_INLINE void decode_group(const uint8_t* q, const Table& table, const Si
   }
 }
 
-}  // namespace FASTLORA_ISA
-}  // namespace fastlora
+}  // namespace fastlora::FASTLORA_ISA

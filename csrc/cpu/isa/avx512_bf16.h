@@ -3,8 +3,7 @@
 
 #include "avx512.h"
 
-namespace fastlora {
-namespace FASTLORA_ISA {
+namespace fastlora::FASTLORA_ISA {
 
 using Pairs = __m512i;
 
@@ -90,5 +89,4 @@ FASTLORA_INLINE void decode_pairs(const uint8_t* a, const uint8_t* b, __m512i ta
   }
 }
 
-}  // namespace FASTLORA_ISA
-}  // namespace fastlora
+}  // namespace fastlora::FASTLORA_ISA

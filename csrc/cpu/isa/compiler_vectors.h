@@ -3,8 +3,7 @@
 
 #include "elements.h"
 
-namespace fastlora {
-namespace FASTLORA_ISA {
+namespace fastlora::FASTLORA_ISA {
 
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
@@ -31,5 +30,4 @@ FASTLORA_INLINE Vec load(const float* p) {
 }
 FASTLORA_INLINE void store(float* p, Vec v) { memcpy(p, &v, sizeof v); }
 
-}  // namespace FASTLORA_ISA
-}  // namespace fastlora
+}  // namespace fastlora::FASTLORA_ISA

@@ -4,8 +4,7 @@
 
 #include "pairs.h"
 
-namespace fastlora {
-namespace FASTLORA_ISA {
+namespace fastlora::FASTLORA_ISA {
 
 // One float a lane: FMA.
 struct F32 {
@@ -35,5 +34,4 @@ struct Bf16Pair : PairTiles {
 };
 #endif
 
-}  // namespace FASTLORA_ISA
-}  // namespace fastlora
+}  // namespace fastlora::FASTLORA_ISA

@@ -9,8 +9,7 @@
 
 #define FASTLORA_INLINE static inline __attribute__((always_inline))
 
-namespace fastlora {
-namespace FASTLORA_ISA {
+namespace fastlora::FASTLORA_ISA {
 
 struct bf16 {
   uint16_t bits;
@@ -69,5 +68,4 @@ FASTLORA_INLINE void from_float(float x, f16& out) {
   }
 }
 
-}  // namespace FASTLORA_ISA
-}  // namespace fastlora
+}  // namespace fastlora::FASTLORA_ISA

@@ -5,8 +5,7 @@
 
 #include "elements.h"
 
-namespace fastlora {
-namespace FASTLORA_ISA {
+namespace fastlora::FASTLORA_ISA {
 
 constexpr int kLanes = 4;
 constexpr int kPanelVectors = 4;
@@ -67,13 +66,11 @@ FASTLORA_INLINE void transpose(Vec r[4]) {
   for (int i = 0; i < 4; i++) r[i] = vreinterpretq_f32_u32(t[i]);
 }
 
-}  // namespace FASTLORA_ISA
-}  // namespace fastlora
+}  // namespace fastlora::FASTLORA_ISA
 
 #include "partial.h"
 
-namespace fastlora {
-namespace FASTLORA_ISA {
+namespace fastlora::FASTLORA_ISA {
 
 // ---- 4-bit codes: the sixteen values times absmax, and the look-up of kGroup codes ----------------
 
@@ -109,5 +106,4 @@ FASTLORA_INLINE void decode_group(const uint8_t* q, const Table& table, const Si
   }
 }
 
-}  // namespace FASTLORA_ISA
-}  // namespace fastlora
+}  // namespace fastlora::FASTLORA_ISA

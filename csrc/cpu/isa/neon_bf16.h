@@ -3,8 +3,7 @@
 
 #include "neon.h"
 
-namespace fastlora {
-namespace FASTLORA_ISA {
+namespace fastlora::FASTLORA_ISA {
 
 using Pairs = uint32x4_t;
 
@@ -115,5 +114,4 @@ FASTLORA_INLINE void decode_words(const uint8_t* q, const WordTable& table, cons
   }
 }
 
-}  // namespace FASTLORA_ISA
-}  // namespace fastlora
+}  // namespace fastlora::FASTLORA_ISA

@@ -16,14 +16,12 @@
 #include "neon_bf16.h"
 #endif
 
-namespace fastlora {
-namespace FASTLORA_ISA {
+namespace fastlora::FASTLORA_ISA {
 
 FASTLORA_INLINE Pairs load_pairs(const float* p, int64_t n) {
   return narrow_pairs(load(p, n), n > kLanes ? load(p + kLanes, n - kLanes) : zero());
 }
 
-}  // namespace FASTLORA_ISA
-}  // namespace fastlora
+}  // namespace fastlora::FASTLORA_ISA
 
 #endif

@@ -3,8 +3,7 @@
 
 #include "elements.h"
 
-namespace fastlora {
-namespace FASTLORA_ISA {
+namespace fastlora::FASTLORA_ISA {
 
 // The first n lanes, the others zero; reads nothing past them.
 template <class T>
@@ -35,5 +34,4 @@ FASTLORA_INLINE Vec round_to(Vec v, DType dtype) {
   return v;
 }
 
-}  // namespace FASTLORA_ISA
-}  // namespace fastlora
+}  // namespace fastlora::FASTLORA_ISA

@@ -3,8 +3,7 @@
 
 #include "elements.h"
 
-namespace fastlora {
-namespace FASTLORA_ISA {
+namespace fastlora::FASTLORA_ISA {
 
 constexpr int kLanes = 4;
 constexpr int kPanelVectors = 2;
@@ -12,13 +11,11 @@ constexpr int kRegisters = 16;
 // Rows of a tile by its width in vectors: as many accumulators as fit beside the panel's registers.
 constexpr int kTileRows[kPanelVectors + 1] = {0, 12, 6};
 
-}  // namespace FASTLORA_ISA
-}  // namespace fastlora
+}  // namespace fastlora::FASTLORA_ISA
 
 #include "compiler_vectors.h"
 
-namespace fastlora {
-namespace FASTLORA_ISA {
+namespace fastlora::FASTLORA_ISA {
 
 FASTLORA_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 
@@ -42,13 +39,11 @@ FASTLORA_INLINE void transpose(Vec r[kLanes]) {
   for (int i = 0; i < kLanes; i++) r[i] = t[i];
 }
 
-}  // namespace FASTLORA_ISA
-}  // namespace fastlora
+}  // namespace fastlora::FASTLORA_ISA
 
 #include "partial.h"
 
-namespace fastlora {
-namespace FASTLORA_ISA {
+namespace fastlora::FASTLORA_ISA {
 
 // ---- 4-bit codes: the sixteen values times absmax, and the look-up of kGroup codes ----------------
 
@@ -72,5 +67,4 @@ FASTLORA_INLINE void decode_group(const uint8_t* q, const Table& table, const Si
   for (int i = 0; i < kGroup; i += kLanes) sink(i, load(values + i));
 }
 
-}  // namespace FASTLORA_ISA
-}  // namespace fastlora
+}  // namespace fastlora::FASTLORA_ISA

@@ -17,8 +17,7 @@
 #include "scalar.h"
 #endif
 
-namespace fastlora {
-namespace FASTLORA_ISA {
+namespace fastlora::FASTLORA_ISA {
 
 constexpr int kPanel = kLanes * kPanelVectors;  // a panel is as wide as the micro-kernel's tile
 
@@ -35,5 +34,4 @@ FASTLORA_INLINE void with_type(DType dtype, const F& f) {
   }
 }
 
-}  // namespace FASTLORA_ISA
-}  // namespace fastlora
+}  // namespace fastlora::FASTLORA_ISA

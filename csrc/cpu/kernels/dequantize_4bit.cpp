@@ -2,8 +2,7 @@
 #include "../runtime/table.h"
 #include "../weight/weights.h"
 
-namespace fastlora {
-namespace FASTLORA_ISA {
+namespace fastlora::FASTLORA_ISA {
 namespace {
 
 constexpr int64_t kStep = 16384;    // elements of a tile
@@ -72,5 +71,4 @@ void dequantize_4bit(const Dequantize4bit& p, const Machine& machine) {
       &context);
 }
 
-}  // namespace FASTLORA_ISA
-}  // namespace fastlora
+}  // namespace fastlora::FASTLORA_ISA

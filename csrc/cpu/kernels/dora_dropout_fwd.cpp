@@ -4,8 +4,7 @@
 #include "../runtime/table.h"
 #include "../runtime/tiles.h"
 
-namespace fastlora {
-namespace FASTLORA_ISA {
+namespace fastlora::FASTLORA_ISA {
 namespace {
 
 constexpr int64_t kTokens = 8;  // of a tile
@@ -47,5 +46,4 @@ void dora_dropout_fwd(const DoraDropoutFwd& p, const Machine& machine) {
   });
 }
 
-}  // namespace FASTLORA_ISA
-}  // namespace fastlora
+}  // namespace fastlora::FASTLORA_ISA

@@ -6,8 +6,7 @@
 #include "../runtime/table.h"
 #include "../runtime/tiles.h"
 
-namespace fastlora {
-namespace FASTLORA_ISA {
+namespace fastlora::FASTLORA_ISA {
 namespace {
 
 constexpr int64_t kTokens = 32;   // of a tile
@@ -96,5 +95,4 @@ void dora_magnitude_bwd(const DoraMagnitudeBwd& p, const Machine& machine) {
   trim_scratch(Scratch::shared);
 }
 
-}  // namespace FASTLORA_ISA
-}  // namespace fastlora
+}  // namespace fastlora::FASTLORA_ISA

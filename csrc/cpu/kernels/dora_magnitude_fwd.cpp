@@ -2,8 +2,7 @@
 #include "../runtime/table.h"
 #include "../runtime/tiles.h"
 
-namespace fastlora {
-namespace FASTLORA_ISA {
+namespace fastlora::FASTLORA_ISA {
 namespace {
 
 constexpr int64_t kTokens = 16;  // of a tile
@@ -41,5 +40,4 @@ void dora_magnitude_fwd(const DoraMagnitudeFwd& p, const Machine& machine) {
   });
 }
 
-}  // namespace FASTLORA_ISA
-}  // namespace fastlora
+}  // namespace fastlora::FASTLORA_ISA

@@ -5,8 +5,7 @@
 #include "../runtime/tiles.h"
 #include "../weight/with_weight.h"
 
-namespace fastlora {
-namespace FASTLORA_ISA {
+namespace fastlora::FASTLORA_ISA {
 namespace {
 
 constexpr int64_t kRows = 48;      // of W in a tile: whole register tiles of any set
@@ -192,5 +191,4 @@ void dora_norm(const DoraNorm& p, const Machine& machine) {
   trim_scratch(Scratch::shared);
 }
 
-}  // namespace FASTLORA_ISA
-}  // namespace fastlora
+}  // namespace fastlora::FASTLORA_ISA

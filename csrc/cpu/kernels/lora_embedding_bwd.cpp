@@ -8,8 +8,7 @@
 #include "../runtime/tiles.h"
 #include "../weight/pack.h"
 
-namespace fastlora {
-namespace FASTLORA_ISA {
+namespace fastlora::FASTLORA_ISA {
 namespace {
 
 constexpr int64_t kTokens = 64;    // of a tile of S or dS
@@ -146,5 +145,4 @@ void lora_embedding_bwd(const LoraEmbeddingBwd& p, const Machine& machine) {
   trim_scratch(Scratch::shared);
 }
 
-}  // namespace FASTLORA_ISA
-}  // namespace fastlora
+}  // namespace fastlora::FASTLORA_ISA

@@ -5,8 +5,7 @@
 #include "../runtime/tiles.h"
 #include "../weight/pack.h"
 
-namespace fastlora {
-namespace FASTLORA_ISA {
+namespace fastlora::FASTLORA_ISA {
 namespace {
 
 constexpr int64_t kTokens = 64;      // of a tile
@@ -93,5 +92,4 @@ void lora_embedding_fwd(const LoraEmbeddingFwd& p, const Machine& machine) {
   trim_scratch(Scratch::shared);
 }
 
-}  // namespace FASTLORA_ISA
-}  // namespace fastlora
+}  // namespace fastlora::FASTLORA_ISA

@@ -3,8 +3,7 @@
 #include "../runtime/table.h"
 #include "../weight/with_weight.h"
 
-namespace fastlora {
-namespace FASTLORA_ISA {
+namespace fastlora::FASTLORA_ISA {
 
 // Without tokens every gradient of a parameter is zero.
 static void clear(const LoraLinearBwd& p) {
@@ -30,5 +29,4 @@ void lora_linear_bwd(const LayersOf<LoraLinearBwd>& layers, const Machine& machi
   trim_scratch(Scratch::shared);
 }
 
-}  // namespace FASTLORA_ISA
-}  // namespace fastlora
+}  // namespace fastlora::FASTLORA_ISA

@@ -4,8 +4,7 @@
 #include "../runtime/table.h"
 #include "../weight/with_weight.h"
 
-namespace fastlora {
-namespace FASTLORA_ISA {
+namespace fastlora::FASTLORA_ISA {
 
 void lora_linear_fwd(const LayersOf<LoraLinearFwd>& layers, const Machine& machine) {
   const LoraLinearFwd& first = *layers.data;
@@ -32,5 +31,4 @@ void lora_linear_fwd(const LayersOf<LoraLinearFwd>& layers, const Machine& machi
   trim_scratch(Scratch::shared);
 }
 
-}  // namespace FASTLORA_ISA
-}  // namespace fastlora
+}  // namespace fastlora::FASTLORA_ISA

@@ -6,8 +6,7 @@
 #include "../runtime/table.h"
 #include "../weight/weights.h"
 
-namespace fastlora {
-namespace FASTLORA_ISA {
+namespace fastlora::FASTLORA_ISA {
 namespace {
 
 constexpr int64_t kNeighbours = 256;  // blocks in a run for one thread
@@ -70,5 +69,4 @@ void quantize_4bit(const Quantize4bit& p, const Machine& machine) {
       &context);
 }
 
-}  // namespace FASTLORA_ISA
-}  // namespace fastlora
+}  // namespace fastlora::FASTLORA_ISA

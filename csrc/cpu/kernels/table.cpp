@@ -1,8 +1,7 @@
 // The kernels of this instruction set, for dispatch.cpp.
 #include "../runtime/table.h"
 
-namespace fastlora {
-namespace FASTLORA_ISA {
+namespace fastlora::FASTLORA_ISA {
 
 extern const Kernels kTable;
 const Kernels kTable = {
@@ -10,5 +9,4 @@ const Kernels kTable = {
 #include "../runtime/kernels.def"
 };
 
-}  // namespace FASTLORA_ISA
-}  // namespace fastlora
+}  // namespace fastlora::FASTLORA_ISA

@@ -16,8 +16,7 @@
 #include "../weight/with_weight.h"
 #include "microkernel.h"
 
-namespace fastlora {
-namespace FASTLORA_ISA {
+namespace fastlora::FASTLORA_ISA {
 
 template <class Compute, class X, class Source>
 class SharedBwd;
@@ -426,5 +425,4 @@ class SharedBwd {
   }
 };
 
-}  // namespace FASTLORA_ISA
-}  // namespace fastlora
+}  // namespace fastlora::FASTLORA_ISA

@@ -9,8 +9,7 @@
 #include "../runtime/tiles.h"
 #include "dot.h"
 
-namespace fastlora {
-namespace FASTLORA_ISA {
+namespace fastlora::FASTLORA_ISA {
 
 template <class Compute, class X, class Source>
 class LinearDecode {
@@ -241,5 +240,4 @@ class LinearDecode {
   }
 };
 
-}  // namespace FASTLORA_ISA
-}  // namespace fastlora
+}  // namespace fastlora::FASTLORA_ISA

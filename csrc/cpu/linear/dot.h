@@ -4,8 +4,7 @@
 #include "../weight/transposed.h"
 #include "microkernel.h"
 
-namespace fastlora {
-namespace FASTLORA_ISA {
+namespace fastlora::FASTLORA_ISA {
 
 // x for dot products with rows of a source, and the dot products themselves:
 //   pack(x, K, m, M, out)   token m of M into `out`, which has room for M * size(K) units
@@ -167,8 +166,7 @@ struct Dot<Compute, Transposed<T>> {
   }
 };
 
-}  // namespace FASTLORA_ISA
-}  // namespace fastlora
+}  // namespace fastlora::FASTLORA_ISA
 
 #if defined(__AVX512BF16__)
 #include "dot_avx512_bf16.h"

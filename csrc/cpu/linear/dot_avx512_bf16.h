@@ -3,8 +3,7 @@
 
 #include "dot.h"
 
-namespace fastlora {
-namespace FASTLORA_ISA {
+namespace fastlora::FASTLORA_ISA {
 
 // 64 bytes hold 128 codes. As 16-bit words, shifted by 0, 4, 8 and 12, they index a table that is
 // twice in its 32 entries, so that the bits above a nibble do not matter and nothing is unpacked: x
@@ -90,5 +89,4 @@ struct Dot<Bf16Pair, FourBit> {
   }
 };
 
-}  // namespace FASTLORA_ISA
-}  // namespace fastlora
+}  // namespace fastlora::FASTLORA_ISA

@@ -17,8 +17,7 @@
 #include "../weight/transposed.h"
 #include "microkernel.h"
 
-namespace fastlora {
-namespace FASTLORA_ISA {
+namespace fastlora::FASTLORA_ISA {
 
 template <class Compute, class X, class Source>
 class SharedFwd;
@@ -378,5 +377,4 @@ class SharedFwd {
   }
 };
 
-}  // namespace FASTLORA_ISA
-}  // namespace fastlora
+}  // namespace fastlora::FASTLORA_ISA

@@ -4,8 +4,7 @@
 #include "../isa/compute.h"
 #include "../isa/product.h"
 
-namespace fastlora {
-namespace FASTLORA_ISA {
+namespace fastlora::FASTLORA_ISA {
 
 template <class Compute, int NR, int MV, bool kContiguous>
 __attribute__((noinline)) static void tile(const TileProduct<typename Compute::Unit>& p) {
@@ -103,5 +102,4 @@ static void multiply_base([[maybe_unused]] PairProduct unit,
   multiply<Compute>(p);
 }
 
-}  // namespace FASTLORA_ISA
-}  // namespace fastlora
+}  // namespace fastlora::FASTLORA_ISA

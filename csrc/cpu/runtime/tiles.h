@@ -3,8 +3,7 @@
 
 #include "../isa/simd.h"
 
-namespace fastlora {
-namespace FASTLORA_ISA {
+namespace fastlora::FASTLORA_ISA {
 
 template <class Kernel>
 FASTLORA_INLINE void for_each_tile(const ParallelFor& parallel, Kernel* kernel,
@@ -23,5 +22,4 @@ FASTLORA_INLINE void for_each_tile(const ParallelFor& parallel, Kernel* kernel,
       &context);
 }
 
-}  // namespace FASTLORA_ISA
-}  // namespace fastlora
+}  // namespace fastlora::FASTLORA_ISA

@@ -3,8 +3,7 @@
 
 #include "decode4.h"
 
-namespace fastlora {
-namespace FASTLORA_ISA {
+namespace fastlora::FASTLORA_ISA {
 
 // The absmax of a 4-bit weight as it is stored, ready for look-ups.
 struct Statistics {
@@ -75,5 +74,4 @@ static inline void decode_absmax(const Statistics& statistics, int64_t begin, in
   for (; b < end; b++) one(b);
 }
 
-}  // namespace FASTLORA_ISA
-}  // namespace fastlora
+}  // namespace fastlora::FASTLORA_ISA

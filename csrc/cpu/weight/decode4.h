@@ -6,8 +6,7 @@
 
 #include "../isa/pairs.h"
 
-namespace fastlora {
-namespace FASTLORA_ISA {
+namespace fastlora::FASTLORA_ISA {
 
 struct Statistics;
 
@@ -117,5 +116,4 @@ FASTLORA_INLINE void decode_bf16(const FourBit& w, int64_t begin, int64_t count,
 
 #endif
 
-}  // namespace FASTLORA_ISA
-}  // namespace fastlora
+}  // namespace fastlora::FASTLORA_ISA

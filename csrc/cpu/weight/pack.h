@@ -4,8 +4,7 @@
 #include "../dropout.h"
 #include "../isa/compute.h"
 
-namespace fastlora {
-namespace FASTLORA_ISA {
+namespace fastlora::FASTLORA_ISA {
 
 // A block of x: rows of tokens, `count` columns from `data` on.
 template <class X>
@@ -111,5 +110,4 @@ static void pack_tokens(F32 compute, const Block<X>& block, int64_t padded, int 
   pack_tokens(compute, block, KeepRows{nullptr, 0}, padded, mv, out);
 }
 
-}  // namespace FASTLORA_ISA
-}  // namespace fastlora
+}  // namespace fastlora::FASTLORA_ISA

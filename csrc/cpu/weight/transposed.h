@@ -4,8 +4,7 @@
 
 #include "weights.h"
 
-namespace fastlora {
-namespace FASTLORA_ISA {
+namespace fastlora::FASTLORA_ISA {
 
 // out[j][out_ld] = in[i][j] for i < rows, j < count; past the rows zero, up to a multiple of kLanes.
 template <class T>
@@ -88,5 +87,4 @@ static void weight_panels(F32, const Transposed<T>& w, int64_t n, int64_t rows, 
 
 #endif
 
-}  // namespace FASTLORA_ISA
-}  // namespace fastlora
+}  // namespace fastlora::FASTLORA_ISA

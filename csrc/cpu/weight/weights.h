@@ -7,8 +7,7 @@
 #include "decode4.h"
 #include "pack.h"
 
-namespace fastlora {
-namespace FASTLORA_ISA {
+namespace fastlora::FASTLORA_ISA {
 
 template <class T>
 struct Dense {
@@ -225,5 +224,4 @@ FASTLORA_INLINE int64_t absmax_count(const Source&, int64_t) {
   return 0;
 }
 
-}  // namespace FASTLORA_ISA
-}  // namespace fastlora
+}  // namespace fastlora::FASTLORA_ISA

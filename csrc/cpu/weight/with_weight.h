@@ -4,8 +4,7 @@
 #include "../runtime/scratch.h"
 #include "transposed.h"
 
-namespace fastlora {
-namespace FASTLORA_ISA {
+namespace fastlora::FASTLORA_ISA {
 
 // Calls f(compute, x, source) with null pointers: the kind of product, x's C++ type, and what the
 // weight is read as, an `Operand`'s source.
@@ -73,5 +72,4 @@ static inline const float* plain_absmax(const Weight& weight, const ParallelFor&
   return memory;
 }
 
-}  // namespace FASTLORA_ISA
-}  // namespace fastlora
+}  // namespace fastlora::FASTLORA_ISA
