@@ -21,16 +21,16 @@ namespace fastlora::FASTLORA_ISA {
 
 constexpr int kPanel = kLanes * kPanelVectors;  // a panel is as wide as the micro-kernel's tile
 
-// Calls f with a null pointer of the C++ type of `dtype`.
+// Calls f.operator()<T>() with the C++ type of `dtype`.
 template <class F>
 FASTLORA_INLINE void with_type(DType dtype, const F& f) {
   switch (dtype) {
     case DType::f32:
-      return f(static_cast<const float*>(nullptr));
+      return f.template operator()<float>();
     case DType::bf16:
-      return f(static_cast<const bf16*>(nullptr));
+      return f.template operator()<bf16>();
     case DType::f16:
-      return f(static_cast<const f16*>(nullptr));
+      return f.template operator()<f16>();
   }
 }
 

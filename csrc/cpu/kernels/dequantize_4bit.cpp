@@ -63,8 +63,7 @@ void dequantize_4bit(const Dequantize4bit& p, const Machine& machine) {
       ceil_div(p.elements, kStep), kNeighbours,
       [](const void* c, int64_t begin, int64_t end) {
         const Dequantize4bit& p = *static_cast<const Context*>(c)->p;
-        with_type(p.dtype, [&](auto* type) {
-          using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+        with_type(p.dtype, [&]<class T>() {
           dequantize<T>(p, begin * kStep, min(end * kStep, p.elements));
         });
       },

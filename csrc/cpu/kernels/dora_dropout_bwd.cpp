@@ -38,8 +38,7 @@ struct DropoutBwd {
 }  // namespace
 
 void dora_dropout_bwd(const DoraDropoutBwd& p, const Machine& machine) {
-  with_type(p.dtype, [&](auto* type) {
-    using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+  with_type(p.dtype, [&]<class T>() {
     DropoutBwd<T> kernel{p};
     for_each_tile(machine.parallel, &kernel, &DropoutBwd<T>::rows, ceil_div(p.M, kTokens), 4);
   });

@@ -39,8 +39,7 @@ struct DropoutFwd {
 }  // namespace
 
 void dora_dropout_fwd(const DoraDropoutFwd& p, const Machine& machine) {
-  with_type(p.dtype, [&](auto* type) {
-    using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+  with_type(p.dtype, [&]<class T>() {
     DropoutFwd<T> kernel{p};
     for_each_tile(machine.parallel, &kernel, &DropoutFwd<T>::rows, ceil_div(p.M, kTokens), 4);
   });

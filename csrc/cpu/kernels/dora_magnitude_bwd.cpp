@@ -88,10 +88,7 @@ struct MagnitudeBwd {
 }  // namespace
 
 void dora_magnitude_bwd(const DoraMagnitudeBwd& p, const Machine& machine) {
-  with_type(p.dtype, [&](auto* type) {
-    using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-    MagnitudeBwd<T>(p).run(machine.parallel);
-  });
+  with_type(p.dtype, [&]<class T>() { MagnitudeBwd<T>(p).run(machine.parallel); });
   trim_scratch(Scratch::shared);
 }
 

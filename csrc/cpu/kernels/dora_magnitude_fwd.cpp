@@ -29,10 +29,8 @@ struct MagnitudeFwd {
 }  // namespace
 
 void dora_magnitude_fwd(const DoraMagnitudeFwd& p, const Machine& machine) {
-  with_type(p.dtype, [&](auto* type) {
-    with_type(p.rest_dtype, [&](auto* rest) {
-      using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-      using Rest = std::remove_const_t<std::remove_pointer_t<decltype(rest)>>;
+  with_type(p.dtype, [&]<class T>() {
+    with_type(p.rest_dtype, [&]<class Rest>() {
       MagnitudeFwd<T, Rest> kernel{p};
       for_each_tile(machine.parallel, &kernel, &MagnitudeFwd<T, Rest>::rows, ceil_div(p.M, kTokens),
                     4);

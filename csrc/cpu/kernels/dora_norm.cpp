@@ -158,8 +158,7 @@ struct Norm {
 
 template <class Compute, class Source>
 void norms_of(const DoraNorm& p, const ParallelFor& parallel) {
-  with_type(p.adapter_dtype, [&](auto* adapter) {
-    using Adapter = std::remove_const_t<std::remove_pointer_t<decltype(adapter)>>;
+  with_type(p.adapter_dtype, [&]<class Adapter>() {
     struct Memory {
       float *absmax, *A;
     };
@@ -176,8 +175,7 @@ void norms_of(const DoraNorm& p, const ParallelFor& parallel) {
 
 void dora_norm(const DoraNorm& p, const Machine& machine) {
   if (p.weight.dense) {
-    with_type(p.weight.compute_dtype, [&](auto* type) {
-      using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+    with_type(p.weight.compute_dtype, [&]<class T>() {
       p.weight.transposed ? norms_of<F32, Transposed<T>>(p, machine.parallel)
                           : norms_of<F32, Dense<T>>(p, machine.parallel);
     });

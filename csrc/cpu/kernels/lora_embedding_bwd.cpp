@@ -135,12 +135,9 @@ struct EmbeddingBwd {
 }  // namespace
 
 void lora_embedding_bwd(const LoraEmbeddingBwd& p, const Machine& machine) {
-  with_type(p.dtype, [&](auto* type) {
-    with_type(p.adapter_dtype, [&](auto* adapter) {
-      using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-      using Adapter = std::remove_const_t<std::remove_pointer_t<decltype(adapter)>>;
-      EmbeddingBwd<T, Adapter>(p).run(machine.parallel);
-    });
+  with_type(p.dtype, [&]<class T>() {
+    with_type(p.adapter_dtype,
+              [&]<class Adapter>() { EmbeddingBwd<T, Adapter>(p).run(machine.parallel); });
   });
   trim_scratch(Scratch::shared);
 }

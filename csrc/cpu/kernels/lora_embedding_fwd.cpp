@@ -82,12 +82,9 @@ struct EmbeddingFwd {
 
 void lora_embedding_fwd(const LoraEmbeddingFwd& p, const Machine& machine) {
   if (p.M == 0) return;
-  with_type(p.dtype, [&](auto* type) {
-    with_type(p.adapter_dtype, [&](auto* adapter) {
-      using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-      using Adapter = std::remove_const_t<std::remove_pointer_t<decltype(adapter)>>;
-      EmbeddingFwd<T, Adapter>(p).run(machine.parallel);
-    });
+  with_type(p.dtype, [&]<class T>() {
+    with_type(p.adapter_dtype,
+              [&]<class Adapter>() { EmbeddingFwd<T, Adapter>(p).run(machine.parallel); });
   });
   trim_scratch(Scratch::shared);
 }

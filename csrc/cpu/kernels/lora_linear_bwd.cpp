@@ -21,10 +21,8 @@ void lora_linear_bwd(const LayersOf<LoraLinearBwd>& layers, const Machine& machi
     for (int64_t i = 0; i < layers.count; i++) clear(layers.data[i]);
     return;
   }
-  with_weight(first.weight, first.x_dtype, [&](auto compute, auto* x, auto* source) {
-    using X = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
-    using Source = std::remove_const_t<std::remove_pointer_t<decltype(source)>>;
-    SharedBwd<decltype(compute), X, Source>(layers, machine).run();
+  with_weight(first.weight, first.x_dtype, [&]<class Compute, class X, class Source>() {
+    SharedBwd<Compute, X, Source>(layers, machine).run();
   });
   trim_scratch(Scratch::shared);
 }

@@ -9,11 +9,9 @@ namespace fastlora::FASTLORA_ISA {
 void lora_linear_fwd(const LayersOf<LoraLinearFwd>& layers, const Machine& machine) {
   const LoraLinearFwd& first = *layers.data;
   if (first.M == 0) return;
-  with_weight(first.weight, first.x_dtype, [&](auto compute, auto* x, auto* source) {
-    using X = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
-    using Source = std::remove_const_t<std::remove_pointer_t<decltype(source)>>;
-    using Few = LinearDecode<decltype(compute), X, Source>;
-    using Many = SharedFwd<decltype(compute), X, Source>;
+  with_weight(first.weight, first.x_dtype, [&]<class Compute, class X, class Source>() {
+    using Few = LinearDecode<Compute, X, Source>;
+    using Many = SharedFwd<Compute, X, Source>;
     const auto operand = [](const LoraLinearFwd& p) {
       return Operand<Source>(p.weight, p.weight.quant.absmax);
     };

@@ -61,8 +61,7 @@ void quantize_4bit(const Quantize4bit& p, const Machine& machine) {
       ceil_div(p.elements, p.blocksize), kNeighbours,
       [](const void* c, int64_t begin, int64_t end) {
         const Quantize4bit& p = *static_cast<const Context*>(c)->p;
-        with_type(p.dtype, [&](auto* type) {
-          using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+        with_type(p.dtype, [&]<class T>() {
           for (int64_t block = begin; block < end; block++) quantize_block<T>(p, block);
         });
       },

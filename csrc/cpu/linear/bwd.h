@@ -93,15 +93,15 @@ class LinearBwd {
   static int64_t repacked_ld(const LoraLinearBwd& p) { return round_up(p.weight.N, kGroup) / kPer; }
 
   void read_adapters() {
-    with_type(p_.adapter_dtype, [&](auto* type) {
-      const auto* B = static_cast<decltype(type)>(p_.lora_B);
+    with_type(p_.adapter_dtype, [&]<class T>() {
+      const T* B = static_cast<const T*>(p_.lora_B);
       for (int64_t n = 0; n < N_; n++) {
         for (int64_t r = 0; r < R_lanes_; r += kLanes) {
           store(memory_.B_lanes + n * R_lanes_ + r, load(B + n * R_ + r, R_ - r));
         }
       }
       if (p_.adapter_dtype == DType::f32) return;
-      const auto* A = static_cast<decltype(type)>(p_.lora_A);
+      const T* A = static_cast<const T*>(p_.lora_A);
       for (int64_t i = 0; i < R_ * K_; i++) memory_.A[i] = to_float(A[i]);
     });
   }

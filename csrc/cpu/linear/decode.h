@@ -92,8 +92,8 @@ class LinearDecode {
       for (int m = 0; m < M_; m++) memory_.S[m * R_lanes_ + r] = 0;
       return;
     }
-    with_type(p_.adapter_dtype, [&](auto* type) {
-      const auto* A = static_cast<decltype(type)>(p_.lora_A) + r * K_;
+    with_type(p_.adapter_dtype, [&]<class T>() {
+      const T* A = static_cast<const T*>(p_.lora_A) + r * K_;
       for (int m = 0; m < M_; m++) {
         const float* x = memory_.x_kept + m * K_lanes_;
         Vec even = zero(), odd = zero();
@@ -174,8 +174,8 @@ class LinearDecode {
     }
     Rows::template dot<R, M>(w, scales, n, memory_.x, acc);
     if (R_ > 0) {
-      with_type(p_.adapter_dtype, [&](auto* type) __attribute__((always_inline)) {
-        const auto* B = static_cast<decltype(type)>(p_.lora_B) + n * R_;
+      with_type(p_.adapter_dtype, [&]<class T>() __attribute__((always_inline)) {
+        const T* B = static_cast<const T*>(p_.lora_B) + n * R_;
         for (int64_t r = 0; r < R_; r += kLanes) {
 #pragma GCC unroll 4
           for (int i = 0; i < R; i++) {
@@ -212,8 +212,8 @@ class LinearDecode {
     });
     Rows::columns(w_, n, count, M_, memory_.x, panel, C);
     if (R_ > 0) {
-      with_type(p_.adapter_dtype, [&](auto* type) {
-        copy_transposed(static_cast<decltype(type)>(p_.lora_B) + n * R_, R_, count, R_, B, kPanel);
+      with_type(p_.adapter_dtype, [&]<class T>() {
+        copy_transposed(static_cast<const T*>(p_.lora_B) + n * R_, R_, count, R_, B, kPanel);
       });
       multiply<F32>({.mv = static_cast<int>(ceil_div(count, kLanes)),
                      .nr = M_,
@@ -235,7 +235,7 @@ class LinearDecode {
     if (p_.bias == nullptr) return 0;
     float value = 0;
     with_type(p_.bias_dtype,
-              [&](auto* type) { value = to_float(static_cast<decltype(type)>(p_.bias)[n]); });
+              [&]<class T>() { value = to_float(static_cast<const T*>(p_.bias)[n]); });
     return value;
   }
 };

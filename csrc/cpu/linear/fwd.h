@@ -83,8 +83,8 @@ class LinearFwd {
 
   const float* widened_A() const {
     if (p_.adapter_dtype == DType::f32) return static_cast<const float*>(p_.lora_A);
-    with_type(p_.adapter_dtype, [&](auto* type) {
-      const auto* source = static_cast<decltype(type)>(p_.lora_A);
+    with_type(p_.adapter_dtype, [&]<class T>() {
+      const T* source = static_cast<const T*>(p_.lora_A);
       for (int64_t i = 0; i < R_ * K_; i++) memory_.A[i] = to_float(source[i]);
     });
     return memory_.A;
@@ -213,8 +213,8 @@ class LinearFwd {
   void add_lora(int64_t n0, int64_t rows, float* B, float* C) const {
     const float* B_rows = static_cast<const float*>(p_.lora_B) + n0 * R_;
     if (p_.adapter_dtype != DType::f32) {
-      with_type(p_.adapter_dtype, [&](auto* type) {
-        const auto* source = static_cast<decltype(type)>(p_.lora_B) + n0 * R_;
+      with_type(p_.adapter_dtype, [&]<class T>() {
+        const T* source = static_cast<const T*>(p_.lora_B) + n0 * R_;
         for (int64_t i = 0; i < rows * R_; i++) B[i] = to_float(source[i]);
       });
       B_rows = B;
@@ -235,8 +235,8 @@ class LinearFwd {
       for (int64_t i = 0; i < rows; i++) bias[i] = 0;
       return;
     }
-    with_type(p_.bias_dtype, [&](auto* type) {
-      const auto* source = static_cast<decltype(type)>(p_.bias) + n0;
+    with_type(p_.bias_dtype, [&]<class T>() {
+      const T* source = static_cast<const T*>(p_.bias) + n0;
       for (int64_t i = 0; i < rows; i++) bias[i] = to_float(source[i]);
     });
   }

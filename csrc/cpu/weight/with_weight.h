@@ -6,39 +6,38 @@
 
 namespace fastlora::FASTLORA_ISA {
 
-// Calls f(compute, x, source) with null pointers: the kind of product, x's C++ type, and what the
-// weight is read as, an `Operand`'s source.
+// Calls f.operator()<Compute, X, Source>(): the kind of product, x's C++ type, and what the weight is
+// read as, an `Operand`'s source.
 //
 // A base product in bf16 uses bf16 pairs where the CPU has the instruction, for fp32 x too (rounded on
 // the way, as bitsandbytes' compute_dtype asks). All else is fp32 FMA on widened operands; a dense
 // weight in 16 bits may stand beside an fp32 x.
 template <class F>
 static void with_weight(const Weight& weight, DType x_dtype, const F& f) {
-  const auto with_source = [&](auto compute, auto* x, auto* dense_type) {
-    using T = std::remove_const_t<std::remove_pointer_t<decltype(dense_type)>>;
+  const auto with_source = [&]<class Compute, class X, class T>() {
     if (weight.transposed) {
-      f(compute, x, static_cast<const Transposed<T>*>(nullptr));
+      f.template operator()<Compute, X, Transposed<T>>();
     } else if (weight.dense) {
-      f(compute, x, static_cast<const Dense<T>*>(nullptr));
+      f.template operator()<Compute, X, Dense<T>>();
     } else {
-      f(compute, x, static_cast<const FourBit*>(nullptr));
+      f.template operator()<Compute, X, FourBit>();
     }
   };
-  with_type(x_dtype, [&](auto* x) {
-    using X = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
+  with_type(x_dtype, [&]<class X>() {
 #if defined(FASTLORA_PAIRS)
     if constexpr (!std::is_same_v<X, f16>) {
       if (weight.compute_dtype == DType::bf16) {
-        return with_source(Bf16Pair{}, x, static_cast<const bf16*>(nullptr));
+        return with_source.template operator()<Bf16Pair, X, bf16>();
       }
     }
 #endif
     if constexpr (std::is_same_v<X, float>) {
       if (weight.dense) {
-        return with_type(weight.compute_dtype, [&](auto* type) { with_source(F32{}, x, type); });
+        return with_type(weight.compute_dtype,
+                         [&]<class T>() { with_source.template operator()<F32, X, T>(); });
       }
     }
-    with_source(F32{}, x, static_cast<const X*>(nullptr));
+    with_source.template operator()<F32, X, X>();
   });
 }
 
