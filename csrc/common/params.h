@@ -226,6 +226,16 @@ struct Dequantize4bit {
 struct ParallelFor {
   void (*run)(int64_t tiles, int64_t neighbours,
               void (*body)(const void* context, int64_t begin, int64_t end), const void* context);
+
+  // The same with f(begin, end). Always inlined: it belongs to no instruction set.
+  template <class F>
+  inline __attribute__((always_inline)) void each_run(int64_t tiles, int64_t neighbours,
+                                                      const F& f) const {
+    run(
+        tiles, neighbours,
+        [](const void* f, int64_t begin, int64_t end) { (*static_cast<const F*>(f))(begin, end); },
+        &f);
+  }
 };
 
 }  // namespace fastlora

@@ -15,6 +15,13 @@ struct F32 {
   static constexpr int64_t kSumUnits = 64;
   using Register = Vec;
   FASTLORA_INLINE Register load_panel(const Unit* p) { return load(p); }
+  // Of elements, those past n zero.
+  template <class X>
+  FASTLORA_INLINE Register read(const X* p, int64_t n) {
+    return load(p, n);
+  }
+  FASTLORA_INLINE Register nothing() { return zero(); }
+  FASTLORA_INLINE void write(Unit* p, Register v) { store(p, v); }
   FASTLORA_INLINE Vec multiply_add(Unit row, Register panel, Vec c) {
     return fma(broadcast(row), panel, c);
   }
@@ -28,6 +35,12 @@ struct Bf16Pair : PairTiles {
   static constexpr int64_t kSumUnits = 1024;
   using Register = Pairs;
   FASTLORA_INLINE Register load_panel(const Unit* p) { return load_pairs(p); }
+  template <class X>
+  FASTLORA_INLINE Register read(const X* p, int64_t n) {
+    return load_pairs(p, n);
+  }
+  FASTLORA_INLINE Register nothing() { return zero_pairs(); }
+  FASTLORA_INLINE void write(Unit* p, Register v) { store_pairs(p, v); }
   FASTLORA_INLINE Vec multiply_add(Unit row, Register panel, Vec c) {
     return dot_pairs(broadcast_pair(row), panel, c);
   }

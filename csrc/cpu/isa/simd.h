@@ -34,4 +34,13 @@ FASTLORA_INLINE void with_type(DType dtype, const F& f) {
   }
 }
 
+// Calls f.operator()<n>() for an n from 1 to kMost.
+template <int kMost, class F>
+FASTLORA_INLINE void with_size(int64_t n, const F& f) {
+  if constexpr (kMost > 0) {
+    if (n == kMost) return f.template operator()<kMost>();
+    with_size<kMost - 1>(n, f);
+  }
+}
+
 }  // namespace fastlora::FASTLORA_ISA

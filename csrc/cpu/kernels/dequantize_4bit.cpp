@@ -8,10 +8,6 @@ namespace {
 constexpr int64_t kStep = 16384;    // elements of a tile
 constexpr int64_t kNeighbours = 8;  // tiles in a run for one thread
 
-struct Context {
-  const Dequantize4bit* p;
-};
-
 template <class T>
 void dequantize(const Dequantize4bit& p, int64_t begin, int64_t end) {
   const Quant4bit& q = p.quant;
@@ -58,16 +54,12 @@ void dequantize(const Dequantize4bit& p, int64_t begin, int64_t end) {
 }  // namespace
 
 void dequantize_4bit(const Dequantize4bit& p, const Machine& machine) {
-  Context context{&p};
-  machine.parallel.run(
-      ceil_div(p.elements, kStep), kNeighbours,
-      [](const void* c, int64_t begin, int64_t end) {
-        const Dequantize4bit& p = *static_cast<const Context*>(c)->p;
-        with_type(p.dtype, [&]<class T>() {
-          dequantize<T>(p, begin * kStep, min(end * kStep, p.elements));
-        });
-      },
-      &context);
+  machine.parallel.each_run(ceil_div(p.elements, kStep), kNeighbours,
+                            [&](int64_t begin, int64_t end) {
+                              with_type(p.dtype, [&]<class T>() {
+                                dequantize<T>(p, begin * kStep, min(end * kStep, p.elements));
+                              });
+                            });
 }
 
 }  // namespace fastlora::FASTLORA_ISA

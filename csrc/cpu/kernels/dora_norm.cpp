@@ -59,20 +59,6 @@ __attribute__((noinline)) static void add_squares(const float* __restrict B, int
   }
 }
 
-template <int NR, class T>
-FASTLORA_INLINE void add_squares_of(int64_t nr, const float* B, int64_t ldb, const float* panel,
-                                    int64_t R, float scaling, Rows<T> W, float* squares) {
-  if constexpr (NR > 0) {
-    if (nr != NR) {
-      add_squares_of<NR - 1>(nr, B, ldb, panel, R, scaling, W, squares);
-    } else if (W.count >= kPanel) {
-      add_squares<NR, true>(B, ldb, panel, R, scaling, W, squares);
-    } else {
-      add_squares<NR, false>(B, ldb, panel, R, scaling, W, squares);
-    }
-  }
-}
-
 template <class Compute, class Source, class Adapter>
 struct Norm {
   // Others are decoded or transposed first.
@@ -95,7 +81,7 @@ struct Norm {
     const int64_t k = panel * kPanel;
     const Block<Adapter> block{static_cast<const Adapter*>(p.lora_A) + k, K, p.R,
                                min(kPanel, K - k)};
-    pack_columns(block, KeepRows{nullptr, 0}, 0, A + panel * p.R * kPanel);
+    pack_columns(block, A + panel * p.R * kPanel);
   }
 
   void rows(int64_t tile) {
@@ -143,9 +129,12 @@ struct Norm {
             prefetch(ahead + j);
           }
         }
-        add_squares_of<kTile>(min(kTile, count - i), B + i * padded, padded,
-                              A + k / kPanel * p.R * kPanel, p.R, p.scaling, some,
-                              squares + i * kLanes);
+        const float *b = B + i * padded, *panel = A + k / kPanel * p.R * kPanel;
+        float* out = squares + i * kLanes;
+        with_size<kTile>(min(kTile, count - i), [&]<int NR>() __attribute__((always_inline)) {
+          W.count >= kPanel ? add_squares<NR, true>(b, padded, panel, p.R, p.scaling, some, out)
+                            : add_squares<NR, false>(b, padded, panel, p.R, p.scaling, some, out);
+        });
       }
     }
   }

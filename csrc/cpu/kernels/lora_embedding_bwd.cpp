@@ -39,7 +39,7 @@ struct EmbeddingBwd {
     const int64_t n = tile * kColumns, rows = min(kColumns, p.N - n);
     for (int64_t panel = 0; panel < panels; panel++) {
       const Adapter* b = static_cast<const Adapter*>(p.lora_B) + n * p.R + panel * kPanel;
-      pack_columns(Block<Adapter>{b, p.R, rows, ranks(panel)}, KeepRows{nullptr, 0}, 0,
+      pack_columns(Block<Adapter>{b, p.R, rows, ranks(panel)},
                    memory.B + (panel * p.N + n) * kPanel);
     }
   }

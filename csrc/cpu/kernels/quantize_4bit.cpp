@@ -54,18 +54,13 @@ void quantize_block(const Quantize4bit& p, int64_t block) {
 }  // namespace
 
 void quantize_4bit(const Quantize4bit& p, const Machine& machine) {
-  struct Context {
-    const Quantize4bit* p;
-  } context{&p};
-  machine.parallel.run(
-      ceil_div(p.elements, p.blocksize), kNeighbours,
-      [](const void* c, int64_t begin, int64_t end) {
-        const Quantize4bit& p = *static_cast<const Context*>(c)->p;
-        with_type(p.dtype, [&]<class T>() {
-          for (int64_t block = begin; block < end; block++) quantize_block<T>(p, block);
-        });
-      },
-      &context);
+  machine.parallel.each_run(ceil_div(p.elements, p.blocksize), kNeighbours,
+                            [&](int64_t begin, int64_t end) {
+                              with_type(p.dtype, [&]<class T>() {
+                                for (int64_t block = begin; block < end; block++)
+                                  quantize_block<T>(p, block);
+                              });
+                            });
 }
 
 }  // namespace fastlora::FASTLORA_ISA

@@ -219,8 +219,7 @@ class LinearBwd {
       for (int64_t j = 0; j < kPanel; j += kLanes) store(total + j, zero());
       for (int64_t m = 0; m < M_; m += tiles_.bwd_grad_tokens) {
         const int64_t rows = min(tiles_.bwd_grad_tokens, M_ - m);
-        pack_columns(Block<X>{dy + m * p_.lddy + c, p_.lddy, rows, columns}, KeepRows{nullptr, 0},
-                     0, panel);
+        pack_columns(Block<X>{dy + m * p_.lddy + c, p_.lddy, rows, columns}, panel);
         if (p_.dB) {
           multiply<F32>({.mv = kPanelVectors,
                          .nr = R_,
@@ -404,9 +403,9 @@ class SharedBwd {
           const Layer& layer = layers_[i];
           if (layer.p_.dA == nullptr || layer.R_ == 0) continue;
           if (layer.drops()) {
-            pack_columns(block, KeepRows{bits + (i * M + m) * words, words}, c, dropped);
+            pack_columns(block, dropped, KeepRows{bits + (i * M + m) * words, words}, c);
           } else if (!packed) {
-            pack_columns(block, KeepRows{nullptr, 0}, c, whole);
+            pack_columns(block, whole);
             packed = true;
           }
           multiply<F32>({.mv = kPanelVectors,

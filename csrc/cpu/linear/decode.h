@@ -123,24 +123,8 @@ class LinearDecode {
     const Source w = with_absmax(w_, n, rows, absmax);
     const float* scales = nullptr;
     if constexpr (std::is_same_v<Source, FourBit>) scales = scales_of(w, n, rows, scale_memory);
-    switch (M_) {
-      case 1:
-        return rows_of<1>(w, n, rows, scales);
-      case 2:
-        return rows_of<2>(w, n, rows, scales);
-      case 3:
-        return rows_of<3>(w, n, rows, scales);
-      case 4:
-        return rows_of<4>(w, n, rows, scales);
-      case 5:
-        return rows_of<5>(w, n, rows, scales);
-      case 6:
-        return rows_of<6>(w, n, rows, scales);
-      case 7:
-        return rows_of<7>(w, n, rows, scales);
-      case 8:
-        return rows_of<8>(w, n, rows, scales);
-    }
+    with_size<8>(M_,
+                 [&]<int M>() __attribute__((always_inline)) { rows_of<M>(w, n, rows, scales); });
   }
 
   // absmax of each 64 codes of these rows, for the one Dot that asks for them.

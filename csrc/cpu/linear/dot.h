@@ -13,19 +13,26 @@ namespace fastlora::FASTLORA_ISA {
 template <class Compute, class Source>
 struct Dot;
 
-template <class T>
-struct Dot<F32, Dense<T>> {
-  using Unit = float;
-  static constexpr int kRows = 2;
-  static bool serves(const Dense<T>&) { return true; }
-  static int64_t size(int64_t K) { return round_up(K, kLanes); }
+// What most of them have in common: x as rows of units, padded to a multiple of kStep elements.
+template <class Compute, int64_t kStep>
+struct RowsOfX {
+  using Unit = typename Compute::Unit;
+  template <class Source>
+  static bool serves(const Source&) {
+    return true;
+  }
+  static int64_t size(int64_t K) { return round_up(K, kStep) / Compute::kPerUnit; }
   static float factor() { return 1.0f; }
 
   template <class X>
-  static void pack(const X* x, int64_t K, int m, int, float* out) {
-    out += m * size(K);
-    for (int64_t k = 0; k < K; k += kLanes) store(out + k, load(x + k, K - k));
+  static void pack(const X* x, int64_t K, int m, int, Unit* out) {
+    pack_rows(Compute{}, Block<X>{x, K, 1, K}, round_up(K, kStep), out + m * size(K), 0);
   }
+};
+
+template <class T>
+struct Dot<F32, Dense<T>> : RowsOfX<F32, kLanes> {
+  static constexpr int kRows = 2;
   template <int R, int M>
   static void dot(const Dense<T>& w, const float*, int64_t n, const float* x, Vec (&acc)[R][M]) {
     for (int64_t k = 0; k < w.K; k += kLanes) {
@@ -39,20 +46,8 @@ struct Dot<F32, Dense<T>> {
 };
 
 template <>
-struct Dot<F32, FourBit> {
-  using Unit = float;
+struct Dot<F32, FourBit> : RowsOfX<F32, kGroup> {
   static constexpr int kRows = 1;
-  static bool serves(const FourBit&) { return true; }
-  static int64_t size(int64_t K) { return round_up(K, kGroup); }
-  static float factor() { return 1.0f; }
-
-  template <class X>
-  static void pack(const X* x, int64_t K, int m, int, float* out) {
-    out += m * size(K);
-    for (int64_t k = 0; k < size(K); k += kLanes) {
-      store(out + k, k < K ? load(x + k, K - k) : zero());
-    }
-  }
   template <int R, int M>
   static void dot(const FourBit& w, const float*, int64_t n, const float* x, Vec (&acc)[R][M]) {
     const int64_t ld = size(w.K);
@@ -67,18 +62,8 @@ struct Dot<F32, FourBit> {
 #if defined(FASTLORA_PAIRS)
 
 template <>
-struct Dot<Bf16Pair, Dense<bf16>> {
-  using Unit = uint32_t;
+struct Dot<Bf16Pair, Dense<bf16>> : RowsOfX<Bf16Pair, 2 * kLanes> {
   static constexpr int kRows = 4;
-  static bool serves(const Dense<bf16>&) { return true; }
-  static int64_t size(int64_t K) { return round_up(K, 2 * kLanes) / 2; }
-  static float factor() { return 1.0f; }
-
-  template <class X>
-  static void pack(const X* x, int64_t K, int m, int, uint32_t* out) {
-    out += m * size(K);
-    for (int64_t k = 0; k < K; k += 2 * kLanes) store_pairs(out + k / 2, load_pairs(x + k, K - k));
-  }
   template <int R, int M>
   static void dot(const Dense<bf16>& w, const float*, int64_t n, const uint32_t* x,
                   Vec (&acc)[R][M]) {
@@ -105,20 +90,8 @@ struct Dot<Bf16Pair, Dense<bf16>> {
 #if defined(FASTLORA_PAIRS) && !defined(__AVX512BF16__)
 
 template <>
-struct Dot<Bf16Pair, FourBit> {
-  using Unit = uint32_t;
+struct Dot<Bf16Pair, FourBit> : RowsOfX<Bf16Pair, kGroup> {
   static constexpr int kRows = 1;
-  static bool serves(const FourBit&) { return true; }
-  static int64_t size(int64_t K) { return round_up(K, kGroup) / 2; }
-  static float factor() { return 1.0f; }
-
-  template <class X>
-  static void pack(const X* x, int64_t K, int m, int, uint32_t* out) {
-    out += m * size(K);
-    for (int64_t k = 0; k < 2 * size(K); k += 2 * kLanes) {
-      store_pairs(out + k / 2, k < K ? load_pairs(x + k, K - k) : zero_pairs());
-    }
-  }
   template <int R, int M>
   static void dot(const FourBit& w, const float*, int64_t n, const uint32_t* x, Vec (&acc)[R][M]) {
     constexpr int64_t kAhead = 4096;  // bytes
@@ -137,17 +110,10 @@ struct Dot<Bf16Pair, FourBit> {
 #endif
 
 template <class Compute, class T>
-struct Dot<Compute, Transposed<T>> {
-  using Unit = typename Compute::Unit;
+struct Dot<Compute, Transposed<T>> : RowsOfX<Compute, 2 * kLanes> {
+  using typename RowsOfX<Compute, 2 * kLanes>::Unit;
+  using RowsOfX<Compute, 2 * kLanes>::size;
   static constexpr int64_t kUnits = 128;  // of a panel
-  static bool serves(const Transposed<T>&) { return true; }
-  static int64_t size(int64_t K) { return round_up(K, 2 * kLanes) / Compute::kPerUnit; }
-  static float factor() { return 1.0f; }
-
-  template <class X>
-  static void pack(const X* x, int64_t K, int m, int, Unit* out) {
-    pack_rows(Compute{}, Block<X>{x, K, 1, K}, round_up(K, 2 * kLanes), out + m * size(K), 0);
-  }
   // C[m][kPanel] = x[m] . W for rows [n, n + count) of W, at most kPanel; `panel` has kUnits units.
   static void columns(const Transposed<T>& w, int64_t n, int64_t count, int M, const Unit* x,
                       Unit* panel, float* C) {

@@ -51,18 +51,9 @@ void each_segment(const Segments& segments, const Threads& threads, const F& f) 
   const Segment* next = segments.list.data();
   int64_t left = count;
   for (; left > 0 && is_long(*next, left); next++, left--) f(*next, threads.all);
-  struct Context {
-    const Segment* list;
-    const F* f;
-    const ParallelFor* one;
-  } context{next, &f, &threads.one};
-  threads.all.run(
-      left, 1,
-      [](const void* c, int64_t begin, int64_t end) {
-        const auto* context = static_cast<const Context*>(c);
-        for (int64_t i = begin; i < end; i++) (*context->f)(context->list[i], *context->one);
-      },
-      &context);
+  threads.all.each_run(left, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) f(next[i], threads.one);
+  });
 }
 
 inline int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }

@@ -352,7 +352,7 @@ class SharedFwd {
         if (dropout.threshold != 0) {
           keep_bits_of(layer.p_.first_row + m, rows, k, count, dropout, memory.bits);
           const KeepRows kept{memory.bits, ceil_div(count, kDropoutBlock) * kKeepWords};
-          pack_tokens(F32{}, part, kept, round_up(count, kLanes), mv, memory.kept);
+          pack_tokens(F32{}, part, round_up(count, kLanes), mv, memory.kept, kept);
         } else if (whole == nullptr) {
           pack_tokens(F32{}, part, round_up(count, kLanes), mv, memory.whole);
           whole = memory.whole;

@@ -52,17 +52,6 @@ __attribute__((noinline)) static void tile(const TileProduct<typename Compute::U
   }
 }
 
-template <class Compute, int MV, bool kContiguous, int NR>
-FASTLORA_INLINE void tile_of(const TileProduct<typename Compute::Unit>& p) {
-  if constexpr (NR > 0) {
-    if (p.nr == NR) {
-      tile<Compute, NR, MV, kContiguous>(p);
-    } else {
-      tile_of<Compute, MV, kContiguous, NR - 1>(p);
-    }
-  }
-}
-
 template <class Compute, int MV, bool kContiguous>
 static void tile_rows(const TileProduct<typename Compute::Unit>& p) {
   constexpr int kRows = kTileRows[MV];
@@ -72,22 +61,18 @@ static void tile_rows(const TileProduct<typename Compute::Unit>& p) {
     part.nr = min(kRows, p.nr - i);
     part.rows.data = p.rows.data + i * p.rows.stride;
     part.C.data = p.C.data + i * p.C.stride;
-    tile_of<Compute, MV, kContiguous, kRows>(part);
+    with_size<kRows>(part.nr, [&]<int NR>() __attribute__((always_inline)) {
+      tile<Compute, NR, MV, kContiguous>(part);
+    });
   }
 }
 
 // For mv from 1 to kPanelVectors.
-template <class Compute, int MV = kPanelVectors>
+template <class Compute>
 static void multiply(const TileProduct<typename Compute::Unit>& p) {
-  if constexpr (MV > 0) {
-    if (p.mv != MV) {
-      multiply<Compute, MV - 1>(p);
-    } else if (p.rows.step == 1) {
-      tile_rows<Compute, MV, true>(p);
-    } else {
-      tile_rows<Compute, MV, false>(p);
-    }
-  }
+  with_size<kPanelVectors>(p.mv, [&]<int MV>() __attribute__((always_inline)) {
+    p.rows.step == 1 ? tile_rows<Compute, MV, true>(p) : tile_rows<Compute, MV, false>(p);
+  });
 }
 
 // The same for the base product, by `unit` if there is one and it can.

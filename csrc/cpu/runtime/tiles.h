@@ -9,17 +9,9 @@ template <class Kernel>
 FASTLORA_INLINE void for_each_tile(const ParallelFor& parallel, Kernel* kernel,
                                    void (Kernel::*stage)(int64_t tile), int64_t tiles,
                                    int64_t neighbours = 1) {
-  struct Context {
-    Kernel* kernel;
-    void (Kernel::*stage)(int64_t tile);
-  } context{kernel, stage};
-  parallel.run(
-      tiles, neighbours,
-      [](const void* c, int64_t begin, int64_t end) {
-        const auto* context = static_cast<const Context*>(c);
-        for (int64_t i = begin; i < end; i++) (context->kernel->*context->stage)(i);
-      },
-      &context);
+  parallel.each_run(tiles, neighbours, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) (kernel->*stage)(i);
+  });
 }
 
 }  // namespace fastlora::FASTLORA_ISA

@@ -18,35 +18,41 @@ struct Block {
 // Keep bits of a block, one row of `words` words a token, starting at the block's first column; null:
 // everything is kept.
 struct KeepRows {
-  const uint32_t* bits;
-  int64_t words;
+  const uint32_t* bits = nullptr;
+  int64_t words = 0;
 };
 
-// Tokens in lanes: out[k][mv][kLanes] = block[token][k], zero past the block, k < padded (a multiple
-// of 2 * kLanes). Dropped elements become zero.
-template <class X>
-static void pack_tokens(F32, const Block<X>& block, KeepRows kept, int64_t padded, int mv,
-                        float* out) {
-  for (int64_t k = 0; k < padded; k += kLanes) {
+// Tokens in lanes: out[k][mv][kLanes] = units of block[token], zero past the block, for `padded`
+// elements (a multiple of 2 * kLanes). Dropped elements become zero, in fp32.
+template <class Compute, class X>
+static void pack_tokens(Compute, const Block<X>& block, int64_t padded, int mv,
+                        typename Compute::Unit* out, KeepRows kept = {}) {
+  constexpr int64_t kPer = Compute::kPerUnit;
+  for (int64_t k = 0; k < padded; k += kPer * kLanes) {
     for (int v = 0; v < mv; v++) {
-      Vec r[kLanes];
+      typename Compute::Register r[kLanes];
       for (int i = 0; i < kLanes; i++) {
         const int64_t token = v * kLanes + i;
-        r[i] = zero();
+        r[i] = Compute::nothing();
         if (token < block.rows && k < block.count) {
-          r[i] = load(block.data + token * block.ld + k, block.count - k);
-          if (kept.bits) r[i] = keep(r[i], lane_bits(kept.bits + token * kept.words, k));
+          r[i] = Compute::read(block.data + token * block.ld + k, block.count - k);
+          if constexpr (kPer == 1) {
+            if (kept.bits) r[i] = keep(r[i], lane_bits(kept.bits + token * kept.words, k));
+          }
         }
       }
       transpose(r);
-      for (int i = 0; i < kLanes; i++) store(out + ((k + i) * mv + v) * kLanes, r[i]);
+      for (int i = 0; i < kLanes; i++) {
+        Compute::write(out + ((k / kPer + i) * mv + v) * kLanes, r[i]);
+      }
     }
   }
 }
 
 // Columns in lanes: out[row][kPanel] = block[row][column], for at most kPanel columns, zero past them.
 template <class X>
-static void pack_columns(const Block<X>& block, KeepRows kept, int64_t first_column, float* out) {
+static void pack_columns(const Block<X>& block, float* out, KeepRows kept = {},
+                         int64_t first_column = 0) {
   for (int64_t i = 0; i < block.rows; i++) {
     for (int v = 0; v < kPanelVectors; v++) {
       const int64_t k = v * kLanes;
@@ -61,53 +67,17 @@ static void pack_columns(const Block<X>& block, KeepRows kept, int64_t first_col
 }
 
 // Row-major units for the row operand: out[row][ld] = block[row][k], zero up to `padded` elements.
-template <class X>
-static void pack_rows(F32, const Block<X>& block, int64_t padded, float* out, int64_t ld) {
+template <class Compute, class X>
+static void pack_rows(Compute, const Block<X>& block, int64_t padded, typename Compute::Unit* out,
+                      int64_t ld) {
+  constexpr int64_t kPer = Compute::kPerUnit;
   for (int64_t i = 0; i < block.rows; i++) {
-    for (int64_t k = 0; k < padded; k += kLanes) {
-      const Vec r = k < block.count ? load(block.data + i * block.ld + k, block.count - k) : zero();
-      store(out + i * ld + k, r);
+    for (int64_t k = 0; k < padded; k += kPer * kLanes) {
+      const X* from = block.data + i * block.ld + k;
+      Compute::write(out + i * ld + k / kPer,
+                     k < block.count ? Compute::read(from, block.count - k) : Compute::nothing());
     }
   }
-}
-
-#if defined(FASTLORA_PAIRS)
-
-template <class X>
-static void pack_tokens(Bf16Pair, const Block<X>& block, int64_t padded, int mv, uint32_t* out) {
-  for (int64_t k = 0; k < padded; k += 2 * kLanes) {
-    for (int v = 0; v < mv; v++) {
-      Pairs r[kLanes];
-      for (int i = 0; i < kLanes; i++) {
-        const int64_t token = v * kLanes + i;
-        const bool inside = token < block.rows && k < block.count;
-        r[i] =
-            inside ? load_pairs(block.data + token * block.ld + k, block.count - k) : zero_pairs();
-      }
-      transpose(r);
-      for (int i = 0; i < kLanes; i++) {
-        store_pairs(out + ((k / 2 + i) * mv + v) * kLanes, r[i]);
-      }
-    }
-  }
-}
-
-template <class X>
-static void pack_rows(Bf16Pair, const Block<X>& block, int64_t padded, uint32_t* out, int64_t ld) {
-  for (int64_t i = 0; i < block.rows; i++) {
-    for (int64_t k = 0; k < padded; k += 2 * kLanes) {
-      const Pairs r = k < block.count ? load_pairs(block.data + i * block.ld + k, block.count - k)
-                                      : zero_pairs();
-      store_pairs(out + i * ld + k / 2, r);
-    }
-  }
-}
-
-#endif
-
-template <class X>
-static void pack_tokens(F32 compute, const Block<X>& block, int64_t padded, int mv, float* out) {
-  pack_tokens(compute, block, KeepRows{nullptr, 0}, padded, mv, out);
 }
 
 }  // namespace fastlora::FASTLORA_ISA

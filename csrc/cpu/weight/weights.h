@@ -67,15 +67,16 @@ struct Panels {
   }
 };
 
-// ---- F32: one float a unit ---------------------------------------------------------------------
-
 // out[row][ld] = W[n + row][k + ...], for `count` columns, zero up to the next multiple of kGroup.
-template <class T>
-static void weight_rows(F32 compute, const Dense<T>& w, int64_t n, int64_t rows, int64_t k,
-                        int64_t count, float* out, int64_t ld) {
+template <class Compute, class T>
+static void weight_rows(Compute compute, const Dense<T>& w, int64_t n, int64_t rows, int64_t k,
+                        int64_t count, typename Compute::Unit* out, int64_t ld) {
   const Block<T> block{w.data + n * w.K + k, w.K, rows, count};
   pack_rows(compute, block, round_up(count, kGroup), out, ld);
 }
+
+// ---- F32: one float a unit ---------------------------------------------------------------------
+
 [[maybe_unused]] static void weight_rows(F32, const FourBit& w, int64_t n, int64_t rows, int64_t k,
                                          int64_t count, float* out, int64_t ld) {
   for (int64_t i = 0; i < rows; i++) {
@@ -91,7 +92,7 @@ static void weight_panels(F32, const Dense<T>& w, int64_t n, int64_t rows, int64
                           Panels<float> out) {
   for (int64_t c = 0; c < count; c += kPanel) {
     const Block<T> block{w.data + n * w.K + k + c, w.K, rows, min(kPanel, count - c)};
-    pack_columns(block, KeepRows{nullptr, 0}, 0, out.data + c / kPanel * out.stride);
+    pack_columns(block, out.data + c / kPanel * out.stride);
   }
 }
 [[maybe_unused]] static void weight_panels(F32, const FourBit& w, int64_t n, int64_t rows,
@@ -107,12 +108,6 @@ static void weight_panels(F32, const Dense<T>& w, int64_t n, int64_t rows, int64
 
 #if defined(FASTLORA_PAIRS)
 
-[[maybe_unused]] static void weight_rows(Bf16Pair compute, const Dense<bf16>& w, int64_t n,
-                                         int64_t rows, int64_t k, int64_t count, uint32_t* out,
-                                         int64_t ld) {
-  const Block<bf16> block{w.data + n * w.K + k, w.K, rows, count};
-  pack_rows(compute, block, round_up(count, kGroup), out, ld);
-}
 [[maybe_unused]] static void weight_rows(Bf16Pair, const FourBit& w, int64_t n, int64_t rows,
                                          int64_t k, int64_t count, uint32_t* out, int64_t ld) {
   for (int64_t i = 0; i < rows; i++) {

@@ -55,19 +55,11 @@ static inline const float* plain_absmax(const Weight& weight, const ParallelFor&
   if (!is_nested(weight)) return q.absmax;
   constexpr int64_t kStep = 4096;
   const Statistics statistics = statistics_of(q);
-  struct Context {
-    const Statistics* statistics;
-    int64_t blocks;
-    float* out;
-  } context{&statistics, blocks_of(weight), memory};
-  parallel.run(
-      ceil_div(context.blocks, kStep), 1,
-      [](const void* c, int64_t begin, int64_t end) {
-        const auto* context = static_cast<const Context*>(c);
-        const int64_t first = begin * kStep, last = min(end * kStep, context->blocks);
-        decode_absmax(*context->statistics, first, last, context->out + first);
-      },
-      &context);
+  const int64_t blocks = blocks_of(weight);
+  parallel.each_run(ceil_div(blocks, kStep), 1, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kStep;
+    decode_absmax(statistics, first, min(end * kStep, blocks), memory + first);
+  });
   return memory;
 }
 
