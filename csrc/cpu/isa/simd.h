@@ -34,6 +34,17 @@ FASTLORA_INLINE void with_type(DType dtype, const F& f) {
   }
 }
 
+// Elements [begin, begin + count) of an array in fp32: where they are, or widened into `memory`.
+[[maybe_unused]] static const float* in_fp32(const void* array, DType dtype, int64_t begin,
+                                             int64_t count, float* memory) {
+  if (dtype == DType::f32) return static_cast<const float*>(array) + begin;
+  with_type(dtype, [&]<class T>() {
+    const T* source = static_cast<const T*>(array) + begin;
+    for (int64_t i = 0; i < count; i++) memory[i] = to_float(source[i]);
+  });
+  return memory;
+}
+
 // Calls f.operator()<n>() for an n from 1 to kMost.
 template <int kMost, class F>
 FASTLORA_INLINE void with_size(int64_t n, const F& f) {

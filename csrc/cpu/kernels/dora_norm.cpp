@@ -87,14 +87,8 @@ struct Norm {
   void rows(int64_t tile) {
     using Unit = typename Compute::Unit;
     const int64_t n = tile * kRows, count = min(kRows, N - n), units = kColumns / Compute::kPerUnit;
-    struct Memory {
-      float *B, *squares;
-      Unit* W;
-    };
-    const auto [B, squares, W] = on_scratch(Scratch::local, [&](Pieces& pieces) {
-      return Memory{pieces.take<float>(kRows * padded), pieces.take<float>(kRows * kLanes),
-                    pieces.take<Unit>(kRows * units)};
-    });
+    const auto [B, squares, W] = take(Scratch::local, Piece<float>{kRows * padded},
+                                      Piece<float>{kRows * kLanes}, Piece<Unit>{kRows * units});
     const Block<Adapter> block{static_cast<const Adapter*>(p.lora_B) + n * p.R, p.R, count, p.R};
     pack_rows(F32{}, block, padded, B, padded);
     memset(squares, 0, static_cast<size_t>(kRows * kLanes) * sizeof(float));
@@ -148,15 +142,11 @@ struct Norm {
 template <class Compute, class Source>
 void norms_of(const DoraNorm& p, const ParallelFor& parallel) {
   with_type(p.adapter_dtype, [&]<class Adapter>() {
-    struct Memory {
-      float *absmax, *A;
-    };
-    const Memory memory = on_scratch(Scratch::shared, [&](Pieces& pieces) {
-      return Memory{pieces.take<float>(is_nested(p.weight) ? blocks_of(p.weight) : 0),
-                    pieces.take<float>(ceil_div(p.weight.K, kPanel) * p.R * kPanel)};
-    });
-    const float* absmax = plain_absmax(p.weight, parallel, memory.absmax);
-    Norm<Compute, Source, Adapter>(p, absmax, memory.A).run(parallel);
+    const auto [memory, A] =
+        take(Scratch::shared, Piece<float>{is_nested(p.weight) ? blocks_of(p.weight) : 0},
+             Piece<float>{ceil_div(p.weight.K, kPanel) * p.R * kPanel});
+    const float* absmax = plain_absmax(p.weight, parallel, memory);
+    Norm<Compute, Source, Adapter>(p, absmax, A).run(parallel);
   });
 }
 

@@ -57,8 +57,7 @@ struct EmbeddingBwd {
 
   void shrink(int64_t tile) {
     const int64_t begin = tile * kTokens, tokens = min(kTokens, p.M - begin);
-    float* rows = on_scratch(
-        Scratch::local, [&](Pieces& pieces) { return pieces.take<float>(kTokens * kColumns); });
+    const auto [rows] = take(Scratch::local, Piece<float>{kTokens * kColumns});
     for (int64_t n = 0; n < p.N; n += kColumns) {
       const int64_t columns = min(kColumns, p.N - n);
       pack_rows(F32{}, gradient(begin, tokens, n, columns), round_up(columns, kLanes), rows,
@@ -85,13 +84,8 @@ struct EmbeddingBwd {
 
   void grad_B(int64_t tile) {
     const int64_t n = tile * kStrip, columns = min(kStrip, p.N - n);
-    struct Memory {
-      float *rows, *sums;
-    };
-    const auto [rows, sums] = on_scratch(Scratch::local, [&](Pieces& pieces) {
-      return Memory{pieces.take<float>(kHeight * kStrip),
-                    pieces.take<float>(panels * kStrip * kPanel)};
-    });
+    const auto [rows, sums] = take(Scratch::local, Piece<float>{kHeight * kStrip},
+                                   Piece<float>{panels * kStrip * kPanel});
     memset(sums, 0, static_cast<size_t>(panels * kStrip * kPanel) * sizeof(float));
     for (int64_t m = 0; m < p.M; m += kHeight) {
       const int64_t tokens = min(kHeight, p.M - m);

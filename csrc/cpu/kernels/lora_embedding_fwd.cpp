@@ -36,12 +36,8 @@ struct EmbeddingFwd {
     const int64_t strips = ceil_div(panels, kStripPanels);
     const int64_t begin = tile / strips * kTokens, tokens = min(kTokens, p.M - begin);
     const int64_t first = tile % strips * kStripPanels;
-    struct Memory {
-      float *S, *terms;
-    };
-    const auto [S, terms] = on_scratch(Scratch::local, [&](Pieces& pieces) {
-      return Memory{pieces.take<float>(kTokens * p.R), pieces.take<float>(kTokens * kPanel)};
-    });
+    const auto [S, terms] =
+        take(Scratch::local, Piece<float>{kTokens * p.R}, Piece<float>{kTokens * kPanel});
     // Along a row of A, so that one page of it is looked up for all tokens.
     for (int64_t r = 0; r < p.R; r++) {
       const Adapter* row = static_cast<const Adapter*>(p.lora_A) + r * p.V;
@@ -69,9 +65,7 @@ struct EmbeddingFwd {
   }
 
   void run(const ParallelFor& parallel) {
-    columns = on_scratch(Scratch::shared, [&](Pieces& pieces) {
-      return pieces.take<float>(panels * padded * kPanel);
-    });
+    std::tie(columns) = take(Scratch::shared, Piece<float>{panels * padded * kPanel});
     for_each_tile(parallel, this, &EmbeddingFwd::pack, panels, kStripPanels);
     const int64_t strips = ceil_div(panels, kStripPanels);
     for_each_tile(parallel, this, &EmbeddingFwd::rows, ceil_div(p.M, kTokens) * strips, strips);

@@ -66,8 +66,8 @@ class LinearBwd {
         dy_ld_(repack_ ? repacked_ld(p) : p.lddy / kPer),
         memory_(memory),
         dy_(repack_ ? memory.dy : static_cast<const Unit*>(p.dy)),
-        A_(p.adapter_dtype == DType::f32 ? static_cast<const float*>(p.lora_A) : memory.A) {
-    read_adapters();
+        A_(in_fp32(p.lora_A, p.adapter_dtype, 0, R_ * K_, memory.A)) {
+    read_B();
     // Few tokens: wide strips, so that whole cache lines of W's rows are read in a run.
     const bool few = M_ <= tiles_.bwd_few_tokens;
     strip_ = tiles_.bwd_strip_columns * (few ? 2 : 1);
@@ -92,7 +92,7 @@ class LinearBwd {
 
   static int64_t repacked_ld(const LoraLinearBwd& p) { return round_up(p.weight.N, kGroup) / kPer; }
 
-  void read_adapters() {
+  void read_B() {
     with_type(p_.adapter_dtype, [&]<class T>() {
       const T* B = static_cast<const T*>(p_.lora_B);
       for (int64_t n = 0; n < N_; n++) {
@@ -100,9 +100,6 @@ class LinearBwd {
           store(memory_.B_lanes + n * R_lanes_ + r, load(B + n * R_ + r, R_ - r));
         }
       }
-      if (p_.adapter_dtype == DType::f32) return;
-      const T* A = static_cast<const T*>(p_.lora_A);
-      for (int64_t i = 0; i < R_ * K_; i++) memory_.A[i] = to_float(A[i]);
     });
   }
 
@@ -115,9 +112,8 @@ class LinearBwd {
     }
     if (R_ == 0) return;
     float* dS = memory_.dS + m * R_lanes_;
-    float* widened = on_scratch(Scratch::local, [&](Pieces& pieces) {
-      return pieces.take<float>(tiles_.bwd_token_block * tiles_.bwd_shrink_columns);
-    });
+    const auto [widened] =
+        take(Scratch::local, Piece<float>{tiles_.bwd_token_block * tiles_.bwd_shrink_columns});
     for (int64_t n = 0; n < N_; n += tiles_.bwd_shrink_columns) {
       const int64_t count = min(tiles_.bwd_shrink_columns, N_ - n);
       const float* dy_rows = widened;
@@ -206,13 +202,9 @@ class LinearBwd {
   void strip_of_N(int64_t n) {
     const int64_t count = min(tiles_.bwd_strip_columns, N_ - n),
                   R_padded = round_up(max(R_, 1), kLanes);
-    struct Memory {
-      float *panel, *C, *total;
-    };
-    const auto [panel, C, total] = on_scratch(Scratch::local, [&](Pieces& pieces) {
-      return Memory{pieces.take<float>(tiles_.bwd_grad_tokens * kPanel),
-                    pieces.take<float>(R_padded * kPanel), pieces.take<float>(kPanel)};
-    });
+    const auto [panel, C, total] =
+        take(Scratch::local, Piece<float>{tiles_.bwd_grad_tokens * kPanel},
+             Piece<float>{R_padded * kPanel}, Piece<float>{kPanel});
     const X* dy = static_cast<const X*>(p_.dy) + n;
     for (int64_t c = 0; c < count; c += kPanel) {
       const int64_t columns = min(kPanel, count - c);

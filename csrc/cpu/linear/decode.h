@@ -113,13 +113,8 @@ class LinearDecode {
 
   void product(int64_t tile) {
     const int64_t n = tile * tiles_.decode_rows, rows = min(tiles_.decode_rows, N_ - n);
-    struct Memory {
-      float *absmax, *scales;
-    };
-    const auto [absmax, scale_memory] = on_scratch(Scratch::local, [&](Pieces& pieces) {
-      return Memory{pieces.take<float>(absmax_count(w_, rows)),
-                    pieces.take<float>(rows * ceil_div(K_, 64))};
-    });
+    const auto [absmax, scale_memory] = take(Scratch::local, Piece<float>{absmax_count(w_, rows)},
+                                             Piece<float>{rows * ceil_div(K_, 64)});
     const Source w = with_absmax(w_, n, rows, absmax);
     const float* scales = nullptr;
     if constexpr (std::is_same_v<Source, FourBit>) scales = scales_of(w, n, rows, scale_memory);
@@ -186,14 +181,10 @@ class LinearDecode {
   // Rows [n, n + kPanel) of a W that is stored [K, N].
   void columns(int64_t tile) {
     const int64_t n = tile * kPanel, count = min(kPanel, N_ - n);
-    struct Memory {
-      Unit* panel;
-      float *B, *C, *bias;  // B is [R][kPanel]
-    };
-    const auto [panel, B, C, bias] = on_scratch(Scratch::local, [&](Pieces& pieces) {
-      return Memory{pieces.take<Unit>(Rows::kUnits * kPanel), pieces.take<float>(R_ * kPanel),
-                    pieces.take<float>(M_ * kPanel), pieces.take<float>(kPanel)};
-    });
+    // B is [R][kPanel].
+    const auto [panel, B, C, bias] =
+        take(Scratch::local, Piece<Unit>{Rows::kUnits * kPanel}, Piece<float>{R_ * kPanel},
+             Piece<float>{M_ * kPanel}, Piece<float>{kPanel});
     Rows::columns(w_, n, count, M_, memory_.x, panel, C);
     if (R_ > 0) {
       with_type(p_.adapter_dtype, [&]<class T>() {

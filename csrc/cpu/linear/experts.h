@@ -94,24 +94,30 @@ inline void clear_rows(void* matrix, int64_t begin, int64_t M, int64_t columns, 
   }
 }
 
-// The layers of a stack. `all` has every expert's arrays, one expert after the other, and all M rows;
-// there is no bias. Rows past the last expert's become zero.
+// The layer of one expert, on its rows, where `all` has every expert's arrays, one expert after the
+// other, and all M rows; without dy and what is written but S.
+template <class Params>
+Params expert_of(const Params& all, const Segment& segment) {
+  const int64_t N = all.weight.N, K = all.weight.K, e = segment.expert;
+  Params p = all;
+  p.M = segment.rows;
+  p.weight = expert_of(all.weight, e);
+  p.x = at(all.x, segment.begin * all.ldx, all.x_dtype);
+  p.lora_A = at(all.lora_A, e * all.R * K, all.adapter_dtype);
+  p.lora_B = at(all.lora_B, e * N * all.R, all.adapter_dtype);
+  p.first_row = segment.begin;
+  p.S = at(all.S, segment.begin * all.R);
+  return p;
+}
+
+// The layers of a stack; there is no bias. Rows past the last expert's become zero.
 inline void each_expert_fwd(const Level& level, const LoraLinearFwd& all, const Segments& segments,
                             const Threads& threads) {
-  const int64_t N = all.weight.N, K = all.weight.K, R = all.R;
-  clear_rows(all.y, segments.end, all.M, N, all.x_dtype);
-  clear_rows(all.S, segments.end, all.M, R, DType::f32);
+  clear_rows(all.y, segments.end, all.M, all.weight.N, all.x_dtype);
+  clear_rows(all.S, segments.end, all.M, all.R, DType::f32);
   each_segment(segments, threads, [&](const Segment& segment, const ParallelFor& parallel) {
-    const int64_t e = segment.expert;
-    LoraLinearFwd p = all;
-    p.M = segment.rows;
-    p.weight = expert_of(all.weight, e);
-    p.x = at(all.x, segment.begin * all.ldx, all.x_dtype);
-    p.lora_A = at(all.lora_A, e * R * K, all.adapter_dtype);
-    p.lora_B = at(all.lora_B, e * N * R, all.adapter_dtype);
-    p.first_row = segment.begin;
-    p.y = at(all.y, segment.begin * N, all.x_dtype);
-    p.S = at(all.S, segment.begin * R);
+    LoraLinearFwd p = expert_of(all, segment);
+    p.y = at(all.y, segment.begin * all.weight.N, all.x_dtype);
     level.lora_linear_fwd({&p, 1}, parallel);
   });
 }
@@ -122,19 +128,11 @@ inline void each_expert_bwd(const Level& level, const LoraLinearBwd& all, const 
   const int64_t N = all.weight.N, K = all.weight.K, R = all.R;
   clear_rows(all.dx, segments.end, all.M, K, all.x_dtype);
   each_segment(segments, threads, [&](const Segment& segment, const ParallelFor& parallel) {
-    const int64_t e = segment.expert;
-    LoraLinearBwd p = all;
-    p.M = segment.rows;
-    p.weight = expert_of(all.weight, e);
+    LoraLinearBwd p = expert_of(all, segment);
     p.dy = at(all.dy, segment.begin * all.lddy, all.x_dtype);
-    p.x = at(all.x, segment.begin * all.ldx, all.x_dtype);
-    p.lora_A = at(all.lora_A, e * R * K, all.adapter_dtype);
-    p.lora_B = at(all.lora_B, e * N * R, all.adapter_dtype);
-    p.S = at(all.S, segment.begin * R);
-    p.first_row = segment.begin;
     p.dx = at(all.dx, segment.begin * K, all.x_dtype);
-    p.dA = at(all.dA, e * R * K);
-    p.dB = at(all.dB, e * N * R);
+    p.dA = at(all.dA, segment.expert * R * K);
+    p.dB = at(all.dB, segment.expert * N * R);
     level.lora_linear_bwd({&p, 1}, parallel);
   });
 }

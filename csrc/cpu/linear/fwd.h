@@ -63,7 +63,7 @@ class LinearFwd {
         R_(p.R),
         units_(units_of(p)),
         memory_(memory),
-        A_(widened_A()) {}
+        A_(in_fp32(p.lora_A, p.adapter_dtype, 0, R_ * K_, memory_.A)) {}
 
   // For at most `tokens` tokens at a time.
   static Memory lay_out(Pieces& pieces, const LoraLinearFwd& p, int64_t tokens) {
@@ -80,15 +80,6 @@ class LinearFwd {
     return max(2 * p.tiles.fwd_shrink_columns, round_up(p.weight.K / 8, 2 * kPanel));
   }
   static int64_t max_splits(const LoraLinearFwd& p) { return ceil_div(p.weight.K, split_of(p)); }
-
-  const float* widened_A() const {
-    if (p_.adapter_dtype == DType::f32) return static_cast<const float*>(p_.lora_A);
-    with_type(p_.adapter_dtype, [&]<class T>() {
-      const T* source = static_cast<const T*>(p_.lora_A);
-      for (int64_t i = 0; i < R_ * K_; i++) memory_.A[i] = to_float(source[i]);
-    });
-    return memory_.A;
-  }
 
   // For tokens [m0, m0 + tokens), packed in x_panels.
   void plan(const Unit* x_panels, int64_t m0, int64_t tokens) {
@@ -159,15 +150,10 @@ class LinearFwd {
   void product(int64_t tile) {
     const int64_t n0 = tile * chunk_, rows = min(chunk_, N_ - n0);
     const int64_t ld = strip_units_ + kLanes;  // off the power of two: rows share no cache set
-    struct Memory {
-      Unit* strip;
-      float *C, *B, *bias, *absmax;
-    };
-    const auto [strip, C, B, bias, absmax] = on_scratch(Scratch::local, [&](Pieces& pieces) {
-      return Memory{pieces.take<Unit>(strip_rows_ * ld), pieces.take<float>(chunk_ * token_lanes_),
-                    pieces.take<float>(chunk_ * R_), pieces.take<float>(chunk_ + kLanes),
-                    pieces.take<float>(absmax_count(w_, rows))};
-    });
+    const auto [strip, C, B, bias_memory, absmax] =
+        take(Scratch::local, Piece<Unit>{strip_rows_ * ld}, Piece<float>{chunk_ * token_lanes_},
+             Piece<float>{chunk_ * R_}, Piece<float>{chunk_ + kLanes},
+             Piece<float>{absmax_count(w_, rows)});
     const Source w = with_absmax(w_, n0, rows, absmax);
 
     const int64_t step = strip_units_ * kPer;
@@ -196,7 +182,7 @@ class LinearFwd {
       }
     }
     if (R_ > 0) add_lora(n0, rows, B, C);
-    read_bias(n0, rows, bias);
+    const float* bias = read_bias(n0, rows, bias_memory);
     finish(n0, rows, bias, C);
   }
 
@@ -211,14 +197,7 @@ class LinearFwd {
   }
 
   void add_lora(int64_t n0, int64_t rows, float* B, float* C) const {
-    const float* B_rows = static_cast<const float*>(p_.lora_B) + n0 * R_;
-    if (p_.adapter_dtype != DType::f32) {
-      with_type(p_.adapter_dtype, [&]<class T>() {
-        const T* source = static_cast<const T*>(p_.lora_B) + n0 * R_;
-        for (int64_t i = 0; i < rows * R_; i++) B[i] = to_float(source[i]);
-      });
-      B_rows = B;
-    }
+    const float* B_rows = in_fp32(p_.lora_B, p_.adapter_dtype, n0 * R_, rows * R_, B);
     for (int64_t panel = 0; panel < panels_; panel++) {
       const int mv = vectors(panel);
       multiply<F32>({.mv = mv,
@@ -230,15 +209,10 @@ class LinearFwd {
     }
   }
 
-  void read_bias(int64_t n0, int64_t rows, float* bias) const {
-    if (p_.bias == nullptr) {
-      for (int64_t i = 0; i < rows; i++) bias[i] = 0;
-      return;
-    }
-    with_type(p_.bias_dtype, [&]<class T>() {
-      const T* source = static_cast<const T*>(p_.bias) + n0;
-      for (int64_t i = 0; i < rows; i++) bias[i] = to_float(source[i]);
-    });
+  const float* read_bias(int64_t n0, int64_t rows, float* memory) const {
+    if (p_.bias) return in_fp32(p_.bias, p_.bias_dtype, n0, rows, memory);
+    for (int64_t i = 0; i < rows; i++) memory[i] = 0;
+    return memory;
   }
 
   // y[m][n] = round(C[n][m] + bias[n]).
@@ -330,14 +304,9 @@ class SharedFwd {
     pack_tokens(Compute{}, block, round_up(block.count, 2 * kLanes), mv, out);
 
     const int64_t step = p.tiles.fwd_shrink_columns, words = step / 32;
-    struct Memory {
-      float *whole, *kept;
-      uint32_t* bits;
-    };
-    const Memory memory = on_scratch(Scratch::local, [&](Pieces& pieces) {
-      return Memory{pieces.take<float>(step * kPanel), pieces.take<float>(step * kPanel),
-                    pieces.take<uint32_t>(kPanel * words)};
-    });
+    const auto [whole_memory, kept_memory, bits] =
+        take(Scratch::local, Piece<float>{step * kPanel}, Piece<float>{step * kPanel},
+             Piece<uint32_t>{kPanel * words});
     for (int64_t k = k_begin; k < k_end; k += step) {
       const int64_t count = min(step, k_end - k);
       const Block<X> part{x + k, p.ldx, rows, count};
@@ -350,14 +319,14 @@ class SharedFwd {
         const Dropout& dropout = layer.p_.dropout;
         if (layer.R_ == 0) continue;
         if (dropout.threshold != 0) {
-          keep_bits_of(layer.p_.first_row + m, rows, k, count, dropout, memory.bits);
-          const KeepRows kept{memory.bits, ceil_div(count, kDropoutBlock) * kKeepWords};
-          pack_tokens(F32{}, part, round_up(count, kLanes), mv, memory.kept, kept);
+          keep_bits_of(layer.p_.first_row + m, rows, k, count, dropout, bits);
+          const KeepRows kept{bits, ceil_div(count, kDropoutBlock) * kKeepWords};
+          pack_tokens(F32{}, part, round_up(count, kLanes), mv, kept_memory, kept);
         } else if (whole == nullptr) {
-          pack_tokens(F32{}, part, round_up(count, kLanes), mv, memory.whole);
-          whole = memory.whole;
+          pack_tokens(F32{}, part, round_up(count, kLanes), mv, whole_memory);
+          whole = whole_memory;
         }
-        layer.shrink(panel, split, k, count, dropout.threshold != 0 ? memory.kept : whole);
+        layer.shrink(panel, split, k, count, dropout.threshold != 0 ? kept_memory : whole);
       }
     }
   }

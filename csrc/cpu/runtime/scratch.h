@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <tuple>
 
 namespace fastlora {
 
@@ -46,6 +47,19 @@ FASTLORA_ALWAYS_INLINE auto on_scratch(Scratch kind, const LayOut& lay_out) {
   lay_out(counted);
   Pieces pieces(scratch(kind, counted.bytes()));
   return lay_out(pieces);
+}
+
+// One of the pieces of a block: so many elements.
+template <class T>
+struct Piece {
+  int64_t count;
+};
+
+// Pointers to the pieces of a block: const auto [x, y] = take(kind, Piece<float>{n}, Piece<int>{m}).
+template <class... T>
+FASTLORA_ALWAYS_INLINE std::tuple<T*...> take(Scratch kind, Piece<T>... asked) {
+  return on_scratch(
+      kind, [&](Pieces& pieces) { return std::tuple<T*...>{pieces.take<T>(asked.count)...}; });
 }
 
 #undef FASTLORA_ALWAYS_INLINE
