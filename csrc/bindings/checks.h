@@ -96,15 +96,21 @@ inline void check_vector(const Tensor& t, const char* name, int64_t size) {
   STD_TORCH_CHECK(t.numel() == size, name, " must have ", size, " elements, got ", t.numel());
   STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
 }
+inline void check_dtype(const Tensor& t, const char* name, ScalarType type) {
+  STD_TORCH_CHECK(t.scalar_type() == type, name, " has the wrong dtype");
+}
+// Where a contiguous vector of `size` elements of type T begins.
+template <class T>
+T* vector_of(const Tensor& t, const char* name, int64_t size) {
+  check_vector(t, name, size);
+  check_dtype(t, name, torch::headeronly::CppTypeToScalarType<T>::value);
+  return data_of<T>(t);
+}
 // N times K, of a weight whose sizes come from its adapter.
 inline int64_t elements_of(int64_t N, int64_t K) {
   STD_TORCH_CHECK(K == 0 || N <= INT64_MAX / K, "weight can't be [", N, ", ", K, "]");
   return N * K;
 }
-inline void check_dtype(const Tensor& t, const char* name, ScalarType type) {
-  STD_TORCH_CHECK(t.scalar_type() == type, name, " has the wrong dtype");
-}
-
 inline Dropout dropout_of(double p, const OptionalTensor& seed) {
   STD_TORCH_CHECK(p >= 0.0 && p <= 1.0, "dropout_p must be between 0 and 1, got ", p);
   // Nearest, ties to even, as Python's round.
@@ -132,33 +138,21 @@ inline Quant4bit quant_of(const QuantTensors& t, int64_t elements) {
   STD_TORCH_CHECK(t.blocksize >= 32 && (t.blocksize & (t.blocksize - 1)) == 0,
                   "blocksize must be a power of two of at least 32, got ", t.blocksize);
   const int64_t blocks = (elements + t.blocksize - 1) / t.blocksize;
-  check_vector(t.packed, "weight", (elements + 1) / 2);
-  check_dtype(t.packed, "weight", ScalarType::Byte);
-  check_vector(t.absmax, "absmax", blocks);
-  check_vector(t.code, "code", 16);
-  check_dtype(t.code, "code", ScalarType::Float);
   Quant4bit q{};
-  q.packed = data_of<const uint8_t>(t.packed);
-  q.code = data_of<const float>(t.code);
+  q.packed = vector_of<uint8_t>(t.packed, "weight", (elements + 1) / 2);
+  q.code = vector_of<float>(t.code, "code", 16);
   q.blocksize = t.blocksize;
   if (!t.nested_absmax.has_value()) {
-    check_dtype(t.absmax, "absmax", ScalarType::Float);
-    q.absmax = data_of<const float>(t.absmax);
+    q.absmax = vector_of<float>(t.absmax, "absmax", blocks);
     return q;
   }
   STD_TORCH_CHECK(t.nested_code.has_value() && t.nested_offset.has_value(),
                   "nested_absmax needs nested_code and nested_offset");
-  check_dtype(t.absmax, "absmax", ScalarType::Byte);
-  check_vector(*t.nested_absmax, "nested_absmax", (blocks + kNestedBlock - 1) / kNestedBlock);
-  check_vector(*t.nested_code, "nested_code", 256);
-  check_vector(*t.nested_offset, "nested_offset", 1);
-  check_dtype(*t.nested_absmax, "nested_absmax", ScalarType::Float);
-  check_dtype(*t.nested_code, "nested_code", ScalarType::Float);
-  check_dtype(*t.nested_offset, "nested_offset", ScalarType::Float);
-  q.absmax_8bit = data_of<const uint8_t>(t.absmax);
-  q.nested_absmax = data_of<const float>(*t.nested_absmax);
-  q.nested_code = data_of<const float>(*t.nested_code);
-  q.nested_offset = data_of<const float>(*t.nested_offset);
+  q.absmax_8bit = vector_of<uint8_t>(t.absmax, "absmax", blocks);
+  q.nested_absmax = vector_of<float>(*t.nested_absmax, "nested_absmax",
+                                     (blocks + kNestedBlock - 1) / kNestedBlock);
+  q.nested_code = vector_of<float>(*t.nested_code, "nested_code", 256);
+  q.nested_offset = vector_of<float>(*t.nested_offset, "nested_offset", 1);
   return q;
 }
 
@@ -232,6 +226,37 @@ inline Weight weight_of(const LayerTensors& layer, int64_t N, int64_t K, ScalarT
   return weight_of(dense);
 }
 
+// How many experts a stack has; none: a plain layer.
+using ExpertCount = std::optional<int64_t>;
+
+inline void check_stack(const Tensor& t, const char* name, ExpertCount experts, int64_t rows,
+                        int64_t columns) {
+  if (!experts) return check_matrix(t, name, rows, columns);
+  STD_TORCH_CHECK(
+      t.dim() == 3 && t.size(0) == *experts && t.size(1) == rows && t.size(2) == columns, name,
+      " must be [", *experts, ", ", rows, ", ", columns, "]");
+}
+
+// lora_A [R, K] and lora_B [N, R], or stacks of them: contiguous, as the kernels read them.
+struct Adapter {
+  Adapter() = default;
+  Adapter(const Tensor& A_any, const Tensor& B_any, ExpertCount experts, int64_t N, int64_t K)
+      : A(as_contiguous(A_any)), B(as_contiguous(B_any)) {
+    const int64_t R = A.size(experts ? 1 : 0);
+    check_stack(A, "lora_A", experts, R, K);
+    check_stack(B, "lora_B", experts, N, R);
+    STD_TORCH_CHECK(A.scalar_type() == B.scalar_type(), "lora_B must have lora_A's dtype");
+  }
+  template <class Params>
+  void fill(Params& params, double scaling) const {
+    params.adapter_dtype = dtype_of(A, "lora_A");
+    params.lora_A = memory_of(A);
+    params.lora_B = memory_of(B);
+    params.scaling = static_cast<float>(scaling);
+  }
+  Tensor A, B;
+};
+
 // The arguments and results of quantize_4bit.
 struct Quantisation {
   Quantisation(const Tensor& weight_any, const Tensor& bounds, const Tensor& order,
@@ -240,18 +265,14 @@ struct Quantisation {
     const int64_t elements = weight.numel();
     STD_TORCH_CHECK(blocksize >= 32 && blocksize % 2 == 0,
                     "blocksize must be even and at least 32");
-    check_vector(bounds, "bounds", 15);
-    check_dtype(bounds, "bounds", ScalarType::Float);
-    check_vector(order, "order", 16);
-    check_dtype(order, "order", ScalarType::Byte);
     packed = empty(weight, {(elements + 1) / 2, 1}, ScalarType::Byte);
     absmax = empty(weight, {(elements + blocksize - 1) / blocksize}, ScalarType::Float);
     params.elements = elements;
     params.blocksize = blocksize;
     params.dtype = dtype_of(weight, "weight");
     params.weight = memory_of(weight);
-    params.bounds = data_of<const float>(bounds);
-    params.order = data_of<const uint8_t>(order);
+    params.bounds = vector_of<float>(bounds, "bounds", 15);
+    params.order = vector_of<uint8_t>(order, "order", 16);
     params.packed = data_of<uint8_t>(packed);
     params.absmax = data_of<float>(absmax);
   }

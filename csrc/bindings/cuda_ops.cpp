@@ -103,21 +103,15 @@ std::tuple<Tensor, Tensor> quantize_4bit(Tensor weight, Tensor bounds, Tensor or
 std::tuple<Tensor, Tensor> quantize_absmax(Tensor absmax, Tensor offset, Tensor code) {
   const OnDeviceOf device(absmax);
   const int64_t blocks = absmax.numel();
-  check_vector(absmax, "absmax", blocks);
-  check_vector(offset, "offset", 1);
-  check_vector(code, "code", 256);
-  check_dtype(absmax, "absmax", ScalarType::Float);
-  check_dtype(offset, "offset", ScalarType::Float);
-  check_dtype(code, "code", ScalarType::Float);
   check_on_device(absmax, offset, "offset");
   check_on_device(absmax, code, "code");
-  const Tensor codes = empty(absmax, {blocks}, ScalarType::Byte);
-  const Tensor nested_absmax = empty(absmax, {(blocks + kNestedBlock - 1) / kNestedBlock});
   cuda::QuantizeAbsmax p{};
   p.blocks = blocks;
-  p.absmax = data_of<float>(absmax);
-  p.offset = data_of<float>(offset);
-  p.code = data_of<float>(code);
+  p.absmax = vector_of<float>(absmax, "absmax", blocks);
+  p.offset = vector_of<float>(offset, "offset", 1);
+  p.code = vector_of<float>(code, "code", 256);
+  const Tensor codes = empty(absmax, {blocks}, ScalarType::Byte);
+  const Tensor nested_absmax = empty(absmax, {(blocks + kNestedBlock - 1) / kNestedBlock});
   p.absmax_8bit = data_of<uint8_t>(codes);
   p.nested_absmax = data_of<float>(nested_absmax);
   check_launch("quantize_absmax", cuda::quantize_absmax(p, device.stream()));

@@ -14,27 +14,15 @@ Tensor dora_norm(FASTLORA_LAYER) {
   const int64_t N = sizes_of(lora_B, "lora_B").rows;
   const Weight stored = weight_of(FASTLORA_LAYER_OF, N, K, weight.scalar_type(), dense);
   check_not_empty(stored);
-  check_matrix(lora_A, "lora_A", R, stored.K);
-  check_matrix(lora_B, "lora_B", stored.N, R);
-  STD_TORCH_CHECK(lora_A.scalar_type() == lora_B.scalar_type(), "lora_B must have lora_A's dtype");
-  const Tensor A = as_contiguous(lora_A), B = as_contiguous(lora_B);
-  Tensor norms = empty(A, {stored.N}, ScalarType::Float);
+  const Adapter adapter(lora_A, lora_B, std::nullopt, N, K);
+  Tensor norms = empty(adapter.A, {stored.N}, ScalarType::Float);
   DoraNorm p{};
   p.R = R;
   p.weight = stored;
-  p.adapter_dtype = dtype_of(A, "lora_A");
-  p.lora_A = memory_of(A);
-  p.lora_B = memory_of(B);
-  p.scaling = static_cast<float>(scaling);
+  adapter.fill(p, scaling);
   p.norms = data_of<float>(norms);
   kernels().dora_norm(p, parallel_for());
   return norms;
-}
-
-const float* factor_of(const Tensor& factor, int64_t N) {
-  check_vector(factor, "factor", N);
-  check_dtype(factor, "factor", ScalarType::Float);
-  return data_of<const float>(factor);
 }
 
 Tensor dora_magnitude_fwd(Tensor z_any, Tensor factor_any, OptionalTensor rest_any) {
@@ -47,7 +35,7 @@ Tensor dora_magnitude_fwd(Tensor z_any, Tensor factor_any, OptionalTensor rest_a
   p.dtype = dtype_of(z, "z");
   p.z = memory_of(z);
   p.ldz = row_stride(z);
-  p.factor = factor_of(factor, N);
+  p.factor = vector_of<float>(factor, "factor", N);
   OptionalTensor rest;
   if (rest_any.has_value() && rest_any->dim() == 1) {
     rest = as_contiguous(*rest_any);
@@ -85,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor> dora_magnitude_bwd(Tensor dy_any, Tensor z_an
   p.lddy = row_stride(dy);
   p.z = memory_of(z);
   p.ldz = row_stride(z);
-  p.factor = factor_of(factor, N);
+  p.factor = vector_of<float>(factor, "factor", N);
   p.dz = need_dz ? memory_of(dz) : nullptr;
   p.dfactor = need_dfactor ? data_of<float>(dfactor) : nullptr;
   p.drest = need_drest ? data_of<float>(drest) : nullptr;

@@ -17,11 +17,9 @@ void check_ids(const Tensor& ids, int64_t V) {
   }
 }
 
-void check_adapter(const Tensor& A, const Tensor& B, int64_t N, int64_t R, int64_t V) {
-  STD_TORCH_CHECK(R > 0, "lora_A must have a rank of at least 1");
-  check_matrix(A, "lora_A", R, V);
-  check_matrix(B, "lora_B", N, R);
-  STD_TORCH_CHECK(A.scalar_type() == B.scalar_type(), "lora_B must have lora_A's dtype");
+Adapter adapter_of(const Tensor& A, const Tensor& B, int64_t N, int64_t V) {
+  STD_TORCH_CHECK(A.size(0) > 0, "lora_A must have a rank of at least 1");
+  return Adapter(A, B, std::nullopt, N, V);
 }
 
 Tensor lora_embedding_fwd(Tensor ids_any, Tensor weight_any, Tensor A_any, Tensor B_any,
@@ -30,9 +28,8 @@ Tensor lora_embedding_fwd(Tensor ids_any, Tensor weight_any, Tensor A_any, Tenso
   const auto [V, N] = sizes_of(weight_any, "weight");
   const int64_t M = ids.numel(), R = sizes_of(A_any, "lora_A").rows;
   check_ids(ids, V);
-  check_adapter(A_any, B_any, N, R, V);
+  const Adapter adapter = adapter_of(A_any, B_any, N, V);
   const Tensor weight = as_contiguous(weight_any);
-  const Tensor A = as_contiguous(A_any), B = as_contiguous(B_any);
   Tensor y = empty(weight, {M, N});
   LoraEmbeddingFwd p{};
   p.M = M;
@@ -40,13 +37,10 @@ Tensor lora_embedding_fwd(Tensor ids_any, Tensor weight_any, Tensor A_any, Tenso
   p.R = R;
   p.V = V;
   p.dtype = dtype_of(weight, "weight");
-  p.adapter_dtype = dtype_of(A, "lora_A");
+  adapter.fill(p, scaling);
   p.ids = data_of<const int64_t>(ids);
   p.weight = memory_of(weight);
-  p.lora_A = memory_of(A);
-  p.lora_B = memory_of(B);
   p.weight_scale = static_cast<float>(weight_scale);
-  p.scaling = static_cast<float>(scaling);
   p.y = memory_of(y);
   kernels().lora_embedding_fwd(p, parallel_for());
   return y;
@@ -59,10 +53,9 @@ std::tuple<Tensor, Tensor> lora_embedding_bwd(Tensor dy_any, Tensor ids_any, Ten
   const auto [R, V] = sizes_of(A_any, "lora_A");
   const int64_t M = ids.numel(), N = sizes_of(B_any, "lora_B").rows;
   check_ids(ids, V);
-  check_adapter(A_any, B_any, N, R, V);
+  const Adapter adapter = adapter_of(A_any, B_any, N, V);
   check_matrix(dy_any, "dy", M, N);
   const Tensor dy = with_contiguous_rows(dy_any, "dy");
-  const Tensor A = as_contiguous(A_any), B = as_contiguous(B_any);
   Tensor dA = wanted(dy, need_dA, {R, V}, ScalarType::Float);
   Tensor dB = wanted(dy, need_dB, {N, R}, ScalarType::Float);
   LoraEmbeddingBwd p{};
@@ -71,19 +64,16 @@ std::tuple<Tensor, Tensor> lora_embedding_bwd(Tensor dy_any, Tensor ids_any, Ten
   p.R = R;
   p.V = V;
   p.dtype = dtype_of(dy, "dy");
-  p.adapter_dtype = dtype_of(A, "lora_A");
+  adapter.fill(p, scaling);
   p.dy = memory_of(dy);
   p.lddy = row_stride(dy);
   p.ids = data_of<const int64_t>(ids);
-  p.lora_A = memory_of(A);
-  p.lora_B = memory_of(B);
-  p.scaling = static_cast<float>(scaling);
   p.padding_idx = padding_idx;
   p.dA = need_dA ? data_of<float>(dA) : nullptr;
   p.dB = need_dB ? data_of<float>(dB) : nullptr;
   kernels().lora_embedding_bwd(p, parallel_for());
-  if (need_dA) dA = torch::stable::to(dA, A.scalar_type());
-  if (need_dB) dB = torch::stable::to(dB, B.scalar_type());
+  if (need_dA) dA = torch::stable::to(dA, adapter.A.scalar_type());
+  if (need_dB) dB = torch::stable::to(dB, adapter.B.scalar_type());
   return {dA, dB};
 }
 

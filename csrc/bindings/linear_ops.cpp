@@ -16,24 +16,6 @@
 namespace fastlora {
 namespace {
 
-// How many experts a stack has; none: a plain layer.
-using ExpertCount = std::optional<int64_t>;
-
-void check_adapter(const Tensor& t, const char* name, ExpertCount experts, int64_t rows,
-                   int64_t columns) {
-  if (!experts) return check_matrix(t, name, rows, columns);
-  STD_TORCH_CHECK(
-      t.dim() == 3 && t.size(0) == *experts && t.size(1) == rows && t.size(2) == columns, name,
-      " must be [", *experts, ", ", rows, ", ", columns, "]");
-}
-
-void check_adapters(const Tensor& A, const Tensor& B, ExpertCount experts, const Weight& weight) {
-  const int64_t R = A.size(experts ? 1 : 0);
-  check_adapter(A, "lora_A", experts, R, weight.K);
-  check_adapter(B, "lora_B", experts, weight.N, R);
-  STD_TORCH_CHECK(A.scalar_type() == B.scalar_type(), "lora_B must have lora_A's dtype");
-}
-
 // Sets `dense`, the tensor that the result points into, to a dense stack [E, N, K]. The result has
 // the weight of expert 0.
 Weight stack_of(const LayerTensors& layer, int64_t E, int64_t N, int64_t K, ScalarType x_dtype,
@@ -43,7 +25,7 @@ Weight stack_of(const LayerTensors& layer, int64_t E, int64_t N, int64_t K, Scal
   weight.K = K;
   check_not_empty(weight);
   if (layer.is_dense()) {
-    check_adapter(layer.weight, "weight", E, N, K);
+    check_stack(layer.weight, "weight", E, N, K);
     STD_TORCH_CHECK(layer.weight.scalar_type() == x_dtype, "weight must have x's dtype");
     dense = as_contiguous(layer.weight);
     weight.dense = memory_of(dense);
@@ -70,9 +52,7 @@ struct Operands {
     weight = is_stack ? stack_of(layer, *experts, N, K, x_dtype, dense)
                       : weight_of(layer, N, K, x_dtype, dense);
     check_not_empty(weight);
-    check_adapters(A_any, B_any, experts, weight);
-    A = as_contiguous(A_any);
-    B = as_contiguous(B_any);
+    adapter = Adapter(A_any, B_any, experts, N, K);
   }
   template <class Params>
   void fill(Params& params, const LayerTensors& layer, int64_t M, const TileSizes& tiles) const {
@@ -80,15 +60,13 @@ struct Operands {
     params.M = M;
     params.R = R;
     params.weight = weight;
-    params.adapter_dtype = dtype_of(A, "lora_A");
-    params.lora_A = memory_of(A);
-    params.lora_B = memory_of(B);
-    params.scaling = static_cast<float>(layer.scaling);
+    adapter.fill(params, layer.scaling);
     params.dropout = dropout_of(layer.dropout_p, layer.seed);
   }
   ExpertCount experts;
   int64_t R;
-  Tensor dense, A, B;
+  Tensor dense;
+  Adapter adapter;
   Weight weight;
 };
 
@@ -170,8 +148,8 @@ struct Backward {
   }
   // Gradients of the adapters come in the adapters' own dtype.
   void finish() {
-    if (params.dA) dA = torch::stable::to(dA, operands.A.scalar_type());
-    if (params.dB) dB = torch::stable::to(dB, operands.B.scalar_type());
+    if (params.dA) dA = torch::stable::to(dA, operands.adapter.A.scalar_type());
+    if (params.dB) dB = torch::stable::to(dB, operands.adapter.B.scalar_type());
   }
   Operands operands;
   Tensor dy, S, dA, dB, dbias;
@@ -179,9 +157,7 @@ struct Backward {
 };
 
 Segments checked_segments(const Tensor& offsets, int64_t E, int64_t M) {
-  check_vector(offsets, "offsets", E);
-  check_dtype(offsets, "offsets", ScalarType::Long);
-  const int64_t* ends = data_of<const int64_t>(offsets);
+  const int64_t* ends = vector_of<int64_t>(offsets, "offsets", E);
   for (int64_t e = 0; e < E; e++) {
     const int64_t before = e ? ends[e - 1] : 0;
     STD_TORCH_CHECK(before <= ends[e] && ends[e] <= M, "offsets must ascend from 0 to at most ", M,
