@@ -3,5 +3,3 @@
 from __future__ import annotations
 
 from .linear import LoraLinearFunction, lora_linear
-
-__all__ = ["LoraLinearFunction", "lora_linear"]

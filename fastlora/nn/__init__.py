@@ -14,17 +14,6 @@ from .merge import MergeError
 from .options import TRAIN_BIAS, LoraOptions, QLoraOptions, QuantOptions
 from .qlora import QLoraLinear
 
-__all__ = [
-    "TRAIN_BIAS",
-    "Linear4bit",
-    "LoraLinear",
-    "LoraOptions",
-    "MergeError",
-    "QLoraLinear",
-    "QLoraOptions",
-    "QuantOptions",
-]
-
 # Pickles name the module of a class: they keep naming this one, whichever file has the class.
 for _class in (Linear4bit, LoraLinear, MergeError, QLoraLinear):
     _class.__module__ = __name__

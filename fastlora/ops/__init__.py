@@ -18,21 +18,3 @@ from .grouped import grouped_lora_linear_bwd, grouped_lora_linear_fwd
 from .linear import lora_linear_bwd, lora_linear_fwd
 from .quantize import dequantize_4bit, quantize_4bit
 from .shared import shared_linear_bwd, shared_linear_fwd
-
-__all__ = [
-    "dequantize_4bit",
-    "dora_dropout_bwd",
-    "dora_dropout_fwd",
-    "dora_magnitude_bwd",
-    "dora_magnitude_fwd",
-    "dora_norm",
-    "grouped_lora_linear_bwd",
-    "grouped_lora_linear_fwd",
-    "lora_embedding_bwd",
-    "lora_embedding_fwd",
-    "lora_linear_bwd",
-    "lora_linear_fwd",
-    "quantize_4bit",
-    "shared_linear_bwd",
-    "shared_linear_fwd",
-]

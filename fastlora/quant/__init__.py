@@ -12,23 +12,5 @@ from .mxfp4 import from_mxfp4, to_mxfp4
 from .registry import FORMATS, QUANT_TYPES, as_quant_state, code_table, find_format
 from .state import NESTED_BLOCKSIZE, QuantState, packed_bytes
 
-__all__ = [
-    "BLOCKSIZES",
-    "FORMATS",
-    "NESTED_BLOCKSIZE",
-    "QUANT_TYPES",
-    "AbsmaxFormat",
-    "Format",
-    "QuantState",
-    "as_quant_state",
-    "code_table",
-    "dynamic_code",
-    "find_format",
-    "from_mxfp4",
-    "packed_bytes",
-    "quantize_bounds",
-    "to_mxfp4",
-]
-
 # Pickles name the module of a class: QuantState keeps naming this one.
 QuantState.__module__ = __name__

@@ -35,38 +35,3 @@ from .linear import (
 )
 from .quantize import dequantize_4bit, dequantize_absmax, quantize_4bit
 from .shared import shared_linear_bwd, shared_linear_fwd
-
-__all__ = [
-    "ACTIVATIONS",
-    "PHILOX_ROUNDS",
-    "activate",
-    "dequantize_4bit",
-    "dequantize_absmax",
-    "dora_dropout_bwd",
-    "dora_dropout_fwd",
-    "dora_magnitude_bwd",
-    "dora_magnitude_fwd",
-    "dora_norm",
-    "dropout_mask",
-    "dropout_threshold",
-    "empty_grads",
-    "expand_dx",
-    "fill",
-    "gated_bwd",
-    "gated_fwd",
-    "grouped_lora_linear_bwd",
-    "grouped_lora_linear_fwd",
-    "lora_embedding_bwd",
-    "lora_embedding_fwd",
-    "lora_linear_bwd",
-    "lora_linear_fwd",
-    "merge_weight",
-    "nested",
-    "plain",
-    "quantize_4bit",
-    "segments",
-    "shared_linear_bwd",
-    "shared_linear_fwd",
-    "shrink",
-    "skinny_bwd",
-]

@@ -6,8 +6,6 @@ from ..contract import Backend, Request
 from . import cpu, cuda
 from .library import build_info, unavailable_reason
 
-__all__ = ["NAME", "build_info", "cpu", "cuda", "on", "unavailable_reason", "unsupported"]
-
 NAME = "native"
 _CPU, _CUDA = cpu.Cpu(), cuda.Cuda()
 

@@ -12,21 +12,6 @@ from .model import accelerate, patch_peft, register, restore, unpatch_peft
 if TYPE_CHECKING:
     from .layers_bnb import FastLoraLinear4bit
 
-__all__ = [
-    "Explanation",
-    "FastLoraLinear",
-    "FastLoraLinear4bit",
-    "Fusion",
-    "Row",
-    "accelerate",
-    "explain",
-    "fast_path",
-    "patch_peft",
-    "register",
-    "restore",
-    "unpatch_peft",
-]
-
 
 def __getattr__(name: str) -> Any:
     # Its base class needs bitsandbytes, which is slow to import and absent on many machines.

@@ -14,22 +14,3 @@ from .models import (
     make_savable,
     model_folder,
 )
-
-__all__ = [
-    "QUANT_TYPES",
-    "FastLoraCallback",
-    "ThroughputCallback",
-    "cache_folder",
-    "convert_gguf",
-    "file_sha256",
-    "four_bit",
-    "gguf_cache_folder",
-    "is_gguf",
-    "load_causal_lm",
-    "load_tokenizer",
-    "make_savable",
-    "model_folder",
-    "peak_memory",
-    "perplexity",
-    "reset_peak_memory",
-]

@@ -3,5 +3,3 @@
 from __future__ import annotations
 
 from .merge import merge_adapter, unmerge_adapter
-
-__all__ = ["merge_adapter", "unmerge_adapter"]
