@@ -15,7 +15,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -104,8 +103,6 @@ class Recorded:
 @contextmanager
 def as_backend() -> Iterator[str]:
     """Inside, `backend="cuda emulated"` runs the ops' CUDA side on CPU tensors."""
-    backend = cuda.Cuda()
-    entry = SimpleNamespace(unsupported=backend.unsupported, on=lambda device: backend)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "ops", Recorded())
         patch.setattr(cuda, "_reason", None)
@@ -113,6 +110,6 @@ def as_backend() -> Iterator[str]:
         patch.setattr(cuda, "_fault", lambda index: None)
         patch.setattr(cuda, "fused_tokens", lambda device: FUSED_TOKENS)
         # Triton's interpreter would take most of the time, and has tests of its own: the reference.
-        patch.setattr(cuda, "_skinny", [])
-        patch.setitem(backends.BACKENDS, NAME, entry)
+        patch.setattr(cuda, "skinny", lambda device: None)
+        patch.setitem(backends.BACKENDS, NAME, cuda.Cuda())
         yield NAME

@@ -13,7 +13,7 @@ from fastlora import backends, ops, reference
 from fastlora.autograd import gated
 from fastlora.autograd.gated import gated_mlp
 from fastlora.autograd.linear import linear
-from fastlora.backends import composed
+from fastlora.backends.composed import Composed
 from fastlora.backends.contract import Request
 from fastlora.layer import Layer, Needs
 from fastlora.reference import ACTIVATIONS
@@ -118,16 +118,7 @@ def test_single_ops_in_a_row(base: Base) -> None:
     group = Group(21, 100, GROUPS["some drop"], base, DTYPES["bf16, fp32 adapter"])
     exact, plain = group.results(exact_results), group.results(plain_results)
 
-    class InARow:
-        @staticmethod
-        def shared_linear_fwd(*args: Any) -> Any:
-            return composed.shared_linear_fwd(reference.lora_linear_fwd, *args)
-
-        @staticmethod
-        def shared_linear_bwd(*args: Any) -> Any:
-            return composed.shared_linear_bwd(reference.lora_linear_bwd, *args)
-
-    got = group.run(InARow)
+    got = group.run(Composed())
     for name, want in exact.items():
         assert_close_to_exact(got[name], want, plain[name], what=name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fastlora import backends, grouped_lora_linear, ops, reference
-from fastlora.backends import composed, native
+from fastlora.backends import native
+from fastlora.backends.composed import Composed
 from fastlora.backends.contract import Request, unsupported_dropout
 from fastlora.backends.schemas import flatten
 from fastlora.layer import Layer, Needs
@@ -64,11 +66,11 @@ def test_each_expert_is_the_plain_op(base: Base, backend: str) -> None:
     case = Case("", (4, 4, 36, 47), 47, 128, 128, 8)
     inputs = make_inputs(case, base, DTYPES["bf16, fp32 adapter"])
     got = run(inputs, backend)
-    for e, begin, end in reference.segments(inputs.offsets):
+    for e, (begin, end) in enumerate(pairwise((0, *inputs.offsets.tolist()))):
         x, dy = inputs.x[begin:end], inputs.dy[begin:end]
         expert = Layer(inputs.weight[e], inputs.lora_A[e], inputs.lora_B[e], 1.5)
         if inputs.state is not None:
-            state = composed.separable(inputs.state).expert(e)
+            state = reference.separable(inputs.state).expert(e)
             expert = expert._replace(weight=inputs.weight.view(4, -1)[e], quant_state=state)
         y, S = ops.lora_linear_fwd(x, expert, backend=backend)
         grads = ops.lora_linear_bwd(dy, x, expert, S, backend=backend)
@@ -121,15 +123,13 @@ def test_loop_over_experts() -> None:
         inputs = make_inputs(case, base, DTYPES["fp32"])
         want = run(inputs, "reference")
         layer = inputs.layer
-        y, S = composed.grouped_lora_linear_fwd(reference.lora_linear_fwd, inputs.x, layer)
-        grads = composed.grouped_lora_linear_bwd(
-            reference.lora_linear_bwd, inputs.dy, inputs.x, layer, S, Needs()
-        )
+        y, S = Composed().grouped_lora_linear_fwd(inputs.x, layer)
+        grads = Composed().grouped_lora_linear_bwd(inputs.dy, inputs.x, layer, S, Needs())
         assert grads.bias is None
         for name, got in zip(want, (y, *grads[:3]), strict=True):
             assert torch.equal(got, want[name]), (base, name)
-        dx, *others = composed.grouped_lora_linear_bwd(
-            reference.lora_linear_bwd, inputs.dy, None, layer, None, Needs(True, False, False)
+        dx, *others = Composed().grouped_lora_linear_bwd(
+            inputs.dy, None, layer, None, Needs(True, False, False)
         )
         assert torch.equal(dx, want["dx"]) and others == [None, None, None]
 

@@ -2,7 +2,8 @@
 
 `backend=` decides, then `with use_backend(...)`, FASTLORA_BACKEND, and the device's own order.
 
-A backend is a `contract.Backend`; a name may stand for one on CPUs and one on GPUs.
+A backend is a `contract.Backend`, which itself is the reference; a name may stand for one on CPUs
+and one on GPUs.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ import torch
 from torch import Tensor
 
 from ..layer import Layer
-from . import native, reference, triton
+from . import native, triton
 from .contract import Backend, Entry, Request
 from .machine import tuned
 
-BACKENDS: dict[str, Entry] = {"native": native, "triton": triton, "reference": reference}
+BACKENDS: dict[str, Entry] = {"native": native, "triton": triton.TRITON, "reference": Backend()}
 DEVICE_ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("native", "reference"),
     "cuda": ("native", "triton", "reference"),
@@ -124,13 +125,9 @@ def choose_linear(op: str, x: Tensor, layer: Layer, backend: str | None) -> Back
     four_bit = layer.quant_state is not None
     key = (op, x.device, x.dtype, layer.lora_A.dtype, layer.compute_dtype, four_bit)
     found = _serving.get(key)
-    if found is not None and found[1].unsupported is found[2]:
+    if found is not None and found[1].unsupported == found[2]:
         return found[0]
     chosen = choose(Request.of(op, x, layer), UNFORCED)
     entry = BACKENDS[chosen.name]
     _serving[key] = chosen, entry, entry.unsupported
     return chosen
-
-
-# Triton computes the products without W around the CUDA C++ kernels.
-native.cuda.use_for_skinny(triton.TRITON)

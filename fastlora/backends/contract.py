@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -12,7 +11,6 @@ from torch import Tensor
 from .. import reference
 from ..layer import Grads, Layer, Needs
 from ..quant import QuantState
-from . import composed
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -56,31 +54,35 @@ class Request(NamedTuple):
         )
 
 
-class Backend(ABC):
-    """Runs ops under the names of `reference`, whose formulas are there.
+class Backend:
+    """Runs ops under the names of `reference`, whose formulas and arguments are theirs.
 
-    An op without a kernel here is composed of those of one layer, or is the reference's, which
-    `unsupported` declines: so a new op is added to the backends that have a kernel for it.
+    Here each op is the reference's: at plain torch's speed, on any device and dtype. A backend
+    replaces those it has a kernel for, and its `unsupported` declines the others.
     """
 
-    name: str
+    name = "reference"
 
-    @abstractmethod
     def unsupported(self, request: Request) -> str | None:
         """One sentence that says why the backend can't run a request, or None."""
+        return None
 
-    @abstractmethod
-    def lora_linear_fwd(self, x: Tensor, layer: Layer) -> tuple[Tensor, Tensor]: ...
+    def on(self, device: str) -> Backend:
+        """The backend that its name stands for on a torch device type."""
+        return self
 
-    @abstractmethod
+    def lora_linear_fwd(self, x: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
+        return reference.lora_linear_fwd(x, layer)
+
     def lora_linear_bwd(
         self, dy: Tensor, x: Tensor, layer: Layer, S: Tensor, needs: Needs
-    ) -> Grads: ...
+    ) -> Grads:
+        return reference.lora_linear_bwd(dy, x, layer, S, needs)
 
     def shared_linear_fwd(
         self, x: Tensor, layers: Sequence[Layer]
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        return composed.shared_linear_fwd(self.lora_linear_fwd, x, layers)
+        return reference.shared_linear_fwd(x, layers)
 
     def shared_linear_bwd(
         self,
@@ -90,15 +92,15 @@ class Backend(ABC):
         Ss: Sequence[Tensor],
         needs: Sequence[Needs],
     ) -> tuple[Tensor | None, tuple[Grads, ...]]:
-        return composed.shared_linear_bwd(self.lora_linear_bwd, dys, x, layers, Ss, needs)
+        return reference.shared_linear_bwd(dys, x, layers, Ss, needs)
 
     def grouped_lora_linear_fwd(self, x: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
-        return composed.grouped_lora_linear_fwd(self.lora_linear_fwd, x, layer)
+        return reference.grouped_lora_linear_fwd(x, layer)
 
     def grouped_lora_linear_bwd(
         self, dy: Tensor, x: Tensor | None, layer: Layer, S: Tensor | None, needs: Needs
     ) -> Grads:
-        return composed.grouped_lora_linear_bwd(self.lora_linear_bwd, dy, x, layer, S, needs)
+        return reference.grouped_lora_linear_bwd(dy, x, layer, S, needs)
 
     def lora_embedding_fwd(self, ids: Tensor, layer: Layer, weight_scale: float) -> Tensor:
         return reference.lora_embedding_fwd(ids, layer, weight_scale)
@@ -138,26 +140,14 @@ class Backend(ABC):
         return reference.dequantize_4bit(data, quant_state, dtype, out)
 
 
-class SkinnyBackend(Backend):
-    """A backend that also has the parts of a layer without W."""
-
-    @abstractmethod
-    def shrink(self, x: Tensor, layer: Layer) -> Tensor: ...
-
-    @abstractmethod
-    def skinny_bwd(
-        self, dy: Tensor, x: Tensor, layer: Layer, S: Tensor, needs: Needs
-    ) -> tuple[Tensor, Grads]: ...
-
-
 class Entry(Protocol):
-    """What a name stands for: a package with one backend, or one for each kind of device."""
+    """What a name stands for: a backend, or a package with one for each kind of device."""
 
     def unsupported(self, request: Request, /) -> str | None:
         """As `Backend.unsupported`."""
 
     def on(self, device: str, /) -> Backend:
-        """The backend for a torch device type."""
+        """As `Backend.on`."""
 
 
 def unsupported_dtype(request: Request) -> str | None:

@@ -18,13 +18,7 @@ from .dora import (
 from .dropout import PHILOX_ROUNDS, dropout_mask, dropout_threshold
 from .embedding import lora_embedding_bwd, lora_embedding_fwd
 from .gated import ACTIVATIONS, activate, gated_bwd, gated_fwd
-from .grouped import (
-    empty_grads,
-    fill,
-    grouped_lora_linear_bwd,
-    grouped_lora_linear_fwd,
-    segments,
-)
+from .grouped import grouped_lora_linear_bwd, grouped_lora_linear_fwd, separable
 from .linear import (
     expand_dx,
     lora_linear_bwd,

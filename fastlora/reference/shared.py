@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -11,18 +11,21 @@ from .linear import lora_linear_fwd, skinny_bwd, wide_dx
 
 
 def shared_linear_fwd(
-    x: Tensor, layers: Sequence[Layer]
+    x: Tensor,
+    layers: Sequence[Layer],
+    linear_fwd: Callable[[Tensor, Layer], tuple[Tensor, Tensor]] = lora_linear_fwd,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """`y_i = x W_i^T + bias_i + scaling_i * S_i B_i^T`, `S_i = drop_i(x) A_i^T`, for each i.
 
     Args:
         x: [M, K], fp32, bf16 or fp16 (fp64 for checks).
         layers: all dense or all 4-bit, with the same dtypes; their own N, R and dropout.
+        linear_fwd: runs one of them.
 
     Returns:
         All y_i [M, N_i] in x's dtype, and all S_i [M, R_i] in fp32 (fp64 for fp64).
     """
-    results = [lora_linear_fwd(x, layer) for layer in layers]
+    results = [linear_fwd(x, layer) for layer in layers]
     return tuple(y for y, _ in results), tuple(S for _, S in results)
 
 

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from fastlora import backends, reference
+from fastlora.backends.contract import Backend
 from fastlora.backends.native import library
-from fastlora.backends.reference import Reference
 from fastlora.cli import main, verify
 from fastlora.cli.verify import check
 from fastlora.layer import Grads
@@ -25,11 +25,10 @@ def backend_with(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Makes a backend "odd": the reference with some functions replaced."""
 
     def make(**replaced: object) -> None:
-        odd = Reference()
+        odd = Backend()
         for name, function in replaced.items():
             monkeypatch.setattr(odd, name, function, raising=True)
-        entry = SimpleNamespace(unsupported=odd.unsupported, on=lambda device: odd)
-        monkeypatch.setitem(backends.BACKENDS, "odd", entry)  # type: ignore[arg-type]
+        monkeypatch.setitem(backends.BACKENDS, "odd", odd)
 
     return make
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor
 from ... import reference
 from ...layer import Grads, Layer, Needs
 from ...quant import AbsmaxFormat, QuantState, find_format, quantize_bounds
-from .. import composed
-from ..contract import Backend, Request, asked, is_empty, unsupported_dtype
+from ..composed import Composed
+from ..contract import Request, asked, is_empty, unsupported_dtype
 from ..schemas import flatten, flatten_all, packed
 from . import library  # defines torch.ops.fastlora
 
@@ -21,7 +21,7 @@ _lora_linear_fwd: Any = ops.lora_linear_fwd.default
 _lora_linear_bwd: Any = ops.lora_linear_bwd.default
 
 
-class Cpu(Backend):
+class Cpu(Composed):
     """The compiled kernels for CPUs."""
 
     name = "native"
@@ -35,7 +35,6 @@ class Cpu(Backend):
         return unsupported_dtype(request)
 
     def lora_linear_fwd(self, x: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
-        """`reference.lora_linear_fwd`."""
         if is_empty(layer):
             return reference.lora_linear_fwd(x, layer)
         return _lora_linear_fwd(x, *flatten(layer))
@@ -43,7 +42,6 @@ class Cpu(Backend):
     def lora_linear_bwd(
         self, dy: Tensor, x: Tensor, layer: Layer, S: Tensor, needs: Needs
     ) -> Grads:
-        """`reference.lora_linear_bwd`."""
         if is_empty(layer):
             return reference.lora_linear_bwd(dy, x, layer, S, needs)
         return asked(_lora_linear_bwd(dy, x, *flatten(layer), S, *needs), needs)
@@ -51,7 +49,6 @@ class Cpu(Backend):
     def shared_linear_fwd(
         self, x: Tensor, layers: Sequence[Layer]
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """`reference.shared_linear_fwd`."""
         if not _one_call(layers):
             return super().shared_linear_fwd(x, layers)
         ys, Ss = ops.shared_linear_fwd(x, *flatten_all(layers))
@@ -65,7 +62,6 @@ class Cpu(Backend):
         Ss: Sequence[Tensor],
         needs: Sequence[Needs],
     ) -> tuple[Tensor | None, tuple[Grads, ...]]:
-        """`reference.shared_linear_bwd`."""
         if not _one_call(layers):
             return super().shared_linear_bwd(dys, x, layers, Ss, needs)
         given = [i for i, dy in enumerate(dys) if dy is not None]
@@ -87,7 +83,6 @@ class Cpu(Backend):
         return dx if need_dx else None, tuple(grads)
 
     def grouped_lora_linear_fwd(self, x: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
-        """`reference.grouped_lora_linear_fwd`."""
         if _empty_stack(layer):
             return reference.grouped_lora_linear_fwd(x, layer)
         return ops.grouped_lora_linear_fwd(x, *_flat_stack(layer), layer.offsets)
@@ -95,14 +90,12 @@ class Cpu(Backend):
     def grouped_lora_linear_bwd(
         self, dy: Tensor, x: Tensor | None, layer: Layer, S: Tensor | None, needs: Needs
     ) -> Grads:
-        """`reference.grouped_lora_linear_bwd`."""
         if _empty_stack(layer):
             return reference.grouped_lora_linear_bwd(dy, x, layer, S, needs)
         grads = ops.grouped_lora_linear_bwd(dy, x, *_flat_stack(layer), layer.offsets, S, *needs)
         return asked(grads, needs)
 
     def lora_embedding_fwd(self, ids: Tensor, layer: Layer, weight_scale: float = 1.0) -> Tensor:
-        """`reference.lora_embedding_fwd`."""
         table = layer.weight
         if table.numel() == 0:
             return reference.lora_embedding_fwd(ids, layer, weight_scale)
@@ -119,7 +112,6 @@ class Cpu(Backend):
     def lora_embedding_bwd(
         self, dy: Tensor, ids: Tensor, layer: Layer, padding_idx: int | None, needs: Needs
     ) -> Grads:
-        """`reference.lora_embedding_bwd`."""
         A, B = layer.lora_A, layer.lora_B
         if A.numel() == 0 or B.numel() == 0:
             return reference.lora_embedding_bwd(dy, ids, layer, padding_idx, needs)
@@ -128,7 +120,6 @@ class Cpu(Backend):
         return Grads(None, dA if needs.A else None, dB if needs.B else None)
 
     def dora_norm(self, layer: Layer) -> Tensor:
-        """`reference.dora_norm`."""
         if layer.weight.numel() == 0:
             return reference.dora_norm(layer)
         state = layer.quant_state
@@ -136,40 +127,30 @@ class Cpu(Backend):
         return ops.dora_norm(*flatten(layer._replace(compute_dtype=decoded)))
 
     def dora_magnitude_fwd(self, z: Tensor, factor: Tensor, rest: Tensor | None) -> Tensor:
-        """`reference.dora_magnitude_fwd`."""
         return ops.dora_magnitude_fwd(z, factor, rest)
 
     def dora_magnitude_bwd(
         self, dy: Tensor, z: Tensor, factor: Tensor, needs: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """`reference.dora_magnitude_bwd`."""
         dz, dfactor, drest = ops.dora_magnitude_bwd(dy, z, factor, *needs)
         return dz if needs[0] else None, dfactor if needs[1] else None, drest if needs[2] else None
 
     def dora_dropout_fwd(self, x: Tensor, dropout_p: float, seed: Tensor) -> tuple[Tensor, Tensor]:
-        """`reference.dora_dropout_fwd`."""
         return ops.dora_dropout_fwd(x, dropout_p, seed)
 
     def dora_dropout_bwd(
         self, dkept: Tensor, drest: Tensor, dropout_p: float, seed: Tensor
     ) -> Tensor:
-        """`reference.dora_dropout_bwd`."""
         return ops.dora_dropout_bwd(dkept, drest, dropout_p, seed)
 
     def quantize_4bit(
         self, weight: Tensor, blocksize: int, quant_type: str, compress_statistics: bool
     ) -> tuple[Tensor, QuantState]:
-        """`reference.quantize_4bit`: kernels for bitsandbytes' formats, plain torch for others."""
-        fmt = find_format(quant_type)
-        if not isinstance(fmt, AbsmaxFormat):
-            return fmt.quantize(weight, blocksize, compress_statistics)
-        data, state = plain_4bit(ops, fmt, weight, blocksize)
-        return data, reference.nested(state) if compress_statistics else state
+        return quantized(ops, weight, blocksize, quant_type, compress_statistics)
 
     def dequantize_4bit(
         self, data: Tensor, quant_state: QuantState, dtype: torch.dtype, out: Tensor | None = None
     ) -> Tensor:
-        """`reference.dequantize_4bit`."""
         if out is None:
             out = torch.empty(quant_state.shape, dtype=dtype, device=data.device)
         ops.dequantize_4bit_out(*packed(data, quant_state), out)
@@ -189,17 +170,30 @@ def _empty_stack(layer: Layer) -> bool:
 def _flat_stack(layer: Layer) -> tuple[Any, ...]:
     state = layer.quant_state
     if state is not None:
-        layer = layer._replace(quant_state=composed.separable(state))
+        layer = layer._replace(quant_state=reference.separable(state))
     return flatten(layer)
 
 
-def plain_4bit(
-    ops: Any, fmt: AbsmaxFormat, weight: Tensor, blocksize: int
+def quantized(
+    ops: Any,
+    weight: Tensor,
+    blocksize: int,
+    quant_type: str,
+    compress_statistics: bool,
+    nested: Callable[[QuantState], QuantState] = reference.nested,
 ) -> tuple[Tensor, QuantState]:
-    """Packed codes and a state with fp32 absmax, by `quantize_4bit` of a library's `ops`."""
+    """`reference.quantize_4bit`: by `ops` for bitsandbytes' formats, in plain torch for others.
+
+    Args:
+        ops: a library's.
+        nested: `reference.nested`, on the library's device.
+    """
+    fmt = find_format(quant_type)
+    if not isinstance(fmt, AbsmaxFormat):
+        return fmt.quantize(weight, blocksize, compress_statistics)
     code, device = fmt.table("cpu"), weight.device
     bounds, order = quantize_bounds(code)
     tables = bounds.to(device), order.to(torch.uint8).to(device)
     data, absmax = ops.quantize_4bit(weight.detach(), *tables, blocksize)
-    shape, dtype = weight.shape, weight.dtype
-    return data, QuantState(absmax, shape, code.to(device), dtype, blocksize, fmt.name)
+    state = QuantState(absmax, weight.shape, code.to(device), weight.dtype, blocksize, fmt.name)
+    return data, nested(state) if compress_statistics else state

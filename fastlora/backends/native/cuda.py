@@ -17,24 +17,13 @@ from torch import Tensor
 
 from ... import reference
 from ...layer import Grads, Layer, Needs
-from ...quant import (
-    NESTED_BLOCKSIZE,
-    AbsmaxFormat,
-    QuantState,
-    dynamic_code,
-    find_format,
-)
-from ..contract import (
-    Backend,
-    Request,
-    SkinnyBackend,
-    is_empty,
-    unsupported_dropout,
-    unsupported_dtype,
-)
+from ...quant import NESTED_BLOCKSIZE, QuantState, dynamic_code
+from ..composed import Composed
+from ..contract import Request, is_empty, unsupported_dropout, unsupported_dtype
 from ..machine import tuned
 from ..machine.gpu import unsupported_gpu
 from ..schemas import flatten, packed
+from ..triton import TRITON, Triton
 from . import cpu, library
 
 _LINEAR = (
@@ -53,19 +42,12 @@ DECODE_TOKENS = 64  # kDecodeTokens in csrc/cuda/kernels.h
 
 ops: Any = torch.ops.fastlora
 _reason = library.load_cuda()
-# The backend of the products without W, if it can run; set by `backends`.
-_skinny: list[SkinnyBackend] = []
 
 
-def use_for_skinny(backend: SkinnyBackend) -> None:
-    """Lets `backend` run the products without W on devices where it can."""
-    _skinny[:] = [backend]
-
-
-def skinny(device: torch.device) -> SkinnyBackend | None:
+def skinny(device: torch.device) -> Triton | None:
     """The backend that runs the products without W on a device; None for the reference."""
     request = Request("lora_linear_fwd", device.type, device.index)
-    return next((b for b in _skinny if b.unsupported(request) is None), None)
+    return TRITON if TRITON.unsupported(request) is None else None
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -150,7 +132,7 @@ def _contiguous(layer: Layer) -> Layer:
     return layer._replace(lora_A=layer.lora_A.contiguous(), lora_B=layer.lora_B.contiguous())
 
 
-class Cuda(Backend):
+class Cuda(Composed):
     """The compiled kernels for GPUs: 4-bit layers and the format itself."""
 
     name = "native"
@@ -226,17 +208,11 @@ class Cuda(Backend):
     def quantize_4bit(
         self, weight: Tensor, blocksize: int, quant_type: str, compress_statistics: bool
     ) -> tuple[Tensor, QuantState]:
-        """`reference.quantize_4bit`: kernels for bitsandbytes' formats, plain torch for others."""
-        fmt = find_format(quant_type)
-        if not isinstance(fmt, AbsmaxFormat):
-            return fmt.quantize(weight, blocksize, compress_statistics)
-        data, state = cpu.plain_4bit(ops, fmt, weight, blocksize)
-        return data, nested(state) if compress_statistics else state
+        return cpu.quantized(ops, weight, blocksize, quant_type, compress_statistics, nested)
 
     def dequantize_4bit(
         self, data: Tensor, quant_state: QuantState, dtype: torch.dtype, out: Tensor | None = None
     ) -> Tensor:
-        """`reference.dequantize_4bit`."""
         if out is None:
             out = torch.empty(tuple(quant_state.shape), dtype=dtype, device=data.device)
         ops.dequantize_4bit_out(*packed(data, quant_state), out)

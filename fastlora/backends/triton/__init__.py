@@ -13,20 +13,11 @@ from torch import Tensor
 from ... import reference
 from ...layer import Grads, Layer, Needs
 from ...quant import QuantState
-from ..contract import (
-    Backend,
-    Request,
-    SkinnyBackend,
-    asked,
-    is_empty,
-    unsupported_dropout,
-    unsupported_dtype,
-)
+from ..composed import Composed
+from ..contract import Request, asked, is_empty, unsupported_dropout, unsupported_dtype
 from ..machine.gpu import interpreted, triton_version, unsupported_gpu
 from ..schemas import flatten, packed
-from . import library as library  # defines torch.ops.fastlora_triton
-
-NAME = "triton"
+from . import library  # defines torch.ops.fastlora_triton
 
 ops: Any = torch.ops.fastlora_triton
 _OPS = (
@@ -45,10 +36,10 @@ def unavailable_reason() -> str | None:
     return None
 
 
-class Triton(SkinnyBackend):
-    """The Triton kernels."""
+class Triton(Composed):
+    """The Triton kernels, also for the parts of a layer without W: `shrink` and `skinny_bwd`."""
 
-    name = NAME
+    name = "triton"
 
     def unsupported(self, request: Request) -> str | None:
         """One sentence that says why a request can't run here, or None."""
@@ -68,7 +59,6 @@ class Triton(SkinnyBackend):
         return unsupported_dtype(request) or unsupported_dropout(request)
 
     def lora_linear_fwd(self, x: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
-        """`reference.lora_linear_fwd`."""
         if is_empty(layer):
             return reference.lora_linear_fwd(x, layer)
         return ops.lora_linear_fwd(x, *flatten(layer))
@@ -76,7 +66,6 @@ class Triton(SkinnyBackend):
     def lora_linear_bwd(
         self, dy: Tensor, x: Tensor, layer: Layer, S: Tensor, needs: Needs
     ) -> Grads:
-        """`reference.lora_linear_bwd`."""
         if is_empty(layer):
             return reference.lora_linear_bwd(dy, x, layer, S, needs)
         return asked(ops.lora_linear_bwd(dy, x, *flatten(layer), S, *needs), needs)
@@ -84,7 +73,6 @@ class Triton(SkinnyBackend):
     def dequantize_4bit(
         self, data: Tensor, quant_state: QuantState, dtype: torch.dtype, out: Tensor | None = None
     ) -> Tensor:
-        """`reference.dequantize_4bit`."""
         if out is None:
             out = torch.empty(quant_state.shape, dtype=dtype, device=data.device)
         if out.numel():
@@ -92,13 +80,11 @@ class Triton(SkinnyBackend):
         return out
 
     def shrink(self, x: Tensor, layer: Layer) -> Tensor:
-        """`reference.shrink`."""
         return ops.shrink(x, layer.lora_A, layer.dropout_p, layer.seed)
 
     def skinny_bwd(
         self, dy: Tensor, x: Tensor, layer: Layer, S: Tensor, needs: Needs
     ) -> tuple[Tensor, Grads]:
-        """`reference.skinny_bwd`."""
         needs = needs._replace(x=False)
         dS, dA, dB, dbias = ops.skinny_bwd(dy, x, *flatten(layer), S, *needs)
         return dS, asked((dS, dA, dB, dbias), needs)
@@ -106,8 +92,3 @@ class Triton(SkinnyBackend):
 
 TRITON = Triton()
 unsupported = TRITON.unsupported
-
-
-def on(device: str) -> Backend:
-    """The Triton kernels, whatever the device."""
-    return TRITON
