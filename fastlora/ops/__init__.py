@@ -2,6 +2,10 @@
 
 They have the names, arguments and results of `reference`, which has the formulas. None of them is
 differentiable; `fastlora.lora_linear` is.
+
+What doesn't fit is refused: a shape, a device, the quant_state, the offsets, dropout_p or the seed
+with a ValueError, a dtype with a TypeError. A backend that was asked for and can't run the op is a
+RuntimeError that says why. What else an op refuses stands with it.
 """
 
 from __future__ import annotations

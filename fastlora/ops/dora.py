@@ -19,11 +19,7 @@ _Trio = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def dora_norm(layer: Layer, *, backend: str | None = None) -> Tensor:
-    """`norms[n] = |W_n + scaling * (B A)_n|`, without a gradient; see `reference.dora_norm`.
-
-    Raises:
-        ValueError: a shape or device does not fit. TypeError: a dtype does not fit.
-    """
+    """`norms[n] = |W_n + scaling * (B A)_n|`, without a gradient; see `reference.dora_norm`."""
     weight = layer.weight.detach()
     if layer.quant_state is not None:
         state = as_quant_state(layer.quant_state)
@@ -45,11 +41,7 @@ def dora_norm(layer: Layer, *, backend: str | None = None) -> Tensor:
 def dora_magnitude_fwd(
     z: Tensor, factor: Tensor, rest: Tensor | None, *, backend: str | None = None
 ) -> Tensor:
-    """`y = factor * z + rest`; see `reference.dora_magnitude_fwd`.
-
-    Raises:
-        ValueError: a shape or device does not fit. TypeError: a dtype does not fit.
-    """
+    """`y = factor * z + rest`; see `reference.dora_magnitude_fwd`."""
     _check_magnitude(z, factor)
     if rest is not None:
         _check_like(z, "rest", rest, z.shape if rest.dim() == 2 else z.shape[1:])
@@ -66,11 +58,7 @@ def dora_magnitude_bwd(
     *,
     backend: str | None = None,
 ) -> _Trio:
-    """`(dz, dfactor, drest)` of `dora_magnitude_fwd`; see `reference.dora_magnitude_bwd`.
-
-    Raises:
-        ValueError: a shape or device does not fit. TypeError: a dtype does not fit.
-    """
+    """`(dz, dfactor, drest)` of `dora_magnitude_fwd`; see `reference.dora_magnitude_bwd`."""
     _check_magnitude(z, factor)
     _check_like(z, "dy", dy, z.shape, z.dtype)
     b = _choose("dora_magnitude_bwd", z, z.dtype, backend)
@@ -80,11 +68,7 @@ def dora_magnitude_bwd(
 def dora_dropout_fwd(
     x: Tensor, dropout_p: float, seed: Tensor, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`kept = mask * x`, `rest = x - drop(x)`; see `reference.dora_dropout_fwd`.
-
-    Raises:
-        ValueError: x is no matrix, dropout_p not in (0, 1], or the seed not one int64.
-    """
+    """`kept = mask * x`, `rest = x - drop(x)`, dropout_p > 0; see `reference.dora_dropout_fwd`."""
     _check_dropout("x", x, dropout_p, seed)
     b = _choose("dora_dropout_fwd", x, x.dtype, backend)
     return b.dora_dropout_fwd(x, dropout_p, seed)
@@ -93,12 +77,7 @@ def dora_dropout_fwd(
 def dora_dropout_bwd(
     dkept: Tensor, drest: Tensor, dropout_p: float, seed: Tensor, *, backend: str | None = None
 ) -> Tensor:
-    """`dx` of `dora_dropout_fwd`; see `reference.dora_dropout_bwd`.
-
-    Raises:
-        ValueError: a shape or device does not fit, or as `dora_dropout_fwd`.
-        TypeError: drest does not have dkept's dtype.
-    """
+    """`dx` of `dora_dropout_fwd`; see `reference.dora_dropout_bwd`."""
     _check_dropout("dkept", dkept, dropout_p, seed)
     _check_like(dkept, "drest", drest, dkept.shape, dkept.dtype)
     b = _choose("dora_dropout_bwd", dkept, dkept.dtype, backend)

@@ -19,9 +19,7 @@ def lora_embedding_fwd(
     See `reference.lora_embedding_fwd`.
 
     Raises:
-        ValueError: a shape does not fit. TypeError: a dtype does not fit.
         IndexError: an id is outside of the table.
-        RuntimeError: the backend asked for can't run the op; the message says why.
     """
     weight, A, B = layer.weight, layer.lora_A, layer.lora_B
     if weight.dim() != 2:
@@ -41,12 +39,7 @@ def lora_embedding_bwd(
     *,
     backend: str | None = None,
 ) -> Grads:
-    """`(dA, dB)` of `lora_embedding_fwd`; see `reference.lora_embedding_bwd`.
-
-    Raises:
-        ValueError: a shape, or padding_idx, does not fit. TypeError: a dtype does not fit.
-        RuntimeError: the backend asked for can't run the op; the message says why.
-    """
+    """`(dA, dB)` of `lora_embedding_fwd`; see `reference.lora_embedding_bwd`."""
     A, B = layer.lora_A, layer.lora_B
     if A.dim() != 2 or B.dim() != 2:
         shapes = f"{tuple(A.shape)} and {tuple(B.shape)}"

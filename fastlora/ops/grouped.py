@@ -15,13 +15,7 @@ from .checks import check_adapter, check_devices, check_stored
 def grouped_lora_linear_fwd(
     x: Tensor, layer: Layer, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`lora_linear_fwd` on each expert's rows; see `reference.grouped_lora_linear_fwd`.
-
-    Raises:
-        ValueError: a shape, the quant_state, the offsets or the seed does not fit.
-        TypeError: a dtype does not fit.
-        RuntimeError: the backend asked for can't run the op; the message says why.
-    """
+    """`lora_linear_fwd` on each expert's rows; see `reference.grouped_lora_linear_fwd`."""
     layer = _check_stack(x, x.shape[-1], layer)
     b = choose(Request.of("grouped_lora_linear_fwd", x, layer), backend)
     return b.grouped_lora_linear_fwd(x, layer)
@@ -36,13 +30,7 @@ def grouped_lora_linear_bwd(
     *,
     backend: str | None = None,
 ) -> Grads:
-    """`(dx, dA, dB)` of `grouped_lora_linear_fwd`; see `reference.grouped_lora_linear_bwd`.
-
-    Raises:
-        ValueError: a shape, the quant_state, the offsets or the seed does not fit.
-        TypeError: a dtype does not fit.
-        RuntimeError: the backend asked for can't run the op; the message says why.
-    """
+    """`(dx, dA, dB)` of `grouped_lora_linear_fwd`; see `reference.grouped_lora_linear_bwd`."""
     state = layer.quant_state
     K = int((layer.weight if state is None else as_quant_state(state)).shape[-1])
     _check_backward(dy, x, layer, S, needs, K)

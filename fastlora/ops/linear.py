@@ -12,12 +12,7 @@ from .checks import check_backward, check_layer
 def lora_linear_fwd(
     x: Tensor, layer: Layer, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`S = drop(x) A^T`, `y = x W^T + bias + scaling * S B^T`; see `reference.lora_linear_fwd`.
-
-    Raises:
-        ValueError: a shape, the quant_state or the seed does not fit. TypeError: a dtype does not.
-        RuntimeError: the backend asked for can't run the op; the message says why.
-    """
+    """`S = drop(x) A^T`, `y = x W^T + bias + scaling * S B^T`; see `reference.lora_linear_fwd`."""
     layer = check_layer(x, layer)
     return choose_linear("lora_linear_fwd", x, layer, backend).lora_linear_fwd(x, layer)
 
@@ -31,12 +26,7 @@ def lora_linear_bwd(
     *,
     backend: str | None = None,
 ) -> Grads:
-    """`(dx, dA, dB, dbias)` of `lora_linear_fwd`; see `reference.lora_linear_bwd`.
-
-    Raises:
-        ValueError: a shape, the quant_state or the seed does not fit. TypeError: a dtype does not.
-        RuntimeError: the backend asked for can't run the op; the message says why.
-    """
+    """`(dx, dA, dB, dbias)` of `lora_linear_fwd`; see `reference.lora_linear_bwd`."""
     layer = check_layer(x, layer)
     check_backward(dy, x, layer, S)
     b = choose_linear("lora_linear_bwd", x, layer, backend)

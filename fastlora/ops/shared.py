@@ -18,9 +18,8 @@ def shared_linear_fwd(
     """Several LoRA linears of one x: all y_i, all S_i; see `reference.shared_linear_fwd`.
 
     Raises:
-        ValueError: a shape or a seed does not fit; no layer, or dense and 4-bit ones mixed.
-        TypeError: a dtype does not fit, or differs from that of the first layer.
-        RuntimeError: the backend asked for can't run the op; the message says why.
+        ValueError: no layer, or dense and 4-bit ones mixed.
+        TypeError: a dtype differs from that of the first layer.
     """
     layers = _check_layers(x, layers)
     # A backend that has the op of a single layer runs several of them, too.
@@ -39,11 +38,12 @@ def shared_linear_bwd(
 ) -> tuple[Tensor | None, tuple[Grads, ...]]:
     """`dx` and the other gradients of each layer; see `reference.shared_linear_bwd`.
 
+    Triton, CUDA, and CPUs whose kernel can't take all layers at once round each layer's part of dx,
+    and sum these parts in fp32.
+
     Raises:
-        ValueError: a shape, a number of arguments or a seed does not fit; the layers don't agree on
-            whether dx is needed.
-        TypeError: a dtype does not fit, or differs from that of the first layer.
-        RuntimeError: the backend asked for can't run the op; the message says why.
+        ValueError, TypeError: as `shared_linear_fwd`; an argument has not one entry for each layer;
+            the layers don't agree on whether dx is needed.
     """
     layers = _check_layers(x, layers)
     for name, given in (("dys", dys), ("Ss", Ss), ("needs", needs)):
