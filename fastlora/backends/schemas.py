@@ -92,40 +92,20 @@ def flatten(layer: Layer) -> tuple[Any, ...]:
     return *stored, compute_dtype, bias, A, B, scaling, dropout_p, seed
 
 
-def unflatten(
-    weight: Tensor,
-    absmax: Tensor | None,
-    code: Tensor | None,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    nested_offset: Tensor | None,
-    blocksize: int,
-    compute_dtype: torch.dtype | None,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> Layer:
+def unflatten(*fields: Any) -> Layer:
     """Undoes `flatten`, as far as an op reads a layer: the names of formats are lost."""
-    state = None
-    if absmax is not None and code is not None:
-        shape = torch.Size((*lora_B.shape[:-1], lora_A.shape[-1]))
-        state2 = None
-        if nested_absmax is not None and nested_code is not None:
+    weight, *stored, compute_dtype, bias, A, B, scaling, dropout_p, seed = fields
+    absmax, code, nested_absmax, nested_code, offset, blocksize = stored
+    state = state2 = None
+    if absmax is not None:
+        shape = torch.Size((*B.shape[:-1], A.shape[-1]))
+        if nested_absmax is not None:
             state2 = QuantState(
-                nested_absmax,
-                absmax.shape,
-                nested_code,
-                torch.float32,
-                NESTED_BLOCKSIZE,
-                "dynamic",
+                nested_absmax, absmax.shape, nested_code, torch.float32, NESTED_BLOCKSIZE, "dynamic"
             )
-        dtype = compute_dtype or lora_A.dtype
-        state = QuantState(absmax, shape, code, dtype, blocksize, "", nested_offset, state2)
-    fields = (bias, state, compute_dtype, dropout_p, seed)
-    return Layer(weight, lora_A, lora_B, scaling, *fields)
+        dtype = compute_dtype or A.dtype
+        state = QuantState(absmax, shape, code, dtype, blocksize, "", offset, state2)
+    return Layer(weight, A, B, scaling, bias, state, compute_dtype, dropout_p, seed)
 
 
 def flatten_all(layers: Sequence[Layer]) -> tuple[Any, ...]:
@@ -152,34 +132,43 @@ def unflatten_all(
     layers = []
     for i, (blocksize, scaling, p) in enumerate(zip(blocksizes, scalings, dropouts, strict=True)):
         *stored, bias, A, B, seed = tensors[i * count : (i + 1) * count]
-        fields: tuple[Any, ...] = (*stored, blocksize, compute_dtype, bias, A, B, scaling, p, seed)
-        layers.append(unflatten(*fields))
+        layers.append(unflatten(*stored, blocksize, compute_dtype, bias, A, B, scaling, p, seed))
     return layers
 
 
 # ---- fakes: shapes and dtypes of what the ops return --------------------------------------------
 
 
-def _lora_linear_fwd(x: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
-    S = x.new_empty((x.shape[0], layer.lora_A.shape[-2]), dtype=torch.float32)
-    return x.new_empty((x.shape[0], layer.lora_B.shape[-2])), S
+def _like(tensor: Tensor, *others: Any) -> Tensor:
+    """A result with the shape and dtype of the op's first argument."""
+    return tensor.new_empty(tensor.shape)
+
+
+def _wanted(need: bool, tensor: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """A gradient beside `tensor`, in its dtype unless another is given; empty if not needed."""
+    return tensor.new_empty(shape if need else (0,), dtype=dtype)
+
+
+def _lora_linear_fwd(x: Tensor, layer: Layer, *offsets: Tensor) -> tuple[Tensor, Tensor]:
+    M, A, B = x.shape[0], layer.lora_A, layer.lora_B
+    return x.new_empty((M, B.shape[-2])), x.new_empty((M, A.shape[-2]), dtype=torch.float32)
 
 
 def _lora_linear_bwd(
-    dy: Tensor, x: Tensor, layer: Layer, S: Tensor, needs: Needs
+    dy: Tensor, x: Tensor | None, layer: Layer, *others: Any
 ) -> tuple[Tensor, ...]:
-    return _gradients(dy, layer, needs)
+    return _gradients(dy, layer, others[-1])
 
 
 def _gradients(dy: Tensor, layer: Layer, needs: Needs) -> tuple[Tensor, ...]:
     A, B = layer.lora_A, layer.lora_B
-    dx = dy.new_empty((dy.shape[0], A.shape[-1]) if needs.x else (0,))
-    dA, dB = (
-        t.new_empty(t.shape) if need else t.new_empty((0,), dtype=torch.float32)
-        for t, need in ((A, needs.A), (B, needs.B))
-    )
-    dbias = dy.new_empty((B.shape[-2],) if needs.bias else (0,), dtype=torch.float32)
-    return dx, dA, dB, dbias
+    dx = _wanted(needs.x, dy, dy.shape[0], A.shape[-1])
+    dbias = _wanted(needs.bias, dy, B.shape[-2], dtype=torch.float32)
+    return dx, _adapter_grad(A, needs.A), _adapter_grad(B, needs.B), dbias
+
+
+def _adapter_grad(like: Tensor, need: bool) -> Tensor:
+    return _wanted(need, like, *like.shape, dtype=like.dtype if need else torch.float32)
 
 
 def _shared_linear_fwd(x: Tensor, layers: list[Layer]) -> tuple[list[Tensor], list[Tensor]]:
@@ -199,69 +188,33 @@ def _shared_linear_bwd(
     for i, layer in enumerate(layers):
         own = Needs(False, *map(bool, needs[3 * i : 3 * i + 3]))
         grads += _gradients(dys[i], layer, own)[1:]
-    return x.new_empty(x.shape if need_dx else (0,)), grads
+    return _wanted(need_dx, x, *x.shape), grads
 
 
-def _grouped_lora_linear_fwd(x: Tensor, layer: Layer, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    return _lora_linear_fwd(x, layer)
-
-
-def _grouped_lora_linear_bwd(
-    dy: Tensor, x: Tensor | None, layer: Layer, offsets: Tensor, S: Tensor | None, needs: Needs
-) -> tuple[Tensor, ...]:
-    return _gradients(dy, layer, needs)
-
-
-def _lora_embedding_fwd(
-    ids: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    weight_scale: float,
-) -> Tensor:
+def _lora_embedding_fwd(ids: Tensor, weight: Tensor, *others: Any) -> Tensor:
     return weight.new_empty((ids.shape[0], weight.shape[1]))
 
 
 def _lora_embedding_bwd(
-    dy: Tensor,
-    ids: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    padding_idx: int,
-    need_dA: bool,
-    need_dB: bool,
+    dy: Tensor, ids: Tensor, lora_A: Tensor, lora_B: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor]:
-    def grad(like: Tensor, need: bool) -> Tensor:
-        return like.new_empty(like.shape) if need else like.new_empty((0,), dtype=torch.float32)
-
-    return grad(lora_A, need_dA), grad(lora_B, need_dB)
+    *_, need_dA, need_dB = others
+    return _adapter_grad(lora_A, need_dA), _adapter_grad(lora_B, need_dB)
 
 
 def _dora_norm(layer: Layer) -> Tensor:
     return layer.lora_B.new_empty((layer.lora_B.shape[0],), dtype=torch.float32)
 
 
-def _dora_magnitude_fwd(z: Tensor, factor: Tensor, rest: Tensor | None) -> Tensor:
-    return z.new_empty(z.shape)
-
-
-def _dora_magnitude_bwd(
-    dy: Tensor, z: Tensor, factor: Tensor, need_dz: bool, need_dfactor: bool, need_drest: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    def row(need: bool) -> Tensor:
-        return factor.new_empty(factor.shape if need else (0,), dtype=torch.float32)
-
-    return z.new_empty(z.shape if need_dz else (0,)), row(need_dfactor), row(need_drest)
+def _dora_magnitude_bwd(dy: Tensor, z: Tensor, factor: Tensor, *needs: bool) -> tuple[Tensor, ...]:
+    dfactor, drest = (
+        _wanted(need, factor, *factor.shape, dtype=torch.float32) for need in needs[1:]
+    )
+    return _wanted(needs[0], z, *z.shape), dfactor, drest
 
 
 def _dora_dropout_fwd(x: Tensor, dropout_p: float, seed: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape)
-
-
-def _dora_dropout_bwd(dkept: Tensor, drest: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
-    return dkept.new_empty(dkept.shape)
+    return _like(x), _like(x)
 
 
 def _quantize_4bit(
@@ -336,13 +289,11 @@ OPS = {
         "(Tensor dx, Tensor[] grads)",
         _shared_linear_bwd,
     ),
-    "grouped_lora_linear_fwd": Op(
-        "Tensor x, {LAYER}, Tensor offsets", _FORWARD, _grouped_lora_linear_fwd
-    ),
+    "grouped_lora_linear_fwd": Op("Tensor x, {LAYER}, Tensor offsets", _FORWARD, _lora_linear_fwd),
     "grouped_lora_linear_bwd": Op(
         "Tensor dy, Tensor? x, {LAYER}, Tensor offsets, Tensor? S, {NEEDS}",
         _BACKWARD,
-        _grouped_lora_linear_bwd,
+        _lora_linear_bwd,
     ),
     "lora_embedding_fwd": Op(
         "Tensor ids, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, "
@@ -357,9 +308,7 @@ OPS = {
         _lora_embedding_bwd,
     ),
     "dora_norm": Op("{LAYER}", "Tensor norms", _dora_norm),
-    "dora_magnitude_fwd": Op(
-        "Tensor z, Tensor factor, Tensor? rest", "Tensor y", _dora_magnitude_fwd
-    ),
+    "dora_magnitude_fwd": Op("Tensor z, Tensor factor, Tensor? rest", "Tensor y", _like),
     "dora_magnitude_bwd": Op(
         "Tensor dy, Tensor z, Tensor factor, bool need_dz, bool need_dfactor, bool need_drest",
         "(Tensor dz, Tensor dfactor, Tensor drest)",
@@ -369,7 +318,7 @@ OPS = {
         "Tensor x, float dropout_p, Tensor seed", "(Tensor kept, Tensor rest)", _dora_dropout_fwd
     ),
     "dora_dropout_bwd": Op(
-        "Tensor dkept, Tensor drest, float dropout_p, Tensor seed", "Tensor dx", _dora_dropout_bwd
+        "Tensor dkept, Tensor drest, float dropout_p, Tensor seed", "Tensor dx", _like
     ),
     "quantize_4bit": Op(
         "Tensor weight, Tensor bounds, Tensor order, int blocksize",
