@@ -10,7 +10,7 @@ import torch
 
 from fastlora import ops, reference
 from fastlora.backends import native, schemas
-from fastlora.quant import QuantState, code_table, dynamic_code, quantize_bounds
+from fastlora.quant import QuantState, dynamic_code, find_format, quantize_bounds
 from fastlora.quant.absmax import quantize_absmax
 from tests import emulated
 from tests.cases import DTYPES, Base, Case, exact_results, make_inputs, plain_results, run
@@ -90,7 +90,7 @@ def check_quantize_and_dequantize(
 
 def assert_same_nesting(absmax: torch.Tensor) -> None:
     shape = torch.Size((absmax.numel() * 64,))
-    state = QuantState(absmax, shape, code_table("nf4"), torch.float32, 64, "nf4")
+    state = QuantState(absmax, shape, find_format("nf4").table(), torch.float32, 64, "nf4")
     with poisoned_memory():
         got = native.cuda.nested(state)
     want = reference.nested(state)
@@ -197,7 +197,7 @@ def plain_conflicts(
     A, B, S, dtype = inputs.lora_A, inputs.lora_B, torch.randn(M, 20), torch.bfloat16
     quant = schemas.packed(inputs.weight, inputs.quant_state)
     layer = inputs.layer._replace(bias=None, scaling=1.0)
-    absmax, code = torch.rand(5000), code_table("nf4")
+    absmax, code = torch.rand(5000), find_format("nf4").table()
     bounds, order = quantize_bounds(code)
     calls = {
         "quantize_4bit": (torch.randn(128, K), bounds, order.to(torch.uint8), 64),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastlora import dequantize_4bit, lora_linear, quantize_4bit, reference
 from fastlora.layer import Layer, Needs
-from fastlora.quant import BLOCKSIZES, QuantState, code_table, dynamic_code
+from fastlora.quant import BLOCKSIZES, QuantState, dynamic_code, find_format
 
 hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 from hypothesis import HealthCheck, given, settings  # noqa: E402
@@ -152,7 +152,7 @@ def exact_4bit(case: Case) -> tuple[Tensor, QuantState]:
         absmax = torch.where(whole, one, zero).to(torch.uint8)
         state2 = QuantState(inner, absmax.shape, code, torch.float32, 256, "dynamic")
     shape = torch.Size((case.N, case.K))
-    code = code_table(q.quant_type)
+    code = find_format(q.quant_type).table()
     return packed, QuantState(
         absmax, shape, code, case.dtype, q.blocksize, q.quant_type, offset, state2
     )

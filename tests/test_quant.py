@@ -84,7 +84,7 @@ def test_tables_are_bitsandbytes_own() -> None:
     assert_same_bits(quant.dynamic_code(), F.create_dynamic_map(), "dynamic code")
     for quant_type in TYPES:
         theirs = F.get_4bit_type(quant_type, device="cpu")
-        assert_same_bits(quant.code_table(quant_type), theirs, quant_type)
+        assert_same_bits(quant.find_format(quant_type).table(), theirs, quant_type)
 
 
 @pytest.mark.parametrize("quant_type", TYPES)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..autograd.linear import lora_linear
-from ..quant import FORMATS, QuantState, as_quant_state, find_format, packed_bytes
+from ..quant import FORMATS, as_quant_state, find_format, packed_bytes
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -99,7 +99,7 @@ class Linear4bit(nn.Module):
             return moved if moved.dtype == t.dtype else t.to(moved.device)
 
         super()._apply(lambda t: move(t) if t.dtype == torch.uint8 else fn(t), recurse)
-        self.quant_state = _map_state(move, self.quant_state)
+        self.quant_state = self.quant_state.mapped(move)
         return self
 
     def _save_to_state_dict(
@@ -148,7 +148,7 @@ class Linear4bit(nn.Module):
         if state is not None:
             if not local_metadata.get("assign_to_params_buffers", False):
                 device = self.weight.device
-                state = _map_state(lambda t: t.to(device, copy=True), state)
+                state = state.mapped(lambda t: t.to(device, copy=True))
             self.quant_state = state
             return
         missing_keys[:] = [k for k in missing_keys if k != key]
@@ -162,8 +162,3 @@ def _is_stored(name: str, tensor: Tensor) -> bool:
     if name == "" or name.startswith("."):
         return True
     return any(fmt.owns({name: tensor}) for fmt in FORMATS.values())
-
-
-def _map_state(fn: Callable[[Tensor], Tensor], state: QuantState) -> QuantState:
-    tensors = [None if t is None else fn(t) for t in state.tensors()]
-    return state.with_tensors(*tensors)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from .absmax import BLOCKSIZES, AbsmaxFormat, dynamic_code, quantize_bounds
 from .format import Format
 from .mxfp4 import from_mxfp4, to_mxfp4
-from .registry import FORMATS, QUANT_TYPES, as_quant_state, code_table, find_format
+from .registry import FORMATS, QUANT_TYPES, as_quant_state, find_format
 from .state import NESTED_BLOCKSIZE, QuantState, packed_bytes
 
 # Pickles name the module of a class: QuantState keeps naming this one.

@@ -92,7 +92,7 @@ def quantize_bounds(code: Tensor) -> tuple[Tensor, Tensor]:
     A scaled value takes the code at the number of midpoints that lie below it.
 
     Args:
-        code: `[16]` fp32, as `code_table` gives it.
+        code: `[16]` fp32, as `Format.table` gives it.
     """
     ascending, order = code.sort(stable=True)
     return (ascending[:-1] + ascending[1:]) / 2, order

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .format import Format
 from .fp4 import FP4
@@ -26,19 +25,6 @@ def find_format(quant_type: str) -> Format:
     if quant_type not in FORMATS:
         raise ValueError(f"quant_type must be one of {QUANT_TYPES}, got {quant_type!r}")
     return FORMATS[quant_type]
-
-
-def code_table(quant_type: str, device: torch.device | str | None = None) -> Tensor:
-    """The 16 values that a nibble stands for, `[16]` fp32.
-
-    Args:
-        quant_type: a key of `FORMATS`.
-        device: where the table goes; the CPU when None.
-
-    Raises:
-        ValueError: for another `quant_type`.
-    """
-    return find_format(quant_type).table(device)
 
 
 def as_quant_state(obj: Any) -> QuantState:

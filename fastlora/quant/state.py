@@ -17,7 +17,7 @@ how a weight is quantised. Field names and layout are those of bitsandbytes: sta
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,8 +60,12 @@ class QuantState:
 
     def to(self, device: torch.device | str) -> QuantState:
         """This state with every tensor on `device`. Dtypes never change."""
-        moved = [None if t is None else t.to(device) for t in self.tensors()]
-        return self.with_tensors(*moved)  # type: ignore[arg-type]
+        return self.mapped(lambda t: t.to(device))
+
+    def mapped(self, fn: Callable[[Tensor], Tensor]) -> QuantState:
+        """This state with `fn(t)` in place of every tensor t."""
+        tensors = [None if t is None else fn(t) for t in self.tensors()]
+        return self.with_tensors(*tensors)  # type: ignore[arg-type]
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """absmax, code, state2.absmax, state2.code, offset: the order that the torch ops take."""

@@ -25,6 +25,7 @@ from torch.nn.functional import embedding, linear
 from ..layer import Layer
 from .dropout import dropout_mask, dropout_threshold
 from .gated import activate
+from .linear import dense_weight
 from .quantize import dequantize_4bit
 
 
@@ -57,7 +58,7 @@ def base_linear(x: Tensor, layer: Layer, weight: Tensor | None = None) -> Tensor
     Args:
         x, layer, weight: as in `lora_linear`.
     """
-    W = decoded_weight(layer, x.dtype) if weight is None else weight
+    W = dense_weight(layer, x.dtype) if weight is None else weight
     bias = None if layer.bias is None else layer.bias.to(W.dtype)
     return linear(x.to(W.dtype), W, bias).to(x.dtype)
 
@@ -70,13 +71,6 @@ def lora_term(x: Tensor, layer: Layer, factors: Tensor | None = None) -> Tensor:
 def shrink(x: Tensor, layer: Layer, factors: Tensor | None = None) -> Tensor:
     """`S = drop(x) A^T`, [..., R] in lora_A's dtype; arguments: see `lora_linear`."""
     return linear(_dropped(x, layer, factors), layer.lora_A)
-
-
-def decoded_weight(layer: Layer, dtype: torch.dtype) -> Tensor:
-    """W, [N, K]: a 4-bit one is decoded to the layer's `compute_dtype`, or else to `dtype`."""
-    if layer.quant_state is None:
-        return layer.weight
-    return dequantize_4bit(layer.weight, layer.quant_state, layer.compute_dtype or dtype)
 
 
 def dropout_factors(mask: Tensor, dropout_p: float, dtype: torch.dtype) -> Tensor:
@@ -113,7 +107,7 @@ def grouped_lora_linear(x: Tensor, layer: Layer) -> Tensor:
         y [M, N] in x's dtype.
     """
     assert layer.offsets is not None
-    W, factors = decoded_weight(layer, x.dtype), _factors(x, layer)
+    W, factors = dense_weight(layer, x.dtype), _factors(x, layer)
     parts, begin = [], 0
     for e, end in enumerate(layer.offsets.tolist()):
         one = layer._replace(lora_A=layer.lora_A[e], lora_B=layer.lora_B[e])
@@ -233,7 +227,7 @@ def lora_embedding(
 def widened(layer: Layer, decoded_to: torch.dtype = torch.float64) -> Layer:
     """The same layer in float64, for exact results; a 4-bit weight is decoded to `decoded_to`."""
     return layer._replace(
-        weight=decoded_weight(layer._replace(compute_dtype=None), decoded_to).double(),
+        weight=dense_weight(layer._replace(compute_dtype=None), decoded_to).double(),
         lora_A=layer.lora_A.double(),
         lora_B=layer.lora_B.double(),
         bias=None if layer.bias is None else layer.bias.double(),
