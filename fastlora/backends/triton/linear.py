@@ -8,9 +8,9 @@ from torch import Tensor
 from ...layer import Grads, Layer, Needs
 from ..machine.tuned import op_key
 from ..schemas import packed
-from .kernels.dropout import Dropout
 from .kernels.grad_a import grad_a
 from .kernels.grad_b import grad_b
+from .kernels.lora_term import Term
 from .kernels.shrink import shrink
 from .launch import Launcher
 from .products import Product, dense_product, four_bit_product
@@ -23,7 +23,7 @@ def lora_linear_fwd(gpu: Launcher, x: Tensor, layer: Layer) -> tuple[Tensor, Ten
     bias, B = layer.bias, layer.lora_B.contiguous()
     bias = None if bias is None else bias.contiguous()
     y = x.new_empty((len(x), len(B)))
-    product(y, x, bias, S, B.t(), layer.scaling, Dropout())
+    product(y, x, bias, Term(S, B.t(), layer.scaling))
     return y, S
 
 
@@ -36,7 +36,7 @@ def lora_linear_bwd(
     if not needs.x:
         return grads
     dx, A = x.new_empty(x.shape), layer.lora_A.contiguous()
-    product(dx, dy, None, dS, A, 1.0, Dropout.of(layer.dropout_p, layer.seed))
+    product(dx, dy, None, Term(dS, A, 1.0).dropped(layer.dropout_p, layer.seed))
     return grads._replace(x=dx)
 
 

@@ -12,18 +12,18 @@ from ..schemas import Packed
 from .kernels.base_product import base_product
 from .kernels.base_product_4bit import base_product_4bit, fits
 from .kernels.dequantize_4bit import PANEL, dequantize_4bit
-from .kernels.dropout import Dropout
+from .kernels.lora_term import Term
 from .launch import Launcher
 from .tiles import Tile
 
-# `out = left W + bias + drop'(factor * P Q)`, its arguments in this order; it fills out.
-Product = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, float, Dropout], None]
+# `out = left W + bias + term`, its arguments in this order; it fills out.
+Product = Callable[[Tensor, Tensor, Tensor | None, Term], None]
 # A decoded weight takes at most this much; a larger one is decoded panel by panel.
 WORKSPACE_BYTES = 256 * 2**20
 
 
 def dense_product(gpu: Launcher, right: Tensor, tile: Tile | None) -> Product:
-    """`out = left right + bias + drop'(factor * P Q)` on a dense [C, N] `right`.
+    """`out = left right + bias + term` on a dense [C, N] `right`.
 
     Args:
         tile: of the kernel that holds the term in its accumulator; None for the vendor's product,
@@ -31,24 +31,16 @@ def dense_product(gpu: Launcher, right: Tensor, tile: Tile | None) -> Product:
             out's dtype.
     """
 
-    def product(
-        out: Tensor,
-        left: Tensor,
-        bias: Tensor | None,
-        P: Tensor,
-        Q: Tensor,
-        factor: float,
-        dropout: Dropout,
-    ) -> None:
-        left, own = _narrowed(left, right.dtype), tile
+    def product(out: Tensor, left: Tensor, bias: Tensor | None, term: Term) -> None:
+        left, own, sizes = _narrowed(left, right.dtype), tile, {"M": len(left), "R": len(term.Q)}
         if own is None and right.dtype != out.dtype:
             # The vendor's product would be rounded to right's dtype before the term is added.
-            own = gpu.table_tile("base_product", right.dtype, M=len(left), R=P.shape[1])
+            own = gpu.table_tile("base_product", right.dtype, **sizes)
         if own is not None:
-            base_product(gpu, out, left, right, bias, P, Q, factor, dropout, own)
+            base_product(gpu, out, left, right, bias, term, own)
             return
-        term = gpu.table_tile("base_product", out.dtype, M=len(left), R=P.shape[1])
-        base_product(gpu, out, left[:, :0], right[:0], bias, P, Q, factor, dropout, term)
+        own = gpu.table_tile("base_product", out.dtype, **sizes)
+        base_product(gpu, out, left[:, :0], right[:0], bias, term, own)
         out.addmm_(left, right)
 
     return product
@@ -103,7 +95,7 @@ def four_bit_product(
     base: torch.dtype,
     tiles: tuple[Tile | None, Tile | None],
 ) -> Product:
-    """`out = left W^T` (forward) or `left W`, `+ bias + drop'(factor * P Q)`.
+    """`out = left W^T` (forward) or `left W`, `+ bias + term`.
 
     Args:
         base: dtype of the base product.
@@ -112,26 +104,18 @@ def four_bit_product(
     """
     fused_tile, dense_tile = tiles
 
-    def product(
-        out: Tensor,
-        left: Tensor,
-        bias: Tensor | None,
-        P: Tensor,
-        Q: Tensor,
-        factor: float,
-        dropout: Dropout,
-    ) -> None:
+    def product(out: Tensor, left: Tensor, bias: Tensor | None, term: Term) -> None:
         if fused_tile is not None and fits(packed, shape[1], base):
             left = _narrowed(left, base)
             base_product_4bit(
-                gpu, out, left, packed, shape, is_forward, bias, P, Q, factor, dropout, base,
-                fused_tile,
-            )  # fmt: skip
+                gpu, out, left, packed, shape, is_forward, bias, term, base, fused_tile
+            )
             return
         for begin, end in panels(packed, shape, is_forward, base, WORKSPACE_BYTES):
             right = decoded_panel(gpu, packed, shape, is_forward, (begin, end), base)
             part = None if bias is None else bias[begin:end]
-            columns = (out[:, begin:end], left, part, P, Q[:, begin:end])
-            dense_product(gpu, right, dense_tile)(*columns, factor, dropout.at(begin))
+            dense_product(gpu, right, dense_tile)(
+                out[:, begin:end], left, part, term.panel(begin, end)
+            )
 
     return product

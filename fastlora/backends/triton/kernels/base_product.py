@@ -15,8 +15,7 @@ from torch import Tensor
 
 from ..launch import Launcher
 from ..tiles import Tile
-from .dropout import Dropout
-from .lora_term import grouped, lora_term, rank_chunks
+from .lora_term import Term, grouped, lora_term, rank_chunks
 from .products import dot, rounded
 
 
@@ -101,23 +100,18 @@ def base_product(
     left: Tensor,
     right: Tensor,
     bias: Tensor | None,
-    P: Tensor,
-    Q: Tensor,
-    factor: float,
-    dropout: Dropout,
+    term: Term,
     tile: Tile,
 ) -> None:
-    """`out = left right + bias + drop'(factor * P Q)`, summed in fp32, rounded once.
+    """`out = left right + bias + term`, summed in fp32, rounded once.
 
     Args:
         out: [M, N], rows of any stride, columns next to each other; written.
         left: [M, C], any strides; rounded to right's dtype.
         right: [C, N], any strides. With C = 0 the result is the LoRA term and the bias alone.
         bias: [N] or None.
-        P: fp32 [M, R], contiguous. Q: [R, N], any strides.
-        dropout: of the LoRA term.
     """
-    (M, C), N, R = left.shape, right.shape[1], P.shape[1]
+    (M, C), N, R = left.shape, right.shape[1], term.P.shape[1]
     width, chunks = rank_chunks(R)
     gpu.run(
         base_product_kernel,
@@ -125,27 +119,27 @@ def base_product(
         left,
         right,
         bias,
-        P,
-        Q,
-        dropout.seed,
+        term.P,
+        term.Q,
+        term.seed,
         out,
         M,
         N,
         C,
         R,
-        factor,
-        dropout.threshold,
-        dropout.scale,
-        dropout.first_block,
+        term.factor,
+        term.threshold,
+        term.scale,
+        term.first_block,
         left.stride(0),
         left.stride(1),
         right.stride(0),
         right.stride(1),
-        Q.stride(0),
-        Q.stride(1),
+        term.Q.stride(0),
+        term.Q.stride(1),
         out.stride(0),
         BIAS=bias is not None,
-        DROPOUT=dropout.seed is not None,
+        DROPOUT=term.seed is not None,
         WHOLE=C % tile.BK == 0 and N % tile.BN == 0,
         BR=width,
         CHUNKS=chunks,

@@ -17,8 +17,7 @@ from ...schemas import Packed
 from ..launch import Launcher
 from ..tiles import Tile
 from .decode4 import block_scale, decode, load_code
-from .dropout import Dropout
-from .lora_term import grouped, lora_term, rank_chunks
+from .lora_term import Term, grouped, lora_term, rank_chunks
 from .products import dot_either, rounded
 
 
@@ -200,23 +199,20 @@ def base_product_4bit(
     shape: tuple[int, int],
     forward: bool,
     bias: Tensor | None,
-    P: Tensor,
-    Q: Tensor,
-    factor: float,
-    dropout: Dropout,
+    term: Term,
     dtype: torch.dtype,
     tile: Tile,
 ) -> None:
-    """`out = left W^T` (forward) or `left W`, `+ bias + drop'(factor * P Q)`, rounded once.
+    """`out = left W^T` (forward) or `left W`, `+ bias + term`, rounded once.
 
     Args:
         out: [M, N] or [M, K], rows of any stride, columns next to each other; written.
         left: [M, K] or [M, N], any strides; rounded to the product's dtype.
         packed, shape: the weight, (N, K), for which `fits` holds.
-        bias, P, Q, factor, dropout: as in `base_product`.
+        bias: of out's columns, or None.
         dtype: of the base product, bf16 or fp16.
     """
-    M, (N, K), R = left.shape[0], shape, P.shape[1]
+    M, (N, K), R = left.shape[0], shape, term.P.shape[1]
     columns, depth = (N, K) if forward else (K, N)
     width, chunks = rank_chunks(R)
     gpu.run(
@@ -230,9 +226,9 @@ def base_product_4bit(
         packed.nested_offset,
         packed.code,
         bias,
-        P,
-        Q,
-        dropout.seed,
+        term.P,
+        term.Q,
+        term.seed,
         out,
         M,
         N,
@@ -240,19 +236,19 @@ def base_product_4bit(
         R,
         K // 8,
         K // packed.blocksize,
-        factor,
-        dropout.threshold,
-        dropout.scale,
-        dropout.first_block,
+        term.factor,
+        term.threshold,
+        term.scale,
+        term.first_block,
         left.stride(0),
         left.stride(1),
-        Q.stride(0),
-        Q.stride(1),
+        term.Q.stride(0),
+        term.Q.stride(1),
         out.stride(0),
         FORWARD=forward,
         WHOLE=columns % tile.BN == 0 and depth % tile.BK == 0,
         BIAS=bias is not None,
-        DROPOUT=dropout.seed is not None,
+        DROPOUT=term.seed is not None,
         SWAP=forward and gpu.limits.weight_left,
         PERMUTE=gpu.words,
         DTYPE=_DTYPES[dtype],

@@ -2,42 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ....reference import PHILOX_ROUNDS, dropout_threshold
+from ....reference import PHILOX_ROUNDS
 
 # One Philox block covers this many neighbouring columns; tiles begin at a multiple of it.
 BLOCK = 128
 _BLOCK = tl.constexpr(BLOCK)
 _ROUNDS = tl.constexpr(PHILOX_ROUNDS)
-
-
-class Dropout(NamedTuple):
-    """How the LoRA term of a result is masked.
-
-    Args:
-        seed: int64 [1] on the device; None for no dropout.
-        threshold, scale: of `reference.dropout_threshold`.
-        first_block: block of 128 columns at which the result begins, for a panel of it.
-    """
-
-    seed: Tensor | None = None
-    threshold: int = 0
-    scale: float = 1.0
-    first_block: int = 0
-
-    @classmethod
-    def of(cls, p: float, seed: Tensor | None) -> Dropout:
-        """Dropout with probability p."""
-        return cls(seed, *dropout_threshold(p)) if p > 0.0 else cls()
-
-    def at(self, column: int) -> Dropout:
-        """This dropout for a panel that begins at `column`, a multiple of 128."""
-        return self._replace(first_block=column // BLOCK)
 
 
 @triton.jit

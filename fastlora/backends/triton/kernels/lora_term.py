@@ -2,11 +2,44 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .dropout import keep_tile
+from ....reference import dropout_threshold
+from .dropout import BLOCK, keep_tile
 from .products import dot_adapter
+
+
+class Term(NamedTuple):
+    """The LoRA term `drop'(factor * P Q)` of a result [M, N].
+
+    Args:
+        P: fp32 [M, R], contiguous.
+        Q: [R, N], any strides.
+        factor: of the product.
+        seed: int64 [1] on the device; None for no dropout.
+        threshold, scale: of `reference.dropout_threshold`.
+        first_block: block of 128 columns at which Q begins, for a panel of the result.
+    """
+
+    P: Tensor
+    Q: Tensor
+    factor: float
+    seed: Tensor | None = None
+    threshold: int = 0
+    scale: float = 1.0
+    first_block: int = 0
+
+    def dropped(self, p: float, seed: Tensor | None) -> Term:
+        """This term with dropout of probability p."""
+        return Term(self.P, self.Q, self.factor, seed, *dropout_threshold(p)) if p > 0.0 else self
+
+    def panel(self, begin: int, end: int) -> Term:
+        """The term of the result's columns [begin, end), `begin` a multiple of 128."""
+        return self._replace(Q=self.Q[:, begin:end], first_block=begin // BLOCK)
 
 
 @triton.jit
