@@ -102,27 +102,6 @@ def test_masks_are_the_native_ones(backend: str) -> None:
     assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3])
-def test_one_launch_shrinks_for_several_adapters(p: float) -> None:
-    """q, k and v: x is given once, and each adapter has the mask of its own seed."""
-    from fastlora.backends.triton.aot import Recorder
-    from fastlora.backends.triton.kernels.shrink import shrink
-    from fastlora.backends.triton.launch import launcher
-
-    x, A = torch.randn(45, 200), torch.randn(3, 5, 200)
-    seeds = torch.tensor([11, -7, 2**40])
-    S = shrink(launcher(x), x, A, p, seeds if p else None)
-    for one, lora_A, seed in zip(S, A, seeds, strict=True):
-        layer = Layer(x, lora_A, torch.ones(5, 5), 1.0, dropout_p=p, seed=seed)
-        plain = reference.plain.shrink(x, layer)
-        exact = reference.plain.shrink(x.double(), reference.plain.widened(layer))
-        assert_close_to_exact(one, exact, plain, what="S")
-    recorder = Recorder("sm_90", 132)
-    many = torch.empty(8192, 200, device="meta")
-    shrink(recorder, many, A.to("meta"), p, seeds.to("meta") if p else None)
-    assert len(recorder.launches) == 1
-
-
 @pytest.mark.parametrize("case", [c for c in CASES if c.M > 64], ids=str)
 def test_tokens_in_slabs(case: Case, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Partial sums of dB that would need too much memory at once."""

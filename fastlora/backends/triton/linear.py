@@ -58,7 +58,7 @@ def tokens_times_A(
     """`reference.shrink`, of any rank."""
     if len(lora_A) == 0:
         return x.new_empty((len(x), 0), dtype=torch.float32)
-    return shrink(gpu, x, lora_A.contiguous()[None], dropout_p, seed)[0]
+    return shrink(gpu, x, lora_A.contiguous(), dropout_p, seed)
 
 
 def skinny_bwd(

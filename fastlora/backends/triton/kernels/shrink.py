@@ -1,4 +1,4 @@
-"""`S = drop(x) A^T`: the tokens read once from memory, for one adapter or for several."""
+"""`S = drop(x) A^T`: the tokens are read once from memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .sum_partials import sum_partials
 def shrink_kernel(
     x,
     lora_A,
-    seeds,
+    seed,
     out,
     M,
     K,
@@ -28,7 +28,6 @@ def shrink_kernel(
     stride_xk,
     threshold,
     scale,
-    ADAPTERS: tl.constexpr,
     DROPOUT: tl.constexpr,
     BM: tl.constexpr,
     BR: tl.constexpr,
@@ -36,15 +35,13 @@ def shrink_kernel(
 ):
     # Programs that share tokens are neighbours: all but the first find them in the L2 cache.
     chunks = tl.cdiv(R, BR)
-    per_tile = ADAPTERS * chunks
-    tile, job = tl.program_id(0) // per_tile, tl.program_id(0) % per_tile
-    adapter, chunk = job // chunks, job % chunks
+    tile, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     split = tl.program_id(1)
     rows = tile.to(tl.int64) * BM + tl.arange(0, BM)
     ranks = chunk * BR + tl.arange(0, BR)
     row_ok, rank_ok = rows < M, ranks < R
     x_rows = x + rows[:, None] * stride_xm
-    A_rows = lora_A + (adapter.to(tl.int64) * R + ranks)[None, :] * K
+    A_rows = lora_A + ranks.to(tl.int64)[None, :] * K
     acc = tl.zeros([BM, BR], tl.float32)
     for step in range(split * steps, min((split + 1) * steps, tl.cdiv(K, BK))):
         columns = step * BK + tl.arange(0, BK)
@@ -55,46 +52,45 @@ def shrink_kernel(
             other=0.0,
         )
         if DROPOUT:
-            keep = keep_tile(tl.load(seeds + adapter), rows, step * (BK // 128), threshold, BK)
+            keep = keep_tile(tl.load(seed), rows, step * (BK // 128), threshold, BK)
             tokens = tl.where(keep, tokens, tl.zeros_like(tokens))
         A = tl.load(
             A_rows + columns[:, None], mask=column_ok[:, None] & rank_ok[None, :], other=0.0
         )
         acc = dot_wide(tokens, A, acc, lora_A.dtype.element_ty == tl.float32)
-    at = ((split * ADAPTERS + adapter).to(tl.int64) * M + rows)[:, None] * R + ranks[None, :]
+    at = (split.to(tl.int64) * M + rows)[:, None] * R + ranks[None, :]
     tl.store(out + at, acc * scale, mask=row_ok[:, None] & rank_ok[None, :])
 
 
 def shrink(
-    gpu: Launcher, x: Tensor, lora_A: Tensor, dropout_p: float, seeds: Tensor | None
+    gpu: Launcher, x: Tensor, lora_A: Tensor, dropout_p: float, seed: Tensor | None
 ) -> Tensor:
-    """`S[g] = drop_g(x) A_g^T`, one launch for the adapters of q, k, v or of gate and up.
+    """`S = drop(x) A^T`.
 
-    Each adapter has its own dropout mask, as PEFT's layers do. For few tokens the sum over K is
-    split and the parts are added in a second launch, in a fixed order.
+    For few tokens the sum over K is split and the parts are added in a second launch, in a fixed
+    order.
 
     Args:
         x: [M, K], any strides.
-        lora_A: [G, R, K], contiguous, fp32 or x's dtype.
+        lora_A: [R, K], contiguous, fp32 or x's dtype.
         dropout_p: 0 to 1.
-        seeds: int64 [G] on x's device, read by the kernel; None when dropout_p is 0.
+        seed: int64 [1] on x's device, read by the kernel; None when dropout_p is 0.
 
     Returns:
-        S [G, M, R] in fp32, unscaled.
+        S [M, R] in fp32, unscaled.
     """
-    M, K = x.shape
-    G, R, _ = lora_A.shape
+    (M, K), R = x.shape, len(lora_A)
     threshold, scale = dropout_threshold(dropout_p)
     tile = gpu.tile("shrink", x.dtype, M=M, K=K, R=R)
-    jobs = triton.cdiv(M, tile.BM) * G * triton.cdiv(R, tile.BN)
+    jobs = triton.cdiv(M, tile.BM) * triton.cdiv(R, tile.BN)
     steps, splits = gpu.split(jobs, triton.cdiv(K, BLOCK))
-    S = x.new_empty((splits, G, M, R), dtype=torch.float32)
+    S = x.new_empty((splits, M, R), dtype=torch.float32)
     gpu.run(
         shrink_kernel,
         (jobs, splits),
         x,
         lora_A,
-        seeds,
+        seed,
         S,
         M,
         K,
@@ -104,11 +100,10 @@ def shrink(
         x.stride(1),
         threshold,
         scale,
-        ADAPTERS=G,
         DROPOUT=dropout_p > 0.0,
         BM=tile.BM,
         BR=tile.BN,
         BK=BLOCK,
         tile=tile,
     )
-    return S[0] if splits == 1 else sum_partials(gpu, S, S.new_empty((G, M, R)), 1.0)
+    return S[0] if splits == 1 else sum_partials(gpu, S, S.new_empty((M, R)), 1.0)
