@@ -116,11 +116,16 @@ def store(linear: nn.Module, packed: Tensor, state: QuantState) -> None:
     if state.state2 is not None:
         kept.state2 = copy.copy(kept.state2)
         kept.state2.absmax = state.state2.absmax
+    set_quant_state(linear, kept)
+
+
+def set_quant_state(linear: nn.Module, state: Any) -> None:
+    """Gives a 4-bit layer another state of bitsandbytes', wherever it has one."""
     # FSDP's plain parameters have no state; the module always has.
-    holders: tuple[Any, ...] = (weight, linear)
+    holders: tuple[Any, ...] = (linear._parameters["weight"], linear)
     for holder in holders:
         if getattr(holder, "quant_state", None) is not None:
-            holder.quant_state = kept
+            holder.quant_state = state
 
 
 def dense_linear(linear: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Linear:

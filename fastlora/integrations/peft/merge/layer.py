@@ -19,6 +19,7 @@ from ... import bitsandbytes as bnb
 from ..names import base_name
 from ..swap import is_fast, swap_in
 from .feedback import quantize_with_feedback
+from .kept import Keeper, kept_of, not_kept_reason, restore_kept
 from .report import MergeRow, measured
 
 
@@ -32,12 +33,30 @@ def merge_layer(
     original: Tensor | None,
     moments: Tensor | None,
     compare: bool,
+    keep_base: bool,
 ) -> MergeRow:
     """Merges `adapters` into the base weight of `layer`; the arguments are `merge_adapter`'s.
 
     Raises:
         ValueError: the merged weight is not finite; the layer is as before.
     """
+    keep = Keeper(layer, _changing(layer)) if keep_base or kept_of(layer) else None
+    row = _merge(name, layer, adapters, into, dtype, original, moments, compare)
+    if keep is not None:
+        keep()
+    return row
+
+
+def _merge(
+    name: str,
+    layer: Any,
+    adapters: list[str],
+    into: str,
+    dtype: torch.dtype | None,
+    original: Tensor | None,
+    moments: Tensor | None,
+    compare: bool,
+) -> MergeRow:
     if not _is_ours(layer):
         layer.merge(adapter_names=adapters)
         return MergeRow(name, type(layer.get_base_layer()).__name__)
@@ -51,11 +70,26 @@ def merge_layer(
 
 def unmerge_layer(layer: Any) -> None:
     """Takes all merged adapters out of the base weight of `layer`."""
+    restore_kept(layer)
+    if not layer.merged:
+        return
     if _is_ours(layer):
         kept = _stored_dtype(layer, "4bit", None)
         _store(layer, _in_fp32(layer, "unmerge", kept), "4bit", None, None)
     else:
         layer.unmerge()
+
+
+def cant_keep_reason(layer: Any) -> str | None:
+    """Why `keep_base` can't be given for `layer`, or None."""
+    return not_kept_reason(layer, _changing(layer))
+
+
+def _changing(layer: Any) -> list[str]:
+    """The parameters of the base layer that a merge changes."""
+    parameters = layer.get_base_layer()._parameters
+    names = [_weight_name(layer), "bias"] if _is_ours(layer) else list(parameters)
+    return [name for name in names if parameters.get(name) is not None]
 
 
 def _is_ours(layer: Any) -> bool:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ... import bitsandbytes as bnb
 from ...names import plain_name
 from ..names import check_module
-from .layer import merge_layer, merged_copy, unmerge_layer
+from .kept import kept_of
+from .layer import cant_keep_reason, merge_layer, merged_copy, unmerge_layer
 from .originals import OriginalWeights, Source
 from .report import MergeReport, MergeRow
 from .tied import part_shared
@@ -36,6 +37,7 @@ def merge_adapter(
     base: Source | None = None,
     moments: Moments | None = None,
     compare: bool = True,
+    keep_base: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> MergeReport:
     """`W <- round(W + dW)` in every layer that the adapters change, with PEFT's own `dW`.
@@ -58,6 +60,10 @@ def merge_adapter(
             `base`: models came out worse with both than with `base` alone.
         compare: measure PEFT's own merge for the report, too. It costs a copy of one
             layer and about as much time again.
+        keep_base: keep what the merge changes of the base weights, so that `unmerge_adapter` gives
+            them back bit for bit, however often: for loops that merge at each step. In bf16 that is
+            a bit for each weight and two bytes for each that changed. Merges into a layer whose
+            base is kept keep it, too.
         progress: called with the number of layers done, and of all.
 
     Returns:
@@ -82,6 +88,8 @@ def merge_adapter(
     originals = None if base is None else OriginalWeights(base)
     for merge in plan:
         merge.check(originals, moments)
+        if keep_base and (reason := cant_keep_reason(merge.layer)) is not None:
+            raise ValueError(f"model: layer {merge.key}: {reason}")
     _try_variants(plan)
     # What PEFT checks for the model as a whole.
     check = getattr(getattr(model, "base_model", model), "_check_merge_allowed", None)
@@ -92,7 +100,16 @@ def merge_adapter(
     rows = []
     for done, merge in enumerate(plan):
         with onload_layer(merge.layer):
-            rows.append(merge.run(originals, moments, into=into, dtype=dtype, compare=compare))
+            rows.append(
+                merge.run(
+                    originals,
+                    moments,
+                    into=into,
+                    dtype=dtype,
+                    compare=compare,
+                    keep_base=keep_base,
+                )
+            )
         if progress is not None:
             progress(done + 1, len(plan))
     return MergeReport(rows)
@@ -102,16 +119,25 @@ def unmerge_adapter(model: nn.Module) -> int:
     """`W <- round(W - dW)` in every merged layer, in fp32 with one rounding.
 
     As with PEFT's own method, what rounding took is not given back; a 4-bit weight is quantised
-    again.
+    again. After a merge with `keep_base` every bit is as before instead, also where a 4-bit layer
+    had become dense; shared weights stay parted.
 
     Returns:
         How many layers were unmerged.
 
     Raises:
-        TypeError: model is no nn.Module.
+        TypeError: model is no nn.Module. ValueError: a weight whose base was kept has changed since
+            it was merged; nothing is unmerged then.
     """
     check_module(model)
-    merged = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and m.merged]
+    named = [(k, m) for k, m in model.named_modules() if isinstance(m, BaseTunerLayer) and m.merged]
+    for key, layer in named:
+        for kept in kept_of(layer)[-1:]:
+            try:
+                kept.check()
+            except ValueError as error:
+                raise ValueError(f"model: layer {key}: {error}") from None
+    merged = [layer for _, layer in named]
     for layer in merged:
         with onload_layer(layer):
             unmerge_layer(layer)
