@@ -74,8 +74,8 @@ def measure(adapter: str) -> list[dict[str, str]]:
 
     folder = hf.model_folder(smollm2())
     tokenizer = hf.load_tokenizer(folder)
-    data = load_data(str(topics(None)), tokenizer, _LENGTH, _EVAL_SPLIT)
-    collator = Collator(tokenizer)
+    data = load_data([str(topics(None))], tokenizer, _LENGTH, _EVAL_SPLIT)
+    collator = Collator(tokenizer, len(tokenizer))
     held_out = list(batches(data.held_out, collator, _BATCH))
     calibration = [
         {name: batch[name] for name in ("input_ids", "attention_mask")}

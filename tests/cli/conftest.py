@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("transformers", reason="the command line fine-tunes with Transformers")
 pytest.importorskip("peft", reason="the command line fine-tunes with PEFT")
+from tests.tiny import WORDS, save_model
 
 
 @pytest.fixture(autouse=True)
@@ -20,33 +21,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }}<|end|> {% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|> {% endif %}"
-)
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "and",
-    "saw",
-    "an",
-    "old",
-    "red",
-    "dog",
-    "run",
-    "far",
-    "from",
-    "its",
-    "own",
-    "green",
-    "house",
-]
 
 
 @pytest.fixture(scope="session")
@@ -61,35 +35,9 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of two layers with a word tokenizer and a chat template, as a folder."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
+    """A folder with `tiny.save_model`'s."""
     folder = tmp_path_factory.mktemp("model")
-    special = ["<unk>", "<eos>", "<pad>", "<|user|>", "<|assistant|>", "<|end|>"]
-    vocabulary = {word: i for i, word in enumerate([*special, *sorted(set(WORDS))])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        unk_token="<unk>",
-        eos_token="<eos>",
-        pad_token="<pad>",
-        additional_special_tokens=special[3:],
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-    )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    save_model(folder)
     return folder
 
 

@@ -9,7 +9,17 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fastlora.cli.errors import CliError
-from fastlora.cli.finetune.data import IGNORED, Collator, Example, batches, load_data
+from fastlora.cli.finetune.data import (
+    Collator,
+    Data,
+    Example,
+    batches,
+    check_ids,
+    load_data,
+    split_weight,
+)
+from fastlora.cli.finetune.examples import IGNORED
+from fastlora.cli.finetune.preview import rendered
 
 
 @pytest.fixture(scope="module")
@@ -22,13 +32,13 @@ def words(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 
 def only_example(path: Path, tokenizer: PreTrainedTokenizerBase, seq_len: int = 64) -> Example:
-    data = load_data(str(path), tokenizer, seq_len, 0.0)
+    data = load_data([str(path)], tokenizer, seq_len, 0.0)
     assert len(data.train) == 1
     return data.train[0]
 
 
 def test_text_is_cut_into_windows(text_file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    data = load_data(str(text_file), tokenizer, 64, 0.05)
+    data = load_data([str(text_file)], tokenizer, 64, 0.05)
     everything = tokenizer(text_file.read_text())["input_ids"]
     whole = len(everything) // 64
     assert len(data.train) + len(data.held_out) == whole + (len(everything) % 64 >= 32)
@@ -39,9 +49,9 @@ def test_text_is_cut_into_windows(text_file: Path, tokenizer: PreTrainedTokenize
 
 
 def test_the_split_is_always_the_same(text_file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    one, two = (load_data(str(text_file), tokenizer, 64, 0.1) for _ in range(2))
+    one, two = (load_data([str(text_file)], tokenizer, 64, 0.1) for _ in range(2))
     assert one.digest() == two.digest()
-    assert load_data(str(text_file), tokenizer, 64, 0.2).digest() != one.digest()
+    assert load_data([str(text_file)], tokenizer, 64, 0.2).digest() != one.digest()
 
 
 def test_text_record(jsonl: Callable[..., Path], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -92,7 +102,7 @@ def test_a_template_that_rewrites_turns_is_refused(
         {"role": role, "content": "the cat"} for role in ("user", "assistant", "user", "assistant")
     ]
     with pytest.raises(CliError, match="line 1: the chat template rewrites earlier turns"):
-        load_data(str(jsonl({"messages": messages})), tokenizer, 64, 0.0)
+        load_data([str(jsonl({"messages": messages}))], tokenizer, 64, 0.0)
 
 
 def test_examples_are_cut_at_seq_len_and_dropped_without_labels(
@@ -103,17 +113,92 @@ def test_examples_are_cut_at_seq_len_and_dropped_without_labels(
     example = only_example(path, tokenizer, seq_len=6)
     assert words(tokenizer, example.input_ids) == "the cat sat on a mat"
     with pytest.raises(CliError, match="no example with a token to learn within --seq-len 6"):
-        load_data(str(jsonl(long_prompt)), tokenizer, 6, 0.0)
+        load_data([str(jsonl(long_prompt))], tokenizer, 6, 0.0)
 
 
 def test_batches_are_padded(tokenizer: PreTrainedTokenizerBase) -> None:
     examples = [Example([5, 6, 7], [IGNORED, 6, 7]), Example([8], [8]), Example([9, 9], [9, 9])]
-    first, second = batches(examples, Collator(tokenizer), 2)
+    first, second = batches(examples, Collator(tokenizer, len(tokenizer)), 2)
     pad = tokenizer.pad_token_id
     assert first["input_ids"].tolist() == [[5, 6, 7], [8, pad, pad]]
     assert first["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert first["labels"].tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]]
     assert second["input_ids"].tolist() == [[9, 9]]
+
+
+def test_a_padding_token_without_a_row_is_not_taken(tiny_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.pad_token = "<pad>"  # a new one: its id is beyond the model's embedding
+    rows = tokenizer.convert_tokens_to_ids("<pad>")
+    assert Collator(tokenizer, rows + 1).pad_id == rows
+    assert Collator(tokenizer, rows).pad_id == tokenizer.eos_token_id
+
+
+def test_another_models_tokenizer_is_refused(
+    text_file: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    data = load_data([str(text_file)], tokenizer, 64, 0.05)
+    check_ids(data, len(tokenizer))
+    with pytest.raises(CliError, match=r"--model: its tokenizer gives token \d+, its embedding"):
+        check_ids(data, 10)
+
+
+def test_several_files_with_weights(
+    jsonl: Callable[..., Path], text_file: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    records = jsonl(*({"text": f"the cat {word}"} for word in ("sat", "on", "a", "mat")))
+    whole = load_data([str(records), str(text_file)], tokenizer, 64, 0.25)
+    once, text = whole.sources
+    assert (len(once.train), len(once.held_out), once.weight) == (3, 1, 1.0)
+    assert whole.train == once.train + text.train
+    assert whole.held_out == once.held_out + text.held_out
+
+    def weighted(weight: str) -> list[Example]:
+        data = load_data([f"{records}:{weight}", str(text_file)], tokenizer, 64, 0.25)
+        assert data.held_out == whole.held_out and data.sources[1] == text
+        return data.sources[0].train
+
+    assert weighted("2") == once.train * 2
+    two = weighted("0.7")
+    assert len(two) == 2 and all(example in once.train for example in two)
+    assert two == weighted("0.7")
+    assert weighted("1.7") == once.train + two
+    for weight in ("0", "-1", "nan", "inf"):
+        with pytest.raises(CliError, match=f"the weight of .* must be above 0, got {weight}"):
+            weighted(weight)
+    with pytest.raises(CliError, match=r"gives 3 examples, of which 0\.1 is none"):
+        weighted("0.1")
+    odd = tmp_path / "a:2"
+    odd.write_text("the cat")
+    assert split_weight(str(odd)) == (str(odd), 1.0)
+    assert split_weight("a:b") == ("a:b", 1.0)
+
+
+def test_counts(jsonl: Callable[..., Path], tokenizer: PreTrainedTokenizerBase) -> None:
+    long = {"prompt": "the cat sat on a mat and saw", "completion": " an old red dog"}
+    path = jsonl({"text": "the cat"}, long, {"text": "the cat sat on a mat and saw an old dog"})
+    for seq_len, examples, left_out, cut in ((32, 3, 0, 0), (10, 3, 0, 2), (8, 2, 1, 1)):
+        (source,) = load_data([str(path)], tokenizer, seq_len, 0.0).sources
+        assert (len(source.train), source.left_out, source.cut) == (examples, left_out, cut)
+    assert [example.learned for example in source.train] == [2, 7]
+
+
+def test_the_rest_of_a_text_is_counted(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    path = tmp_path / "a.txt"
+    for words, examples, left_out in ((16, 1, 0), (17, 1, 1), (23, 1, 1), (24, 2, 0)):
+        path.write_text("cat " * words)
+        (source,) = load_data([str(path)], tokenizer, 16, 0.0).sources
+        assert (len(source.train), source.left_out) == (examples, left_out), words
+
+
+def test_an_example_shows_what_is_learned(
+    jsonl: Callable[..., Path], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    example = only_example(jsonl({"prompt": "the cat", "completion": " sat on"}), tokenizer)
+    assert rendered(example, tokenizer).plain == "the cat«sat on <eos>»"
+    long = only_example(jsonl({"text": "the cat " * 100}), tokenizer, seq_len=512)
+    assert 220 < len(rendered(long, tokenizer).plain) < 240
+    assert Data([]).train == []
 
 
 @pytest.mark.parametrize(
@@ -142,7 +227,7 @@ def test_what_is_wrong_with_the_file_is_said(
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(CliError, match=message) as error:
-        load_data(str(path), tokenizer, 16, 0.05)
+        load_data([str(path)], tokenizer, 16, 0.05)
     assert str(error.value).startswith("--data: ")
 
 
@@ -151,9 +236,9 @@ def test_messages_need_a_template(jsonl: Callable[..., Path], tiny_model: Path) 
     tokenizer.chat_template = None
     path = jsonl({"messages": [{"role": "assistant", "content": "the cat"}]})
     with pytest.raises(CliError, match="--model's tokenizer has none"):
-        load_data(str(path), tokenizer, 16, 0.0)
+        load_data([str(path)], tokenizer, 16, 0.0)
 
 
 def test_a_folder_is_no_file(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(CliError, match="is a folder"):
-        load_data(str(tmp_path), tokenizer, 16, 0.0)
+        load_data([str(tmp_path)], tokenizer, 16, 0.0)

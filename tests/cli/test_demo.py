@@ -48,7 +48,7 @@ def test_it_runs_both_on_the_manual(
     assert (job.backend, job.quant, job.double_quant, job.r) == ("both", "nf4", True, 16)
     assert (job.target_modules, job.dropout, job.steps) == ("all-linear", 0.05, 3)
     assert job.model == str(package)
-    text = Path(job.data).read_text()
+    text = Path(job.data[0]).read_text()
     assert len(text) > 400_000
     assert "Assert statements are a convenient way" in text
 

@@ -269,7 +269,7 @@ def test_data_must_not_change_before_resuming(
     assert main(arguments(data=path, eval_split=0)) == 0
     path.write_text(path.read_text() + '{"text": "a dog"}\n')
     assert main(["finetune", "--resume", "--out", str(tmp_path / "out")]) == 2
-    assert f"--data: {path} has changed since the run began" in capsys.readouterr().err
+    assert f"--data: the content of {path} has changed since" in capsys.readouterr().err
 
 
 # ---- both ------------------------------------------------------------------------------------

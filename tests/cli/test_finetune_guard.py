@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -101,6 +102,97 @@ def test_a_refused_command_leaves_no_trace(
     out_of_place.write_text("mine")
     assert finetune("--overwrite", steps=2) == 0
     assert out_of_place.read_text() == "mine" and not (out / "checkpoint-3").exists()
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def with_nan(path: Path) -> None:
+    tensors = load_file(path)
+    next(iter(tensors.values()))[0, 0] = torch.nan
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def without_one(path: Path) -> None:
+    tensors = load_file(path)
+    save_file(dict(list(tensors.items())[1:]), path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("adapter_model.safetensors", cut, "can't be read"),
+        ("adapter_model.safetensors", with_nan, "must be finite"),
+        ("adapter_model.safetensors", without_one, "lacks 1 tensor"),
+        ("optimizer.pt", cut, "optimizer.pt: File is not a zip file"),
+        ("optimizer.pt", flip, "optimizer.pt: .* checksum|optimizer.pt: .*"),
+        ("rng_state.pth", cut, "rng_state.pth: "),
+    ],
+)
+def test_a_damaged_checkpoint(
+    name: str,
+    damage: Callable[[Path], None],
+    message: str,
+    finetune: Command,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It is named, kept, and the one before it offered, from which the run then goes on."""
+    out = tmp_path / "out"
+    assert finetune(steps=2) == 0
+    damage(out / "checkpoint-2" / name)
+    capsys.readouterr()
+    assert finetune("--resume", steps=3) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "checkpoint-2 is damaged" in error and re.search(message, error), error
+    assert "remove it to go on from checkpoint-1" in error
+    shutil.rmtree(out / "checkpoint-2")
+    assert finetune("--resume", steps=3) == 0
+    assert "resuming from step 1" in capsys.readouterr().out
+    shutil.rmtree(out / "checkpoint-2")
+    damage(out / "checkpoint-3" / name)
+    assert finetune("--resume", steps=4) == 2
+    assert "no save before it, --overwrite starts anew" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "\xff"])
+def test_a_broken_run_file(
+    content: str, finetune: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert finetune(steps=1) == 0
+    (out / "run.json").write_bytes(content.encode("latin-1"))
+    assert finetune("--resume", steps=1) == 2
+    assert "run.json can't be read" in capsys.readouterr().err
+    assert finetune("--overwrite", steps=1) == 0
+
+
+def test_a_dry_run_writes_nothing(
+    finetune: Command, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = names(tmp_path)
+    assert finetune("--dry-run", data=f"{text_file}:2") == 0
+    text = capsys.readouterr().out
+    assert names(tmp_path) == before
+    assert "3 steps of 2 examples" in text and f"An example of {text_file.name}" in text
+    assert "weight" in text and "seconds a step" not in text
+    assert finetune("--dry-run", data=tmp_path / "none.txt") == 2
+
+
+def test_runs_of_one_file_as_it_was_stored_before(finetune: Command, tmp_path: Path) -> None:
+    path = tmp_path / "out" / "run.json"
+    assert finetune(steps=1) == 0
+    run = json.loads(path.read_text())
+    (run["job"]["data"],) = run["job"]["data"]
+    path.write_text(json.dumps(run))
+    assert finetune("--resume", steps=2) == 0
 
 
 def test_more_steps_at_resume(finetune: Command, tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fastlora.cli.errors import CliError
-from fastlora.cli.finetune.data import IGNORED, load_data
+from fastlora.cli.finetune.data import load_data
+from fastlora.cli.finetune.examples import IGNORED
 from fastlora.cli.finetune.read import read
 
 RECORDS = [
@@ -133,23 +134,9 @@ def tokenizer(tiny_model: Path) -> PreTrainedTokenizerBase:
 
 
 def learned(tokenizer: PreTrainedTokenizerBase, path: Path, seq_len: int = 64) -> str:
-    (example,) = load_data(str(path), tokenizer, seq_len, 0.0).train
+    (example,) = load_data([str(path)], tokenizer, seq_len, 0.0).train
     kept = [label for label in example.labels if label != IGNORED]
     return " ".join(tokenizer.convert_ids_to_tokens(kept))
-
-
-def test_what_seq_len_takes_is_said(
-    jsonl: Callable[..., Path], tokenizer: PreTrainedTokenizerBase
-) -> None:
-    long = {"prompt": "the cat sat on a mat and saw", "completion": " an old red dog"}
-    path = jsonl({"text": "the cat"}, long, {"text": "the cat sat on a mat and saw an old dog"})
-    for seq_len, expected in (
-        (32, "3 examples to train on, 0 held out"),
-        (10, "3 examples to train on, 0 held out; by --seq-len 2 cut"),
-        (8, "2 examples to train on, 0 held out; by --seq-len 1 cut, 1 left out, whose prompt"),
-    ):
-        description = load_data(str(path), tokenizer, seq_len, 0.0).description
-        assert description.partition(": ")[2].startswith(expected)
 
 
 def test_conversations_that_the_assistant_begins(
@@ -185,7 +172,7 @@ def test_tools_reach_the_template(jsonl: Callable[..., Path], tiny_model: Path) 
     ]
     tool = {"type": "function", "function": {"name": "house", "parameters": {}}}
     path = jsonl({"messages": messages, "tools": [tool]})
-    (example,) = load_data(str(path), tokenizer, 64, 0.0).train
+    (example,) = load_data([str(path)], tokenizer, 64, 0.0).train
     text = " ".join(tokenizer.convert_ids_to_tokens(example.input_ids))
     assert text.startswith("<|user|> house <|user|> the cat")
     assert learned(tokenizer, path) == "dog <|end|>"
@@ -209,7 +196,7 @@ def test_prompt_and_completion_are_one_text(
     begins: str, jsonl: Callable[..., Path], spaced: PreTrainedTokenizerBase
 ) -> None:
     path = jsonl({"prompt": f"{begins}the cat", "completion": " sat on"})
-    (example,) = load_data(str(path), spaced, 64, 0.0).train
+    (example,) = load_data([str(path)], spaced, 64, 0.0).train
     tokens = spaced.convert_ids_to_tokens(example.input_ids)
     assert tokens == ["<s>", "▁the", "▁cat", "▁sat", "▁on", "</s>"]
     assert learned(spaced, path) == "▁sat ▁on </s>"

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +19,19 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoTokenizer
 
 from fastlora import reference, tuning
 from fastlora.backends.machine import cpu
 from fastlora.cli.errors import CliError
-from fastlora.cli.finetune.read import read
+from fastlora.cli.finetune.examples import IGNORED, tokens_of
+from fastlora.cli.finetune.read import Record, read
 from fastlora.integrations.peft.loading import CONFIG, load_adapter
+from fastlora.integrations.transformers import convert_gguf
+from fastlora.integrations.transformers.loading import load_model
 from fastlora.quant import QuantState
 from tests.fuzz.budget import budget
+from tests.tiny import save_model, write_gguf
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 RECORDS = (
@@ -76,6 +85,118 @@ def test_data_files(data: st.DataObject, name: str, tmp_path_factory: Any) -> No
         assert str(error).startswith("--data: ")
         return
     assert content
+
+
+# ---- records ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    save_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model: Path) -> Any:
+    return AutoTokenizer.from_pretrained(model)
+
+
+TEXT = st.sampled_from(["", " ", "the cat", " sat on", "<|end|>", "<eos>", "{{ 1 }}", "\x00", "é"])
+ROLES = st.sampled_from(["system", "user", "assistant", "tool", "", "a b"])
+CALL = {"type": "function", "function": {"name": "dog", "arguments": {}}}
+MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {"role": ROLES | JSON, "content": TEXT | JSON},
+        optional={"tool_calls": st.just([CALL]) | JSON, "name": JSON},
+    )
+    | JSON,
+    max_size=5,
+)
+FIELDS = {"text": TEXT | JSON, "prompt": TEXT | JSON, "completion": TEXT | JSON}
+FIELDS |= {"messages": MESSAGES | JSON, "tools": JSON}
+
+
+@given(value=st.fixed_dictionaries({}, optional=FIELDS) | JSON)
+@budget(in_ci=300)
+def test_records(value: Any, tokenizer: Any) -> None:
+    """A label is the token beside it, or ignored."""
+    try:
+        ids, labels = tokens_of(Record("--data: line 1", value), tokenizer)
+    except CliError as error:
+        assert str(error).startswith("--data: line 1: ")
+        return
+    assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
+
+
+# ---- models ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def little_memory() -> Iterator[None]:
+    """A header may ask for any size; the machine need not have it."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**31, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@st.composite
+def changed_header(draw: st.DrawFn, content: bytes, header: int) -> bytes:
+    """Numbers and letters of a file's header replaced, or the file cut."""
+    data = bytearray(content)
+    for _ in range(draw(st.integers(1, 3))):
+        place = draw(st.integers(0, header))
+        new = st.binary(min_size=1, max_size=8) | st.sampled_from([b"\xff" * 8, b"\0" * 8, b"9"])
+        data[place : place + len(put)] = (put := draw(new))
+    return bytes(data[: draw(st.integers(0, len(data)))] if draw(st.integers(0, 9)) == 0 else data)
+
+
+@given(data=st.data())
+@budget(in_ci=60)
+def test_models(data: st.DataObject, model: Path, tmp_path_factory: Any) -> None:
+    """What loads has every tensor of the file."""
+    folder = tmp_path_factory.getbasetemp() / "model"
+    shutil.copytree(model, folder, dirs_exist_ok=True)
+    content = (model / "model.safetensors").read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    path = folder / "model.safetensors"
+    path.write_bytes(data.draw(changed_header(content, header)))
+    with little_memory():
+        try:
+            loaded = load_model(folder, dtype=torch.bfloat16).state_dict()
+        except ValueError as error:
+            assert str(folder) in str(error)
+            return
+    for name, tensor in load_file(path).items():
+        assert torch.equal(loaded[name].nan_to_num(), tensor.bfloat16().nan_to_num()), name
+
+
+@given(data=st.data())
+@budget(in_ci=60)
+def test_gguf_files(data: st.DataObject, tmp_path_factory: Any) -> None:
+    """A file that converts gives finite sizes, and weights for all of its model."""
+    pytest.importorskip("gguf")
+    base = tmp_path_factory.getbasetemp()
+    whole, path, cache = base / "whole.gguf", base / "changed.gguf", base / "cache"
+    if not whole.exists():
+        write_gguf(whole)
+    content = whole.read_bytes()
+    path.write_bytes(data.draw(changed_header(content, content.index(b"output_norm") + 2000)))
+    with little_memory():
+        try:
+            folder = convert_gguf(path, cache)
+        except ValueError as error:
+            assert str(path) in str(error)
+            folder = None
+    assert sorted(p.name for p in (cache / "gguf").iterdir()) == ([folder.name] if folder else [])
+    shutil.rmtree(cache)
+
+
+# ---- adapters --------------------------------------------------------------------------------
 
 
 def network() -> nn.Module:

@@ -25,6 +25,7 @@ from transformers import (
 from fastlora import tuning
 from fastlora.integrations import transformers as hf
 from fastlora.integrations.peft import FastLoraLinear
+from tests.tiny import write_gguf
 
 VOCABULARY = 50
 
@@ -212,11 +213,12 @@ def conversions(
     """Reading a GGUF file gives the tiny model; the list names every file that was read."""
     read: list[str] = []
 
-    def model(path: Path, **options: Any) -> LlamaForCausalLM:
+    def model(path: Path, **options: Any) -> tuple[LlamaForCausalLM, dict[str, list[str]]]:
         read.append(options["gguf_file"])
         if hasattr(transformers, "GgufConfig"):
             assert options["quantization_config"].dequantize
-        return llama
+        kinds = "missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"
+        return llama, {kind: [] for kind in kinds}
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *a, **k: tokenizer)
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", model)
@@ -267,6 +269,22 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert hf.cache_folder() == Path.home() / ".cache" / "fastlora"
     assert hf.cache_folder("~/mine") == Path.home() / "mine"
+
+
+@pytest.mark.parametrize(
+    ("without", "missing"),
+    [("blk.0.attn_q", "model.layers.0.self_attn.q_proj.weight"), ("output_norm", "norm.weight")],
+)
+def test_a_gguf_file_without_a_weight(without: str, missing: str, tmp_path: Path) -> None:
+    """Transformers draws it at random, and the conversion would be kept."""
+    pytest.importorskip("gguf")
+    path, cache = tmp_path / "a.gguf", tmp_path / "cache"
+    write_gguf(path)
+    assert hf.load_causal_lm(path, cache_dir=cache, device="cpu")[0].config.vocab_size == 40
+    write_gguf(path, without={without})
+    with pytest.raises(ValueError, match=f"a.gguf doesn't fit the model: it lacks .*{missing}"):
+        hf.load_causal_lm(path, cache_dir=cache, device="cpu")
+    assert len(list((cache / "gguf").iterdir())) == 1
 
 
 @pytest.mark.slow

@@ -19,8 +19,9 @@ from ..console import quiet_libraries
 from ..errors import CliError, check_writable
 from ..options import SHORT_DTYPES, not_negative, positive, positive_float, share
 from .compare import compare
-from .data import load_data
+from .data import load_data, split_weight
 from .job import BACKENDS, Diverged, Job, Stopped
+from .preview import print_data
 from .records import LOG_FILE, RUN_FILE, locked, read_log, read_run, update_run
 from .report import CSV_FILE, PLOT_FILE, print_comparison, print_result, write_csv, write_plot
 from .terminal import TerminalObserver
@@ -64,13 +65,18 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     files.add_argument(
         "--data",
         metavar="FILE",
+        action="append",
         help='text; or JSONL, JSON, CSV, TSV, Parquet or Arrow, also in gz, with "text", "prompt" '
-        'and "completion", or "messages"',
+        'and "completion", or "messages"; can be given several times, FILE:2 takes each example '
+        "twice in an epoch, FILE:0.5 half of them",
     )
     files.add_argument("--out", metavar="FOLDER", help="for adapter, checkpoints and log")
     again = files.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue from the last save in --out")
     again.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out")
+    files.add_argument(
+        "--dry-run", action="store_true", help="show what would be trained on, and write nothing"
+    )
     files.add_argument(
         "--cache-dir", metavar="FOLDER", help="for converted GGUF files (~/.cache/fastlora)"
     )
@@ -127,15 +133,31 @@ def run(args: argparse.Namespace) -> int:
     """Checks the arguments, runs the job, prints the table."""
     fields = {f.name for f in dataclasses.fields(Job)}
     given = {k: v for k, v in vars(args).items() if k in fields}
-    for name in ("model", "data", "out"):
+    # A run can be resumed from another working directory.
+    for name in ("model", "out"):
         if name in given:
-            # A run can be resumed from another working directory.
-            given[name] = str(Path(given[name]).expanduser().resolve())
-    resume = getattr(args, "resume", False)
+            given[name] = _absolute(given[name])
+    if "data" in given:
+        given["data"] = [_absolute_source(file) for file in given["data"]]
+    resume, dry = getattr(args, "resume", False), getattr(args, "dry_run", False)
+    if dry and not resume:
+        given.setdefault("out", "")
     if "out" not in given:
         raise CliError("--out: give the folder for adapter, checkpoints and log")
     job = _resumed(given) if resume else new_job(**given)
+    if dry:
+        _check(job, Console())
+        return 0
     return execute(job, resume=resume, overwrite=getattr(args, "overwrite", False))
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().resolve())
+
+
+def _absolute_source(file: str) -> str:
+    path, _ = split_weight(file)
+    return _absolute(path) + file.removeprefix(path)
 
 
 def execute(job: Job, *, resume: bool, overwrite: bool, console: Console | None = None) -> int:
@@ -159,7 +181,6 @@ def execute(job: Job, *, resume: bool, overwrite: bool, console: Console | None 
 
 def _run(job: Job, console: Console, resume: bool) -> int:
     out = Path(job.out)
-    console.print(f"model    {_model_name(job)}\nmethod   {_method(job)}", highlight=False)
     backends = BACKENDS if job.backend == "both" else (job.backend,)
     update_run(out, job=job.as_dict())
     try:
@@ -239,6 +260,8 @@ def _resumed(given: dict[str, Any]) -> Job:
     if saved is None:
         raise CliError(f"--resume: no run in {given['out']} (it has no {RUN_FILE})")
     job: dict[str, Any] = saved["job"]
+    if isinstance(job["data"], str):  # a run of before there could be several
+        job["data"] = [job["data"]]
     for name, value in given.items():
         if name not in _FREE_ON_RESUME and value != job[name]:
             flag = "--" + name.replace("_", "-")
@@ -287,9 +310,10 @@ def _files_of_a_run(out: Path, but: Path) -> list[Path]:
 
 
 def _check(job: Job, console: Console) -> None:
-    """Checks model and data before anything is written; converts a GGUF file."""
-    if not Path(job.data).exists():
-        raise CliError(f"--data: no such file: {job.data}")
+    """Checks model and data before anything is written, and shows them; converts a GGUF file."""
+    for path, _ in map(split_weight, job.data):
+        if not Path(path).exists():
+            raise CliError(f"--data: no such file: {path}")
     if not Path(job.model).exists():
         raise CliError(
             f"--model: no such folder or file: {job.model}; a model of the Hugging Face Hub comes "
@@ -304,7 +328,9 @@ def _check(job: Job, console: Console) -> None:
         tokenizer = load_tokenizer(model_folder(job.model, job.cache_dir))
     except (FileNotFoundError, ValueError) as error:
         raise CliError(f"--model: {error}") from error
-    load_data(job.data, tokenizer, job.seq_len, job.eval_split)
+    data = load_data(job.data, tokenizer, job.seq_len, job.eval_split)
+    console.print(f"model    {_model_name(job)}\nmethod   {_method(job)}\n", highlight=False)
+    print_data(console, data, tokenizer, job)
 
 
 def _announce_conversion(job: Job, console: Console) -> None:

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     quiet_libraries()
     job = finetune.new_job(
         model=str(smollm2()),
-        data=str(topics(args.cache_dir)),
+        data=[str(topics(args.cache_dir))],
         out=str(Path(args.out).resolve()),
         backend=args.backend,
         steps=args.steps,

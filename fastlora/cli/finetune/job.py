@@ -17,7 +17,7 @@ class Job:
     """
 
     model: str
-    data: str
+    data: list[str]  # "FILE" or "FILE:WEIGHT"
     out: str
     backend: str = "fastlora"
     quant: str = "nf4"

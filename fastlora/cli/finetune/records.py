@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +22,12 @@ LAST_STEPS = 10
 
 
 def newest_checkpoint(out: Path) -> Path | None:
-    """The complete checkpoint with the highest step. Removes checkpoints that a kill cut off.
+    """The complete checkpoint with the highest step, as `checkpoints` finds them."""
+    return next(iter(checkpoints(out)), None)
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The complete checkpoints, the newest first. Removes those that a kill cut off.
 
     The Trainer writes trainer_state.json last: a checkpoint is complete if that can be read.
     """
@@ -31,7 +38,23 @@ def newest_checkpoint(out: Path) -> Path | None:
             complete.append(folder)
         except (FileNotFoundError, json.JSONDecodeError):
             shutil.rmtree(folder, ignore_errors=True)
-    return max(complete, key=step_of, default=None)
+    return sorted(complete, key=step_of, reverse=True)
+
+
+def check_archives(checkpoint: Path) -> None:
+    """Checks the sums that torch's files have, which the adapter's file has not.
+
+    Raises:
+        ValueError: a file is cut off, or has changed.
+    """
+    for path in (*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                part = archive.testzip()
+        except (zipfile.BadZipFile, zlib.error, OSError) as error:
+            raise ValueError(f"{path.name}: {error}") from error
+        if part is not None:
+            raise ValueError(f"{path.name}: {part} does not have its checksum")
 
 
 def is_last(checkpoint: Path, steps: int | None) -> bool:
@@ -74,11 +97,21 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def read_run(out: Path) -> dict[str, Any] | None:
-    """The content of `run.json` in `out`: what was run and its results. None if there is none."""
+    """The content of `run.json` in `out`: what was run and its results. None if there is none.
+
+    Raises:
+        CliError: it can't be read.
+    """
+    path = out / RUN_FILE
     try:
-        return dict(json.loads((out / RUN_FILE).read_text()))
+        return dict(json.loads(path.read_text()))
     except FileNotFoundError:
         return None
+    except (OSError, ValueError, TypeError) as error:
+        raise CliError(
+            f"--out: {path} can't be read ({error}), so that the run can't be resumed; "
+            "--overwrite starts it anew"
+        ) from None
 
 
 def update_run(out: Path, **fields: Any) -> None:

@@ -77,7 +77,7 @@ def _notes(
         if peft[name]
     }
     if ratio is not None:
-        notes["seconds a step"] = f"{ratio['median']:.2f}x the speed"
+        notes["seconds a step"] = f"{ratio['median']:.2f}x the speed, step by step"
         notes["tokens a second"] = f"20 to 80 %: {ratio['p20']:.2f} to {ratio['p80']:.2f}x"
     return notes
 

@@ -105,7 +105,6 @@ class TerminalObserver:
     def _show_facts(self, facts: dict[str, Any]) -> None:
         threads = "1 thread" if facts["threads"] == 1 else f"{facts['threads']} threads"
         self.console.print(
-            f"data     {facts['data']}\n"
             f"adapter  {facts['adapted']} layers, {facts['trainable']:,} parameters\n"
             f"device   {facts['device']}, {threads}",
             highlight=False,

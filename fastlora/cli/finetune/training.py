@@ -10,10 +10,20 @@ from ..console import quiet_libraries
 from ..errors import CliError
 from ..options import torch_dtype
 from ..process import on_stop_signal
-from .data import Collator, batches, load_data
+from .data import Collator, batches, check_ids, load_data
 from .job import Diverged, Job, Observer, Stopped
 from .model import accelerate, adapted_layers, cast_adapter, trainable_digest, with_adapter
-from .records import Log, is_last, newest_checkpoint, read_run, step_of, summarise, update_run
+from .records import (
+    Log,
+    check_archives,
+    checkpoints,
+    is_last,
+    newest_checkpoint,
+    read_run,
+    step_of,
+    summarise,
+    update_run,
+)
 from .trainer import Stop, make_trainer
 
 
@@ -57,7 +67,9 @@ def train(job: Job, observer: Observer, *, resume: bool) -> dict[str, Any]:
     if job.seq_len > limit:
         raise CliError(f"--seq-len: the model takes {limit} tokens, not {job.seq_len}")
     data = load_data(job.data, tokenizer, job.seq_len, job.eval_split)
-    collator = Collator(tokenizer)
+    vocab_size = len(model.get_input_embeddings().weight)
+    check_ids(data, vocab_size)
+    collator = Collator(tokenizer, vocab_size)
 
     set_seed(job.seed)
     model = with_adapter(model, job, observer)
@@ -66,11 +78,13 @@ def train(job: Job, observer: Observer, *, resume: bool) -> dict[str, Any]:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     digest = data.digest()
     if checkpoint is not None and (read_run(out) or {}).get("data_digest") != digest:
-        raise CliError(f"--data: {job.data} has changed since the run began")
+        files = ", ".join(job.data)
+        raise CliError(f"--data: the content of {files} has changed since the run began")
+    if checkpoint is not None:
+        _check_checkpoint(model, checkpoint)
     update_run(out, fastlora=__version__, job=job.as_dict(), data_digest=digest)
     observer.emit(
         "facts",
-        data=data.description,
         data_digest=digest,
         adapter_digest=adapter,
         trainable=trainable,
@@ -122,3 +136,21 @@ def train(job: Job, observer: Observer, *, resume: bool) -> dict[str, Any]:
     update_run(out, result=result)
     observer.emit("status", text="done")
     return result
+
+
+def _check_checkpoint(model: Any, checkpoint: Path) -> None:
+    """Checks that a checkpoint can be loaded whole into `model`."""
+    from ...integrations.peft.loading import check_saved
+
+    try:
+        check_archives(checkpoint)
+        check_saved(model, checkpoint)
+    except ValueError as error:
+        step = step_of(checkpoint)
+        before = [c.name for c in checkpoints(checkpoint.parent) if step_of(c) < step]
+        cure = (
+            f"remove it to go on from {before[0]}"
+            if before
+            else "there is no save before it, --overwrite starts anew"
+        )
+        raise CliError(f"--resume: {checkpoint} is damaged: {error}; {cure}") from error

@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
-from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
+from peft.utils.save_and_load import (
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -65,6 +69,22 @@ def _weights(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
         raise ValueError(f"the weights in {folder} can't be read: {first_line(error)}") from error
     return weights
+
+
+def check_saved(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Checks that a folder holds the tensors of the model's adapter, finite, and no others.
+
+    Raises:
+        ValueError: it does not.
+    """
+    weights, own = _weights(folder), get_peft_model_state_dict(model)
+    check_keys(folder, own.keys() - weights.keys(), weights.keys() - own.keys())
+    for key, tensor in weights.items():
+        if tensor.shape != own[key].shape:
+            shapes = [list(t.shape) for t in (own[key], tensor)]
+            raise ValueError(f"{folder}: {key} must be {shapes[0]}, got {shapes[1]}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{folder}: {key} must be finite, got inf or NaN")
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from ... import tuning
+from ..keys import first_line
+from .loading import load_model
 
 StrPath = str | os.PathLike[str]
 # Part of the cache key: raise it when a conversion would come out differently.
@@ -41,6 +43,9 @@ def convert_gguf(
         path: the .gguf file.
         cache_dir: where the result goes; see `cache_folder`.
         dtype: bf16 is precise enough for 4- to 8-bit codes times their scales.
+
+    Raises:
+        ValueError: the file can't be read, or lacks weights of its model.
     """
     path = Path(path)
     target = gguf_cache_folder(path, cache_dir, dtype)
@@ -58,10 +63,12 @@ def convert_gguf(
         pass
     partial = Path(tempfile.mkdtemp(prefix="partial-", dir=target.parent))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        except Exception as error:  # whatever a wrong value makes the readers raise
+            raise ValueError(f"{path} has no tokenizer: {first_line(error)}") from error
         tokenizer.save_pretrained(partial)
-        model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=dtype, **options)
-        model.save_pretrained(partial)
+        load_model(path.parent, dtype=dtype, **options).save_pretrained(partial)
         try:
             partial.rename(target)
         except OSError:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -65,6 +64,7 @@ def load_model(
         ValueError: the folder lacks weights, has others than the model, or of another shape, can't
             be read, or also holds an adapter.
     """
+    source = Path(folder, options.get("gguf_file", ""))
     if (Path(folder) / "adapter_config.json").is_file():
         raise ValueError(
             f"{folder} holds an adapter beside the model, which Transformers would load with it; "
@@ -74,10 +74,10 @@ def load_model(
         model, found = kind.from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
-        raise ValueError(f"the model in {folder} can't be loaded: {first_line(error)}") from error
+    except Exception as error:  # whatever a wrong value in a config or a header makes it raise
+        raise ValueError(f"the model in {source} can't be loaded: {first_line(error)}") from error
     if found["error_msgs"]:
-        raise ValueError(f"the model in {folder} can't be loaded: {found['error_msgs'][0]}")
+        raise ValueError(f"the model in {source} can't be loaded: {found['error_msgs'][0]}")
     missing = [name for name in found["missing_keys"] if name not in given]
     mismatched = [each for each in sorted(found["mismatched_keys"]) if each[0] not in given]
     unexpected = list(found["unexpected_keys"])
@@ -88,9 +88,9 @@ def load_model(
         name, stored, wanted = mismatched[0]
         more = f", and {len(mismatched) - 1} more" if len(mismatched) > 1 else ""
         raise ValueError(
-            f"{folder} doesn't fit the model: "
+            f"{source} doesn't fit the model: "
             f"{name} must be {list(wanted)}, got {list(stored)}{more}"
         )
-    check_keys(folder, missing, unexpected)
+    check_keys(source, missing, unexpected)
     loaded: PreTrainedModel = model
     return loaded
