@@ -50,7 +50,7 @@ def test_opcheck(op: str) -> None:
 @pytest.mark.parametrize(
     ("op", "place", "wrong", "message"),
     [
-        ("quantize_absmax", 0, torch.rand(8).double(), "absmax has the wrong dtype"),
+        ("quantize_absmax", 0, torch.rand(8).double(), "absmax must be Float, got Double"),
         ("quantize_absmax", 1, torch.rand(2), "offset must have 1 elements, got 2"),
         ("quantize_absmax", 2, torch.rand(16), "code must have 256 elements, got 16"),
         ("qlora_gemm_fwd", 0, torch.randn(5, 64), "x must be bf16 or fp16"),

@@ -8,10 +8,26 @@
 
 #include <cmath>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
 
 #include "common/params.h"
 
 namespace fastlora {
+
+// Refuses an argument by a RuntimeError, the one kind that the stable ABI carries.
+#define FASTLORA_CHECK(condition, ...)                                             \
+  do {                                                                             \
+    if (!(condition)) throw std::runtime_error(fastlora::message_of(__VA_ARGS__)); \
+  } while (false)
+
+template <class... Args>
+std::string message_of(const Args&... args) {
+  std::ostringstream out;
+  (out << ... << args);
+  return out.str();
+}
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -26,8 +42,8 @@ inline DType dtype_of(ScalarType type, const char* name) {
     case ScalarType::Half:
       return DType::f16;
     default:
-      STD_TORCH_CHECK(false, name, " must be fp32, bf16 or fp16");
-      return DType::f32;
+      throw std::runtime_error(message_of(name, " must be Float, BFloat16 or Half, got ",
+                                          torch::headeronly::toString(type)));
   }
 }
 inline DType dtype_of(const Tensor& t, const char* name) { return dtype_of(t.scalar_type(), name); }
@@ -44,7 +60,7 @@ struct MatrixSizes {
   int64_t rows, columns;
 };
 inline MatrixSizes sizes_of(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 2, name, " must be a matrix, got ", t.dim(), " dimensions");
+  FASTLORA_CHECK(t.dim() == 2, name, " must be a matrix, got ", t.dim(), " dimensions");
   return {t.size(0), t.size(1)};
 }
 
@@ -74,8 +90,8 @@ inline void* memory_of(const Tensor& t) {
   for (int64_t i = 0; elements > 0 && i < t.dim(); i++) elements += (t.size(i) - 1) * t.stride(i);
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &held));
   const int64_t needed = (t.storage_offset() + elements) * static_cast<int64_t>(t.element_size());
-  STD_TORCH_CHECK(elements == 0 || needed <= held, "a tensor of ", t.numel(),
-                  " elements has lost its memory: its storage has ", held, " bytes of ", needed);
+  FASTLORA_CHECK(elements == 0 || needed <= held, "a tensor of ", t.numel(),
+                 " elements has lost its memory: its storage has ", held, " bytes of ", needed);
   return t.data_ptr();
 }
 template <class T>
@@ -83,21 +99,27 @@ T* data_of(const Tensor& t) {
   return static_cast<T*>(memory_of(t));
 }
 
+inline std::string shape_of(const Tensor& t) {
+  std::string text;
+  for (int64_t i = 0; i < t.dim(); i++) text += (i ? ", " : "") + std::to_string(t.size(i));
+  return "[" + text + "]";
+}
 inline void check_matrix(const Tensor& t, const char* name, int64_t rows, int64_t columns) {
-  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name, " must be [",
-                  rows, ", ", columns, "]");
+  FASTLORA_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name, " must be [",
+                 rows, ", ", columns, "], got ", shape_of(t));
 }
 // The kernels divide by sizes; fastlora/backends/native/cpu.py handles empty weights before it calls.
 inline void check_not_empty(const Weight& weight) {
-  STD_TORCH_CHECK(weight.N > 0 && weight.K > 0, "weight must have elements, got [", weight.N, ", ",
-                  weight.K, "]");
+  FASTLORA_CHECK(weight.N > 0 && weight.K > 0, "weight must have elements, got [", weight.N, ", ",
+                 weight.K, "]");
 }
 inline void check_vector(const Tensor& t, const char* name, int64_t size) {
-  STD_TORCH_CHECK(t.numel() == size, name, " must have ", size, " elements, got ", t.numel());
-  STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
+  FASTLORA_CHECK(t.numel() == size, name, " must have ", size, " elements, got ", t.numel());
+  FASTLORA_CHECK(t.is_contiguous(), name, " must be contiguous");
 }
 inline void check_dtype(const Tensor& t, const char* name, ScalarType type) {
-  STD_TORCH_CHECK(t.scalar_type() == type, name, " has the wrong dtype");
+  FASTLORA_CHECK(t.scalar_type() == type, name, " must be ", torch::headeronly::toString(type),
+                 ", got ", torch::headeronly::toString(t.scalar_type()));
 }
 // Where a contiguous vector of `size` elements of type T begins.
 template <class T>
@@ -108,17 +130,17 @@ T* vector_of(const Tensor& t, const char* name, int64_t size) {
 }
 // N times K, of a weight whose sizes come from its adapter.
 inline int64_t elements_of(int64_t N, int64_t K) {
-  STD_TORCH_CHECK(K == 0 || N <= INT64_MAX / K, "weight can't be [", N, ", ", K, "]");
+  FASTLORA_CHECK(K == 0 || N <= INT64_MAX / K, "weight can't be [", N, ", ", K, "]");
   return N * K;
 }
 inline Dropout dropout_of(double p, const OptionalTensor& seed) {
-  STD_TORCH_CHECK(p >= 0.0 && p <= 1.0, "dropout_p must be between 0 and 1, got ", p);
+  FASTLORA_CHECK(p >= 0.0 && p <= 1.0, "dropout_p must be between 0 and 1, got ", p);
   // Nearest, ties to even, as Python's round.
   const uint32_t threshold = static_cast<uint32_t>(std::nearbyint(p * 65536));
   Dropout dropout{threshold, 0.0f, nullptr};
   if (threshold < 65536) dropout.scale = static_cast<float>(1.0 / (1.0 - threshold / 65536.0));
   if (p > 0.0) {
-    STD_TORCH_CHECK(
+    FASTLORA_CHECK(
         seed.has_value() && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long,
         "seed must be an int64 tensor of one element when dropout_p > 0");
     // The seed stays where it is, on the GPU perhaps: the kernel reads it. Low half first.
@@ -135,8 +157,8 @@ struct QuantTensors {
 };
 
 inline Quant4bit quant_of(const QuantTensors& t, int64_t elements) {
-  STD_TORCH_CHECK(t.blocksize >= 32 && (t.blocksize & (t.blocksize - 1)) == 0,
-                  "blocksize must be a power of two of at least 32, got ", t.blocksize);
+  FASTLORA_CHECK(t.blocksize >= 32 && (t.blocksize & (t.blocksize - 1)) == 0,
+                 "blocksize must be a power of two of at least 32, got ", t.blocksize);
   const int64_t blocks = (elements + t.blocksize - 1) / t.blocksize;
   Quant4bit q{};
   q.packed = vector_of<uint8_t>(t.packed, "weight", (elements + 1) / 2);
@@ -146,8 +168,8 @@ inline Quant4bit quant_of(const QuantTensors& t, int64_t elements) {
     q.absmax = vector_of<float>(t.absmax, "absmax", blocks);
     return q;
   }
-  STD_TORCH_CHECK(t.nested_code.has_value() && t.nested_offset.has_value(),
-                  "nested_absmax needs nested_code and nested_offset");
+  FASTLORA_CHECK(t.nested_code.has_value() && t.nested_offset.has_value(),
+                 "nested_absmax needs nested_code and nested_offset");
   q.absmax_8bit = vector_of<uint8_t>(t.absmax, "absmax", blocks);
   q.nested_absmax = vector_of<float>(*t.nested_absmax, "nested_absmax",
                                      (blocks + kNestedBlock - 1) / kNestedBlock);
@@ -207,7 +229,7 @@ struct LayerTensors {
 
   bool is_dense() const { return !absmax.has_value(); }
   QuantTensors quant() const {
-    STD_TORCH_CHECK(absmax.has_value() && code.has_value(), "a 4-bit weight needs absmax and code");
+    FASTLORA_CHECK(absmax.has_value() && code.has_value(), "a 4-bit weight needs absmax and code");
     return {weight, *absmax, *code, nested_absmax, nested_code, nested_offset, blocksize};
   }
 };
@@ -219,9 +241,9 @@ inline Weight weight_of(const LayerTensors& layer, int64_t N, int64_t K, ScalarT
     return weight_of(layer.quant(), N, K, layer.compute_dtype.value_or(x_dtype));
   check_matrix(layer.weight, "weight", N, K);
   const ScalarType dtype = layer.compute_dtype.value_or(x_dtype);
-  STD_TORCH_CHECK(layer.weight.scalar_type() == dtype, "weight must be in x's or compute_dtype");
-  STD_TORCH_CHECK(dtype == x_dtype || x_dtype == ScalarType::Float,
-                  "compute_dtype of a dense weight must be x's dtype unless x is in fp32");
+  FASTLORA_CHECK(layer.weight.scalar_type() == dtype, "weight must be in x's or compute_dtype");
+  FASTLORA_CHECK(dtype == x_dtype || x_dtype == ScalarType::Float,
+                 "compute_dtype of a dense weight must be x's dtype unless x is in fp32");
   dense = with_order(layer.weight);
   return weight_of(dense);
 }
@@ -232,9 +254,8 @@ using ExpertCount = std::optional<int64_t>;
 inline void check_stack(const Tensor& t, const char* name, ExpertCount experts, int64_t rows,
                         int64_t columns) {
   if (!experts) return check_matrix(t, name, rows, columns);
-  STD_TORCH_CHECK(
-      t.dim() == 3 && t.size(0) == *experts && t.size(1) == rows && t.size(2) == columns, name,
-      " must be [", *experts, ", ", rows, ", ", columns, "]");
+  FASTLORA_CHECK(t.dim() == 3 && t.size(0) == *experts && t.size(1) == rows && t.size(2) == columns,
+                 name, " must be [", *experts, ", ", rows, ", ", columns, "], got ", shape_of(t));
 }
 
 // lora_A [R, K] and lora_B [N, R], or stacks of them: contiguous, as the kernels read them.
@@ -245,7 +266,7 @@ struct Adapter {
     const int64_t R = A.size(experts ? 1 : 0);
     check_stack(A, "lora_A", experts, R, K);
     check_stack(B, "lora_B", experts, N, R);
-    STD_TORCH_CHECK(A.scalar_type() == B.scalar_type(), "lora_B must have lora_A's dtype");
+    FASTLORA_CHECK(A.scalar_type() == B.scalar_type(), "lora_B must have lora_A's dtype");
   }
   template <class Params>
   void fill(Params& params, double scaling) const {
@@ -263,8 +284,7 @@ struct Quantisation {
                int64_t blocksize)
       : weight(as_contiguous(weight_any)) {
     const int64_t elements = weight.numel();
-    STD_TORCH_CHECK(blocksize >= 32 && blocksize % 2 == 0,
-                    "blocksize must be even and at least 32");
+    FASTLORA_CHECK(blocksize >= 32 && blocksize % 2 == 0, "blocksize must be even and at least 32");
     packed = empty(weight, {(elements + 1) / 2, 1}, ScalarType::Byte);
     absmax = empty(weight, {(elements + blocksize - 1) / blocksize}, ScalarType::Float);
     params.elements = elements;
@@ -281,7 +301,7 @@ struct Quantisation {
 };
 
 inline Dequantize4bit dequantisation_of(const QuantTensors& quant, const Tensor& out) {
-  STD_TORCH_CHECK(out.is_contiguous(), "out must be contiguous");
+  FASTLORA_CHECK(out.is_contiguous(), "out must be contiguous");
   Dequantize4bit p{};
   p.elements = out.numel();
   p.quant = quant_of(quant, p.elements);

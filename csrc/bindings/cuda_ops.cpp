@@ -18,7 +18,7 @@ namespace fastlora {
 namespace {
 
 void check_launch(const char* op, const char* error) {
-  STD_TORCH_CHECK(error == nullptr, op, ": CUDA says: ", error);
+  FASTLORA_CHECK(error == nullptr, op, ": CUDA says: ", error);
 }
 
 bool is_aligned(const Tensor& t) {
@@ -28,7 +28,7 @@ bool is_aligned(const Tensor& t) {
 // The kernels copy rows in pieces of 16 bytes: t itself, or a copy whose rows start at multiples of
 // that. So must those past the end, which are not read: a single row needs such a stride, too.
 Tensor with_aligned_rows(const Tensor& t) {
-  STD_TORCH_CHECK(t.dim() == 2, "x and dy must be matrices");
+  FASTLORA_CHECK(t.dim() == 2, "x and dy must be matrices");
   const int64_t M = t.size(0), K = t.size(1);
   const int64_t unit = cuda::kRowAlignment / static_cast<int64_t>(t.element_size());
   const bool rows_fit = t.stride(0) >= K && t.stride(0) % unit == 0;
@@ -40,7 +40,7 @@ Tensor with_aligned_rows(const Tensor& t) {
 }
 
 void check_on_device(const Tensor& x, const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.get_device_index() == x.get_device_index(), name, " must be on x's device");
+  FASTLORA_CHECK(t.get_device_index() == x.get_device_index(), name, " must be on x's device");
 }
 
 void check_on_device(const Tensor& x, const OptionalTensor& t, const char* name) {
@@ -68,15 +68,15 @@ QuantTensors with_aligned_codes(QuantTensors quant) {
 
 Weight weight_of(const QuantTensors& quant, int64_t N, int64_t K, const Tensor& x) {
   // Sizes and steps are counted with 32 bits.
-  STD_TORCH_CHECK(N < (int64_t{1} << 31) && K < (int64_t{1} << 31),
-                  "weight must have fewer than 2^31 rows and columns, got [", N, ", ", K, "]");
+  FASTLORA_CHECK(N < (int64_t{1} << 31) && K < (int64_t{1} << 31),
+                 "weight must have fewer than 2^31 rows and columns, got [", N, ", ", K, "]");
   check_on_device(x, quant);
   Weight weight{};
   weight.N = N;
   weight.K = K;
   weight.quant = quant_of(quant, N * K);
   weight.compute_dtype = dtype_of(x, "x");
-  STD_TORCH_CHECK(weight.compute_dtype != DType::f32, "x must be bf16 or fp16");
+  FASTLORA_CHECK(weight.compute_dtype != DType::f32, "x must be bf16 or fp16");
   check_not_empty(weight);
   return weight;
 }
@@ -92,9 +92,9 @@ std::tuple<Tensor, Tensor> quantize_4bit(Tensor weight, Tensor bounds, Tensor or
   const OnDeviceOf device(weight);
   check_on_device(weight, bounds, "bounds");
   check_on_device(weight, order, "order");
-  STD_TORCH_CHECK((blocksize & (blocksize - 1)) == 0 && blocksize <= cuda::kMostBlocksize,
-                  "blocksize must be a power of two of at most ", cuda::kMostBlocksize, ", got ",
-                  blocksize);
+  FASTLORA_CHECK((blocksize & (blocksize - 1)) == 0 && blocksize <= cuda::kMostBlocksize,
+                 "blocksize must be a power of two of at most ", cuda::kMostBlocksize, ", got ",
+                 blocksize);
   const Quantisation q(weight, bounds, order, blocksize);
   check_launch("quantize_4bit", cuda::quantize_4bit(q.params, device.stream()));
   return {q.packed, q.absmax};
@@ -134,8 +134,8 @@ cuda::QloraGemm gemm_of(const Tensor& x, const Weight& weight, const Tensor& S,
                         const Tensor& adapter, const Tensor& y) {
   check_matrix(S, "S", x.size(0), S.size(1));
   check_dtype(S, "S", ScalarType::Float);
-  STD_TORCH_CHECK(S.is_contiguous() && adapter.is_contiguous(),
-                  "S and the adapter must be contiguous");
+  FASTLORA_CHECK(S.is_contiguous() && adapter.is_contiguous(),
+                 "S and the adapter must be contiguous");
   check_on_device(x, S, "S");
   check_on_device(x, adapter, "the adapter");
   cuda::QloraGemm p{};
@@ -205,16 +205,16 @@ std::tuple<Tensor, Tensor> qlora_decode(Tensor x_any, FASTLORA_LAYER) {
   const QuantTensors quant = with_aligned_codes((FASTLORA_LAYER_OF).quant());
   check_on_device(x, seed, "seed");
   const int64_t M = x.size(0), K = x.size(1), N = lora_B.size(0), R = lora_A.size(0);
-  STD_TORCH_CHECK(M <= cuda::kDecodeTokens, "x must have at most ", cuda::kDecodeTokens, " rows");
-  STD_TORCH_CHECK(K % 64 == 0 && blocksize % 64 == 0, "K and blocksize must be multiples of 64");
+  FASTLORA_CHECK(M <= cuda::kDecodeTokens, "x must have at most ", cuda::kDecodeTokens, " rows");
+  FASTLORA_CHECK(K % 64 == 0 && blocksize % 64 == 0, "K and blocksize must be multiples of 64");
   // The kernel counts W in groups of 64 codes with 32 bits.
-  STD_TORCH_CHECK(N < (int64_t{1} << 31) && K < (int64_t{1} << 31) && N * (K / 64) >> 32 == 0,
-                  "weight must have fewer than 2^38 elements, got [", N, ", ", K, "]");
+  FASTLORA_CHECK(N < (int64_t{1} << 31) && K < (int64_t{1} << 31) && N * (K / 64) >> 32 == 0,
+                 "weight must have fewer than 2^38 elements, got [", N, ", ", K, "]");
   check_matrix(lora_A, "lora_A", R, K);
   check_matrix(lora_B, "lora_B", N, R);
   check_dtype(lora_B, "lora_B", lora_A.scalar_type());
-  STD_TORCH_CHECK(lora_A.is_contiguous() && lora_B.is_contiguous(),
-                  "lora_A and lora_B must be contiguous");
+  FASTLORA_CHECK(lora_A.is_contiguous() && lora_B.is_contiguous(),
+                 "lora_A and lora_B must be contiguous");
   check_on_device(x, lora_A, "lora_A");
   check_on_device(x, lora_B, "lora_B");
   const Tensor y = empty(x, {M, N}), S = empty(x, {M, R}, ScalarType::Float);

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "checks.h"
 #include "cuda/kernels.h"
 
 namespace fastlora {
@@ -32,11 +33,11 @@ class OnDeviceOf {
   explicit OnDeviceOf(const torch::stable::Tensor& tensor)
       : device_(tensor.get_device_index()), guard_(device_) {
     const char* error = cuda::set_device(device_);
-    STD_TORCH_CHECK(error == nullptr, "CUDA device ", device_, ": ", error);
+    FASTLORA_CHECK(error == nullptr, "CUDA device ", device_, ": ", error);
   }
 
   cuda::Stream stream() const {
-    STD_TORCH_CHECK(get_current_stream() != nullptr, "this torch has no CUDA");
+    FASTLORA_CHECK(get_current_stream() != nullptr, "this torch has no CUDA");
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(get_current_stream()(device_, &stream));
     return stream;

@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor, Tensor> dora_magnitude_bwd(Tensor dy_any, Tensor z_an
                                                       bool need_dfactor, bool need_drest) {
   const auto [M, N] = sizes_of(z_any, "z");
   check_matrix(dy_any, "dy", M, N);
-  STD_TORCH_CHECK(dy_any.scalar_type() == z_any.scalar_type(), "dy must have z's dtype");
+  FASTLORA_CHECK(dy_any.scalar_type() == z_any.scalar_type(), "dy must have z's dtype");
   const Tensor dy = with_contiguous_rows(dy_any, "dy"), z = with_contiguous_rows(z_any, "z");
   const Tensor factor = as_contiguous(factor_any);
   Tensor dz = wanted(z, need_dz, {M, N}, std::nullopt);
@@ -83,7 +83,7 @@ std::tuple<Tensor, Tensor, Tensor> dora_magnitude_bwd(Tensor dy_any, Tensor z_an
 
 // The kernels read the seed of any dropout that they are called for.
 Dropout some_dropout_of(double dropout_p, const Tensor& seed) {
-  STD_TORCH_CHECK(dropout_p > 0.0, "dropout_p must be above 0, got ", dropout_p);
+  FASTLORA_CHECK(dropout_p > 0.0, "dropout_p must be above 0, got ", dropout_p);
   return dropout_of(dropout_p, seed);
 }
 
@@ -107,8 +107,8 @@ std::tuple<Tensor, Tensor> dora_dropout_fwd(Tensor x_any, double dropout_p, Tens
 Tensor dora_dropout_bwd(Tensor dkept_any, Tensor drest_any, double dropout_p, Tensor seed) {
   const auto [M, K] = sizes_of(dkept_any, "dkept");
   check_matrix(drest_any, "drest", M, K);
-  STD_TORCH_CHECK(dkept_any.scalar_type() == drest_any.scalar_type(),
-                  "drest must have dkept's dtype");
+  FASTLORA_CHECK(dkept_any.scalar_type() == drest_any.scalar_type(),
+                 "drest must have dkept's dtype");
   const Tensor dkept = with_contiguous_rows(dkept_any, "dkept"),
                drest = with_contiguous_rows(drest_any, "drest");
   Tensor dx = empty(dkept, {M, K});

@@ -9,16 +9,16 @@ namespace fastlora {
 namespace {
 
 void check_ids(const Tensor& ids, int64_t V) {
-  STD_TORCH_CHECK(ids.dim() == 1, "ids must be a vector, got ", ids.dim(), " dimensions");
+  FASTLORA_CHECK(ids.dim() == 1, "ids must be a vector, got ", ids.dim(), " dimensions");
   check_dtype(ids, "ids", ScalarType::Long);
   const int64_t* id = data_of<const int64_t>(ids);
   for (int64_t m = 0; m < ids.numel(); m++) {
-    STD_TORCH_CHECK(0 <= id[m] && id[m] < V, "ids must be from 0 to ", V - 1, ", got ", id[m]);
+    FASTLORA_CHECK(0 <= id[m] && id[m] < V, "ids must be from 0 to ", V - 1, ", got ", id[m]);
   }
 }
 
 Adapter adapter_of(const Tensor& A, const Tensor& B, int64_t N, int64_t V) {
-  STD_TORCH_CHECK(A.size(0) > 0, "lora_A must have a rank of at least 1");
+  FASTLORA_CHECK(A.size(0) > 0, "lora_A must have a rank of at least 1");
   return Adapter(A, B, std::nullopt, N, V);
 }
 

@@ -26,7 +26,7 @@ Weight stack_of(const LayerTensors& layer, int64_t E, int64_t N, int64_t K, Scal
   check_not_empty(weight);
   if (layer.is_dense()) {
     check_stack(layer.weight, "weight", E, N, K);
-    STD_TORCH_CHECK(layer.weight.scalar_type() == x_dtype, "weight must have x's dtype");
+    FASTLORA_CHECK(layer.weight.scalar_type() == x_dtype, "weight must have x's dtype");
     dense = as_contiguous(layer.weight);
     weight.dense = memory_of(dense);
     weight.compute_dtype = dtype_of(dense, "weight");
@@ -35,8 +35,8 @@ Weight stack_of(const LayerTensors& layer, int64_t E, int64_t N, int64_t K, Scal
   weight.quant = quant_of(layer.quant(), elements_of(E, elements_of(N, K)));
   weight.compute_dtype = dtype_of(layer.compute_dtype.value_or(x_dtype), "compute_dtype");
   const int64_t together = layer.blocksize * (layer.nested_absmax.has_value() ? kNestedBlock : 1);
-  STD_TORCH_CHECK(N * K % together == 0, "each expert must have whole blocks of ", together,
-                  " elements, got ", N, " x ", K);
+  FASTLORA_CHECK(N * K % together == 0, "each expert must have whole blocks of ", together,
+                 " elements, got ", N, " x ", K);
   return weight;
 }
 
@@ -44,8 +44,8 @@ Weight stack_of(const LayerTensors& layer, int64_t E, int64_t N, int64_t K, Scal
 struct Operands {
   Operands(const LayerTensors& layer, bool is_stack, ScalarType x_dtype) {
     const Tensor &A_any = layer.lora_A, &B_any = layer.lora_B;
-    STD_TORCH_CHECK(A_any.dim() == (is_stack ? 3 : 2) && B_any.dim() == A_any.dim(),
-                    "lora_A and lora_B must be ", is_stack ? "stacks" : "matrices");
+    FASTLORA_CHECK(A_any.dim() == (is_stack ? 3 : 2) && B_any.dim() == A_any.dim(),
+                   "lora_A and lora_B must be ", is_stack ? "stacks" : "matrices");
     const int64_t N = B_any.size(is_stack ? 1 : 0), K = A_any.size(is_stack ? 2 : 1);
     if (is_stack) experts = B_any.size(0);
     R = A_any.size(is_stack ? 1 : 0);
@@ -121,8 +121,8 @@ struct Backward {
       check_dtype(*S_any, "S", ScalarType::Float);
       S = as_contiguous(*S_any);
     }
-    STD_TORCH_CHECK(x == nullptr || dy_any.scalar_type() == x->scalar_type(),
-                    "dy must have x's dtype");
+    FASTLORA_CHECK(x == nullptr || dy_any.scalar_type() == x->scalar_type(),
+                   "dy must have x's dtype");
     dy = with_contiguous_rows(dy_any, "dy");
     const auto gradient = [&](bool needed, int64_t rows, int64_t columns) {
       return is_stack ? wanted(dy, needed, {*operands.experts, rows, columns}, ScalarType::Float)
@@ -160,8 +160,8 @@ Segments checked_segments(const Tensor& offsets, int64_t E, int64_t M) {
   const int64_t* ends = vector_of<int64_t>(offsets, "offsets", E);
   for (int64_t e = 0; e < E; e++) {
     const int64_t before = e ? ends[e - 1] : 0;
-    STD_TORCH_CHECK(before <= ends[e] && ends[e] <= M, "offsets must ascend from 0 to at most ", M,
-                    ", got ", ends[e], " after ", before);
+    FASTLORA_CHECK(before <= ends[e] && ends[e] <= M, "offsets must ascend from 0 to at most ", M,
+                   ", got ", ends[e], " after ", before);
   }
   return segments_of(ends, E);
 }
@@ -197,21 +197,21 @@ struct Layers {
   size_t count() const { return scalings.size(); }
   LayerTensors operator[](size_t i) const {
     constexpr size_t kFields = 10;
-    STD_TORCH_CHECK(tensors.size() == count() * kFields && dropouts.size() == count() &&
-                        blocksizes.size() == count(),
-                    "layers must have ", kFields, " tensors for each scaling");
+    FASTLORA_CHECK(tensors.size() == count() * kFields && dropouts.size() == count() &&
+                       blocksizes.size() == count(),
+                   "layers must have ", kFields, " tensors for each scaling");
     const OptionalTensor* t = &tensors[i * kFields];
-    STD_TORCH_CHECK(t[0].has_value() && t[7].has_value() && t[8].has_value(),
-                    "layers must have a weight, lora_A and lora_B");
+    FASTLORA_CHECK(t[0].has_value() && t[7].has_value() && t[8].has_value(),
+                   "layers must have a weight, lora_A and lora_B");
     return {*t[0],         t[1], t[2],  t[3],  t[4],        t[5],        blocksizes[i],
             compute_dtype, t[6], *t[7], *t[8], scalings[i], dropouts[i], t[9]};
   }
   // One kernel call decodes or reads the weights of all layers alike.
   void check_alike(const LayerTensors& layer) const {
     const LayerTensors first = (*this)[0];
-    STD_TORCH_CHECK(layer.is_dense() == first.is_dense(), "layers must be all dense or all 4-bit");
-    STD_TORCH_CHECK(!layer.is_dense() || is_transposed(layer.weight) == is_transposed(first.weight),
-                    "layers must all be stored [N, K] or all [K, N]");
+    FASTLORA_CHECK(layer.is_dense() == first.is_dense(), "layers must be all dense or all 4-bit");
+    FASTLORA_CHECK(!layer.is_dense() || is_transposed(layer.weight) == is_transposed(first.weight),
+                   "layers must all be stored [N, K] or all [K, N]");
   }
 };
 
@@ -221,7 +221,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> shared_linear_fwd(
     std::vector<double> dropouts) {
   const Layers layers{std::move(tensors), std::move(blocksizes), compute_dtype, std::move(scalings),
                       std::move(dropouts)};
-  STD_TORCH_CHECK(layers.count() > 0, "layers must have one layer at least");
+  FASTLORA_CHECK(layers.count() > 0, "layers must have one layer at least");
   const Tensor x = with_contiguous_rows(x_any, "x");
   std::vector<Forward> each;
   std::vector<LoraLinearFwd> params;
@@ -248,10 +248,10 @@ std::tuple<Tensor, std::vector<Tensor>> shared_linear_bwd(
     bool need_dx, std::vector<int64_t> needs) {
   const Layers layers{std::move(tensors), std::move(blocksizes), compute_dtype, std::move(scalings),
                       std::move(dropouts)};
-  STD_TORCH_CHECK(layers.count() > 0, "layers must have one layer at least");
-  STD_TORCH_CHECK(dys.size() == layers.count() && Ss.size() == layers.count() &&
-                      needs.size() == 3 * layers.count(),
-                  "dys and Ss must have one entry, needs three, for each scaling");
+  FASTLORA_CHECK(layers.count() > 0, "layers must have one layer at least");
+  FASTLORA_CHECK(dys.size() == layers.count() && Ss.size() == layers.count() &&
+                     needs.size() == 3 * layers.count(),
+                 "dys and Ss must have one entry, needs three, for each scaling");
   const Tensor x = with_contiguous_rows(x_any, "x");
   const Tensor dx = wanted(x, need_dx, {x.size(0), x.size(1)}, std::nullopt);
   std::vector<Backward> each;
@@ -275,7 +275,7 @@ std::tuple<Tensor, std::vector<Tensor>> shared_linear_bwd(
 }
 
 std::tuple<Tensor, Tensor> grouped_lora_linear_fwd(Tensor x_any, FASTLORA_LAYER, Tensor offsets) {
-  STD_TORCH_CHECK(!bias.has_value(), "experts have no bias");
+  FASTLORA_CHECK(!bias.has_value(), "experts have no bias");
   const Tensor x = with_contiguous_rows(x_any, "x");
   Forward layers(x, FASTLORA_LAYER_OF, true, tile_sizes());
   const Segments segments = checked_segments(offsets, *layers.operands.experts, x.size(0));
@@ -288,12 +288,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grouped_lora_linear_bwd(Tensor dy, Op
                                                                    OptionalTensor S, bool need_dx,
                                                                    bool need_dA, bool need_dB,
                                                                    bool need_dbias) {
-  STD_TORCH_CHECK(!need_dbias, "experts have no bias");
-  STD_TORCH_CHECK(x_any.has_value() || !need_dA, "x must be given where dA is needed");
-  STD_TORCH_CHECK(S.has_value() || !need_dB, "S must be given where dB is needed");
+  FASTLORA_CHECK(!need_dbias, "experts have no bias");
+  FASTLORA_CHECK(x_any.has_value() || !need_dA, "x must be given where dA is needed");
+  FASTLORA_CHECK(S.has_value() || !need_dB, "S must be given where dB is needed");
   OptionalTensor x;
   if (x_any.has_value()) x = with_contiguous_rows(*x_any, "x");
-  STD_TORCH_CHECK(lora_A.dim() == 3, "lora_A must be a stack");
+  FASTLORA_CHECK(lora_A.dim() == 3, "lora_A must be a stack");
   const int64_t M = sizes_of(dy, "dy").rows;
   const Tensor dx = wanted(dy, need_dx, {M, lora_A.size(2)}, std::nullopt);
   Backward layers(dy, x ? &*x : nullptr, FASTLORA_LAYER_OF, true, S ? &*S : nullptr,

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from .console import layer_bar, quiet_libraries
+from .console import layer_bar, quiet_libraries, wide_console
 from .errors import CliError
 
 
@@ -34,9 +34,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Ranks and prints."""
     quiet_libraries()
-    from ..integrations.spectrum import spectrum
+    from ..integrations.spectrum import peft_target, spectrum
 
-    console = Console(stderr=args.json)
+    console = Console(stderr=True) if args.json else wide_console()
     try:
         with layer_bar(console, "reading") as progress:
             ranking = spectrum(args.model, args.share, progress=progress)
@@ -47,9 +47,16 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(ranking.as_dict(), indent=2))
         return 0
     console.print(ranking)
-    console.print(
-        f"\ntarget_modules for PEFT, as one regular expression:\n{ranking.regex}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    target = peft_target(args.model, ranking)
+    if target is None:
+        text = (
+            "PEFT adapts other layers of this model, whether by names or by an expression: it takes"
+            " their last names for those of experts. The chosen layers are\n"
+            f"{json.dumps(ranking.target_modules)}"
+        )
+    elif isinstance(target, str):
+        text = f"target_modules for PEFT, as one regular expression:\n{target}"
+    else:
+        text = f"target_modules for PEFT:\n{json.dumps(target)}"
+    console.print(f"\n{text}", highlight=False, soft_wrap=True)
     return 0

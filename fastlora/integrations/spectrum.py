@@ -65,7 +65,10 @@ class Spectrum:
 
     @property
     def regex(self) -> str:
-        """One regular expression that matches just the chosen layers, for the same argument."""
+        """One regular expression that matches just the chosen layers, for the same argument.
+
+        In models with experts PEFT makes something else of it; see `peft_target`.
+        """
         # (the text before the number, the numbers) -> the text after it
         shared: dict[tuple[str, tuple[int, ...]], list[str]] = {}
         parts = []
@@ -213,20 +216,36 @@ def _of_model(model: nn.Module) -> Iterator[tuple[str, Callable[[], Tensor]]]:
 
 
 def _of_folder(folder: Path) -> dict[str, Callable[[], Tensor]]:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from .transformers.loading import empty_model
 
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"source must be a folder with config.json, got {folder}")
-    config = AutoConfig.from_pretrained(folder)
-    weights = OriginalWeights(folder)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model, weights = empty_model(folder), OriginalWeights(folder, "source")
     head = model.get_output_embeddings()
-    return {
-        name: functools.partial(weights.__getitem__, name)
-        for name, module in model.named_modules()
-        if module is not head and _is_linear(module)
-    }
+    names = [n for n, m in model.named_modules() if m is not head and _is_linear(m)]
+    for name in names:
+        weights.key(name)  # all of them, before any is read
+    return {name: functools.partial(weights.__getitem__, name) for name in names}
+
+
+def peft_target(folder: str | os.PathLike[str], ranking: Spectrum) -> str | list[str] | None:
+    """What `LoraConfig(target_modules=...)` takes to adapt just the chosen layers of a folder's
+    model; tried on the model without its weights.
+
+    The regular expression, or else the list of names: in models with experts PEFT reads the last
+    names alone of an expression. None if PEFT adapts others with either.
+    """
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
+
+    from .transformers.loading import empty_model
+
+    for target in (ranking.regex, ranking.target_modules):
+        model = empty_model(folder)
+        with torch.device("meta"):
+            get_peft_model(model, LoraConfig(r=1, target_modules=target))
+        adapted = {name for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+        if adapted == set(ranking.target_modules):
+            return target
+    return None
 
 
 def _is_linear(module: Any) -> bool:

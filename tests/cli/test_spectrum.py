@@ -31,6 +31,6 @@ def test_what_does_not_fit(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["spectrum", "--model", str(tmp_path)]) == 2
-    assert "--model: source must be a folder with config.json" in capsys.readouterr().err
+    assert "--model: expected a folder with config.json" in capsys.readouterr().err
     assert main(["spectrum", "--model", str(tiny_model), "--share", "2"]) == 2
     assert "--share: share must be above 0" in capsys.readouterr().err

@@ -112,6 +112,36 @@ def test_nothing_is_stored_when_nothing_is_faster(
     assert not list(cache.iterdir())
 
 
+def test_what_was_found_before_ctrl_c_is_kept(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    by_rule, names = comparing({"decode_rows": 64}), list(_C.tile_sizes())
+
+    def compare(timer, sizes, candidates):  # type: ignore[no-untyped-def]
+        if "tuned" not in candidates and sizes.get("decode_rows") == 64:
+            changed = next(n for n in names if any(c[n] != sizes[n] for c in candidates.values()))
+            if changed != "decode_rows":
+                raise KeyboardInterrupt
+        return by_rule(timer, sizes, candidates)
+
+    monkeypatch.setattr(tune_cpu._Timer, "compare", compare)
+    assert main(ARGUMENTS) == 0
+    out = capsys.readouterr().out
+    assert "Stopped; what was found so far" in out and "decode_rows: 32 -> 64" in out
+    assert "N=48 K=64 R=4 bf16 on nf4 nested dropout 0.05" in out
+    assert tuning.lookup(cpu.device(ISA), "tile_sizes", "all") is not None
+
+
+def test_a_cache_that_cannot_be_written_is_found_first(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (cache / "file").write_text("")
+    monkeypatch.setenv("FASTLORA_CACHE", str(cache / "file" / "folder"))
+    monkeypatch.setattr(tune_cpu._Timer, "compare", None)  # measuring would fail
+    assert main(ARGUMENTS) == 2
+    assert "$FASTLORA_CACHE: can't write to" in capsys.readouterr().err
+
+
 def test_a_wrong_result_is_not_kept(
     cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -287,6 +287,12 @@ def test_a_gguf_file_without_a_weight(without: str, missing: str, tmp_path: Path
     assert len(list((cache / "gguf").iterdir())) == 1
 
 
+def test_a_gguf_file_that_cannot_be_converted_here(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"cache_dir: can't write to .* a\.gguf is converted"):
+        hf.model_folder(gguf(tmp_path / "a.gguf"), tmp_path / "file" / "cache")
+
+
 @pytest.mark.slow
 def test_a_real_gguf_file(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastlora.cli.finetune.demo import PACKAGE, smollm2

@@ -50,6 +50,11 @@ class Layer:
     dropout: float = 0.0
     adapter_dtype: str = "fp32"
 
+    def __str__(self) -> str:
+        base = self.dtype if self.quant == "none" else f"{self.dtype} on {self.quant_name}"
+        dropout = f" dropout {self.dropout:g}" if self.dropout else ""
+        return f"N={self.N} K={self.K} R={self.R} {base}{dropout}"
+
     @property
     def quant_name(self) -> str:
         """The name in tables and CSV files: "none", "nf4", "nf4 nested", ..."""
@@ -76,10 +81,7 @@ class Case:
         layer = self.layer
         if self.mode == "dequantize":
             return f"dequantize N={layer.N} K={layer.K} {layer.quant_name} to {layer.dtype}"
-        base = layer.dtype if layer.quant == "none" else f"{layer.dtype} on {layer.quant_name}"
-        return f"{self.mode} M={self.M} N={layer.N} K={layer.K} R={layer.R} {base}" + (
-            f" dropout {layer.dropout:g}" if layer.dropout else ""
-        )
+        return f"{self.mode} M={self.M} {layer}"
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Case:

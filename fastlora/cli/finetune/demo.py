@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from ..console import quiet_libraries
-from ..errors import CliError
+from ..errors import CliError, check_writable
 from ..options import positive
 from . import command as finetune
 
@@ -60,6 +60,9 @@ def run(args: argparse.Namespace) -> int:
         highlight=False,
     )
     quiet_libraries()
+    from ...integrations.transformers import cache_folder
+
+    check_writable("--cache-dir", cache_folder(args.cache_dir))
     job = finetune.new_job(
         model=str(smollm2()),
         data=[str(topics(args.cache_dir))],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -15,6 +15,7 @@ from ...backends.machine import cpu
 from ..bench.case import PASSES, Case, Layer, grid
 from ..bench.measure import Bench, Calls, Refused, interleave
 from ..bench.plan import Budget
+from ..console import wide_console
 from ..errors import CliError
 
 TOKENS = (1, 16, 128, 512)
@@ -67,18 +68,19 @@ def run(args: argparse.Namespace, shapes: Sequence[tuple[int, int]]) -> int:
     cases = grid(layers, args.tokens or list(TOKENS), list(MODES))
     isa = library.build_info()["cpu_isa"]
     before = library.tile_sizes()
-    console = Console()
+    console = wide_console()
     timer = _Timer(cases, Budget(args.rounds, args.sample_ms * 1e-3), library.set_tile_sizes)
     trials = Table("size", "before", "tried", "time before / tried", "worst case", box=None)
     try:
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-            task = progress.add_task("tuning", total=len(before))
-            best = dict(before)
-            for name in before:
-                progress.update(task, description=name)
+        best = dict(before)
+        try:
+            for name in _shown(console, list(before)):
                 compare = _recorded(timer.compare, name, trials)
                 best = climb(name, best, compare, _accepted(library.set_tile_sizes))
-                progress.advance(task)
+        except KeyboardInterrupt:
+            if best == before:
+                raise
+            console.print("Stopped; what was found so far is compared and kept.")
         final = timer.compare(before, {"tuned": best})["tuned"]
         if not final.wins:
             console.print(trials)
@@ -97,6 +99,16 @@ def run(args: argparse.Namespace, shapes: Sequence[tuple[int, int]]) -> int:
             console.print(f"{name}: {before[name]} -> {best[name]}", highlight=False)
     console.print(f"Kept for {isa} in {cpu.keep(isa, best)}", soft_wrap=True, highlight=False)
     return 0
+
+
+def _shown(console: Console, names: Sequence[str]) -> Iterator[str]:
+    """The names, with a progress bar that says which is at work."""
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("tuning", total=len(names))
+        for name in names:
+            progress.update(task, description=name)
+            yield name
+            progress.advance(task)
 
 
 def climb(

@@ -12,14 +12,14 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ..errors import CliError
+from ... import tuning
+from ..console import wide_console
+from ..errors import CliError, check_writable
 from ..options import DTYPES, add_sizes, add_timing, share, torch_dtype
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints a line for each problem; 1 if a candidate's result was wrong."""
+    # What was measured is not to be lost.
+    check_writable("$FASTLORA_CACHE", tuning.cache_folder())
     shapes = args.shape or ([] if args.model else [(4096, 4096)])
     if args.model:
         shapes = [*shapes, *_shapes_of(args.model)]
@@ -68,22 +70,24 @@ def run(args: argparse.Namespace) -> int:
         return tune_cpu.run(args, shapes)
     args.tokens = args.tokens or [16, 256, 2048, 8192]
     problems = list(_problems(args, shapes))
-    console = Console()
+    console = wide_console()
     table = Table("op", "sizes", "fastest", "ms", "addmm ms", "candidates", box=None)
     wrong: list[str] = []
     left_out: list[str] = []
-    for problem in track(
-        problems,
-        description="tuning",
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ):
-        outcome = tune(problem, device, args.rounds, args.sample_ms * 1e-3)
-        wrong += outcome.wrong
-        left_out += [reason.splitlines()[0] for reason in outcome.left_out]
-        table.add_row(*outcome.cells())
-    console.print(table)
+    try:
+        for problem in track(
+            problems,
+            description="tuning",
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        ):
+            outcome = tune(problem, device, args.rounds, args.sample_ms * 1e-3)
+            wrong += outcome.wrong
+            left_out += [reason.splitlines()[0] for reason in outcome.left_out]
+            table.add_row(*outcome.cells())
+    finally:
+        console.print(table)  # each line of which is kept
     for reason, count in Counter(left_out).most_common(5):
         console.print(f"left out {count} times: {reason}", highlight=False)
     for line in wrong:
@@ -226,13 +230,14 @@ def _problems(args: argparse.Namespace, shapes: Sequence[tuple[int, int]]) -> It
 
 def _shapes_of(folder: str) -> list[tuple[int, int]]:
     """(N, K) of every linear layer but the head, from config.json alone."""
-    if not (Path(folder) / "config.json").exists():
-        raise CliError(f"--model: expected a folder with config.json, got {folder}")
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    from ...integrations.transformers.loading import empty_model
+
+    try:
+        model = empty_model(folder)
+    except ValueError as error:
+        raise CliError(f"--model: {error}") from error
     head = model.get_output_embeddings()
     layers = (m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head)
     return list(dict.fromkeys((layer.out_features, layer.in_features) for layer in layers))

@@ -45,13 +45,21 @@ def convert_gguf(
         dtype: bf16 is precise enough for 4- to 8-bit codes times their scales.
 
     Raises:
-        ValueError: the file can't be read, or lacks weights of its model.
+        ValueError: the file can't be read, or lacks weights of its model; cache_dir can't be
+            written.
     """
     path = Path(path)
     target = gguf_cache_folder(path, cache_dir, dtype)
     if target.is_dir():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix="partial-", dir=target.parent))
+    except OSError as error:
+        raise ValueError(
+            f"cache_dir: can't write to {target.parent} ({error.strerror}), where {path.name} is "
+            "converted; $FASTLORA_CACHE names another folder"
+        ) from error
     options: dict[str, Any] = {"gguf_file": path.name}
     try:
         from transformers import GgufConfig
@@ -61,7 +69,6 @@ def convert_gguf(
     except ImportError:
         # Transformers 4 always unpacks.
         pass
-    partial = Path(tempfile.mkdtemp(prefix="partial-", dir=target.parent))
     try:
         try:
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from transformers import (
     AutoConfig,
@@ -41,6 +42,27 @@ def model_class(folder: str | os.PathLike[str], task: str | None = None) -> Any:
         return _OF_TASK[task]
     names = AutoConfig.from_pretrained(folder).architectures or ()
     return getattr(transformers, names[0], AutoModelForCausalLM) if names else AutoModelForCausalLM
+
+
+def empty_model(folder: str | os.PathLike[str]) -> PreTrainedModel:
+    """The model of a folder without memory for its weights.
+
+    Raises:
+        ValueError: the config can't be read, or is of no model that Transformers knows.
+    """
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"expected a folder with config.json, got {folder}")
+    try:
+        config, kind = AutoConfig.from_pretrained(folder), model_class(folder)
+        with torch.device("meta"):
+            model: PreTrainedModel = (
+                kind(config)
+                if isinstance(kind, type) and issubclass(kind, PreTrainedModel)
+                else kind.from_config(config)
+            )
+    except Exception as error:  # whatever a wrong value in the config makes it raise
+        raise ValueError(f"the config in {folder} can't be used: {first_line(error)}") from error
+    return model
 
 
 def load_model(

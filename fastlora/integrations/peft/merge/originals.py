@@ -16,6 +16,8 @@ from ....quant import QuantState
 
 Source = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
 
+# Words in names around the same layers, in one order in files and in another in models.
+_WRAPPERS = ("base_model", "base_layer", "language_model", "model")
 # As safetensors and torch name them.
 _DTYPES = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")
 
@@ -26,13 +28,15 @@ class OriginalWeights:
     Args:
         source: a model, a state dict, or a folder with `*.safetensors`, of which only the headers
             are read until a weight is asked for.
+        what: the argument that it was given as, for messages.
 
     Raises:
         TypeError: source is none of these.
         ValueError: the folder has no safetensors file.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, what: str = "base") -> None:
+        self._what = what
         self._files: dict[str, Path] = {}
         self._tensors: Mapping[str, Tensor] = {}
         if isinstance(source, nn.Module):
@@ -40,10 +44,10 @@ class OriginalWeights:
         elif isinstance(source, Mapping):
             self._tensors = source
         elif isinstance(source, str | os.PathLike):
-            self._files = _index(Path(source))
+            self._files = _index(Path(source), what)
         else:
             raise TypeError(
-                "base must be a model, a state dict or a folder with safetensors files, "
+                f"{what} must be a model, a state dict or a folder with safetensors files, "
                 f"got {type(source).__name__}"
             )
 
@@ -51,7 +55,8 @@ class OriginalWeights:
         """The name of the weight of `layer` in these originals.
 
         Names may differ in their prefix: "model.layers.0.mlp.up_proj" finds
-        "layers.0.mlp.up_proj.weight" and "base_model.model.model.layers.0.mlp.up_proj.weight".
+        "layers.0.mlp.up_proj.weight" and "base_model.model.model.layers.0.mlp.up_proj.weight"; and
+        in where the words "model" and "language_model" stand, as those of models with vision do.
 
         Raises:
             ValueError: there is none, or more than one.
@@ -60,8 +65,11 @@ class OriginalWeights:
         if wanted in keys:
             return wanted
         found = [key for key in keys if _ends_alike(key.replace(".base_layer.", "."), wanted)]
+        if not found:
+            found = [key for key in keys if _core(key) == _core(wanted)]
         if len(found) != 1:
-            raise ValueError(f"base must have one weight for layer {layer}, got {_some(found)}")
+            what = self._what
+            raise ValueError(f"{what} must have one weight for layer {layer}, got {_some(found)}")
         return found[0]
 
     def check(self, layer: str, shape: Iterable[int]) -> None:
@@ -76,7 +84,7 @@ class OriginalWeights:
             found, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
         if found != tuple(shape) or dtype not in _DTYPES:
             raise ValueError(
-                f"base: {key} must be a weight in 16 bits or more of shape {tuple(shape)}, "
+                f"{self._what}: {key} must be a weight in 16 bits or more of shape {tuple(shape)}, "
                 f"got {dtype} {found}"
             )
 
@@ -103,7 +111,7 @@ class OriginalWeights:
         return safe_open(self._files[key], framework="pt")
 
 
-def _index(folder: Path) -> dict[str, Path]:
+def _index(folder: Path, what: str) -> dict[str, Path]:
     """Tensor name -> file."""
     from safetensors import safe_open
 
@@ -112,7 +120,7 @@ def _index(folder: Path) -> dict[str, Path]:
         return {k: folder / f for k, f in json.loads(index.read_text())["weight_map"].items()}
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise ValueError(f"base must be a folder with *.safetensors files, got {folder}")
+        raise ValueError(f"{what} must be a folder with *.safetensors files, got {folder}")
     found = {}
     for path in files:
         with safe_open(path, framework="pt") as file:
@@ -123,6 +131,10 @@ def _index(folder: Path) -> dict[str, Path]:
 def _ends_alike(one: str, other: str) -> bool:
     """True when the shorter of two dotted names ends the longer."""
     return f".{one}".endswith(f".{other}") or f".{other}".endswith(f".{one}")
+
+
+def _core(name: str) -> list[str]:
+    return [part for part in name.split(".") if part not in _WRAPPERS]
 
 
 def _some(names: list[str]) -> str:
