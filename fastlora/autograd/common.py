@@ -15,10 +15,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..backends import UNFORCED, forced_backend
 from ..layer import Grads, Layer, Needs
 from ..quant import QuantState, as_quant_state
+
+# Names of layers by the parameters of their adapters, for messages.
+LAYER_NAMES = WeakTensorKeyDictionary()
 
 _T = TypeVar("_T")
 _OFF: AbstractContextManager[Any] = nullcontext()
@@ -158,7 +162,12 @@ class Saved:
 
     def restore(self, ctx: Any) -> tuple[tuple[Any, ...], list[Layer]]:
         """The tensors, and the layers around theirs."""
-        saved = ctx.saved_tensors
+        try:
+            saved = ctx.saved_tensors
+        except RuntimeError as error:
+            if "modified by an inplace operation" in str(error):
+                raise RuntimeError(_changed_in_place(ctx)) from error
+            raise
         place, layers = self.count, []
         for scaling, state, stats, compute_dtype, p, _ in self.statics:
             weight, A, B, seed, offsets = saved[place : place + 5]
@@ -185,6 +194,21 @@ class Saved:
         for own, static in zip(grads, self.statics, strict=True):
             out += (None if own.bias is None else own.bias.to(static[-1]), own.A, own.B)
         return out
+
+
+def _changed_in_place(ctx: Any) -> str:
+    """What to do about a saved tensor that the model has changed."""
+    nodes = [node for node, _ in ctx.next_functions if node is not None]
+    # An adapter's parameter is the node's argument, or what was cast to it.
+    nodes += [node for each in nodes for node, _ in each.next_functions if node is not None]
+    leaves = [node.variable for node in nodes if hasattr(node, "variable")]
+    name = next((LAYER_NAMES[leaf] for leaf in leaves if leaf in LAYER_NAMES), None)
+    layer = "a LoRA layer" if name is None else f"layer {name}"
+    return (
+        f"the backward of {layer} needs a tensor that was changed in place after the call, most "
+        "likely its input; don't change that, or give the layer a copy, as PEFT often does: "
+        f"fastlora.accelerate(model, copy_inputs=[{name or '<name of the layer>'!r}])"
+    )
 
 
 def run_backward(device: torch.device, kernels: Callable[[], _T], plain: Callable[[], _T]) -> _T:

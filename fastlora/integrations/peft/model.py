@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from peft import LoraConfig
@@ -20,6 +20,7 @@ from peft.tuners.lora.model import LoraModel
 from torch import nn
 
 from .. import bitsandbytes as bnb
+from . import inputs
 from .explanation import explain
 from .fuse.join import Fuse, check_fuse, join_mlps, separate
 from .names import check_module
@@ -32,6 +33,7 @@ def accelerate(
     model: _Model,
     *,
     fuse: Fuse | None = None,
+    copy_inputs: Iterable[str] = (),
     verbose: bool | None = None,
 ) -> _Model:
     """Runs the LoRA layers of a PEFT model on fastlora; `restore` undoes it.
@@ -49,6 +51,9 @@ def accelerate(
         fuse: "mlp" runs each gated MLP, `down(act(gate(x)) * up(x))`, as one autograd node, which
             keeps x and the outputs of gate and up alone for the backward. None, the default, joins
             nothing.
+        copy_inputs: names of layers, or their last parts, whose input the model changes in place
+            after the call (`h += f(h)`): they work on a copy, as PEFT's layers do where they cast
+            or drop. Without, the backward of such a layer raises an error that names it.
         verbose: True prints one line to stderr, False does not; None prints it on the first process
             of a run, unless FASTLORA_QUIET=1 is set.
 
@@ -57,11 +62,12 @@ def accelerate(
 
     Raises:
         TypeError: model is no nn.Module.
-        ValueError: fuse is neither None nor "mlp"; a 4-bit weight was repacked in eval mode and
-            cannot be restored. The model is left as it was.
+        ValueError: fuse is neither None nor "mlp"; copy_inputs names no LoRA layer; a 4-bit weight
+            was repacked in eval mode and cannot be restored. The model is left as it was.
     """
     check_module(model)
     check_fuse(fuse)
+    copying = inputs.find_layers(model, copy_inputs)
     damaged = [(name, m) for name, m in bnb.linear4bit_modules(model) if bnb.is_repacked(m)]
     for name, module in damaged:
         if (reason := bnb.unpack_reason(module)) is not None:
@@ -73,6 +79,9 @@ def accelerate(
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     for layer in layers:
         swap_in(layer)
+    inputs.name_layers(model)
+    inputs.copy_none(model)
+    inputs.copy_inputs(copying)
     join_mlps(model, fuse)
     if not layers:
         warnings.warn(
@@ -92,6 +101,7 @@ def restore(model: _Model) -> _Model:
     """
     check_module(model)
     separate(model)
+    inputs.copy_none(model)
     for module in model.modules():
         swap_out(module)
     bnb.restore_cpu_repacking(model)
