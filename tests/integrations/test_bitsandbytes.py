@@ -431,3 +431,19 @@ def test_nothing_is_imported_for_a_dense_model() -> None:
     assert bnb.disable_cpu_repacking(model) == 0
     assert list(bnb.linear4bit_modules(model)) == []
     assert gradients(model) == {}
+
+
+@pytest.mark.parametrize("K", [48, 80, 144])
+def test_bitsandbytes_decodes_with_scales_of_other_blocks(K: int) -> None:
+    """Its CPU kernel, where K is a multiple of 16 and not of the blocksize; fastlora's does not."""
+    from bitsandbytes import functional
+
+    # Rows of different sizes tell whose scale a block was decoded with.
+    weight = torch.randn(32, K) * torch.rand(32, 1)
+    packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    mine = fastlora.dequantize_4bit(packed, state, torch.float32)
+    assert (mine - weight).norm() < 0.1 * weight.norm()
+    theirs = functional.dequantize_4bit(packed, state)
+    if torch.equal(theirs, mine):
+        pytest.skip("this bitsandbytes decodes it right on this processor")
+    assert (theirs - weight).norm() > 0.2 * weight.norm()

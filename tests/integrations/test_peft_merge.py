@@ -324,14 +324,16 @@ def test_progress_counts_layers() -> None:
     assert calls == [(1, 2), (2, 2)]
 
 
-def test_tied_adapters() -> None:
-    """PEFT keeps the embedding's A and B turned, with their graph, in lm_head."""
+@pytest.mark.parametrize("with_graph", [True, False])
+def test_tied_adapters(with_graph: bool) -> None:
+    """PEFT keeps views of the embedding's A and B in lm_head, with their graph or without."""
 
     def tied() -> nn.Module:
         torch.manual_seed(0)
         targets = ["embed_tokens", "q_proj", "lm_head"]
         config = LoraConfig(r=3, target_modules=targets, ensure_weight_tying=True)
-        return fill_adapters(get_peft_model(llama(tied=True), config)).eval()
+        with torch.set_grad_enabled(with_graph):
+            return fill_adapters(get_peft_model(llama(tied=True), config)).eval()
 
     model, ids = tied(), torch.arange(6)[None]
     with torch.no_grad():

@@ -261,8 +261,9 @@ def merged_copy(layer: Any, adapters: list[str]) -> Any:
     """A deep copy of a layer, also of one that holds tensors of a graph, after PEFT's own merge."""
     memo: dict[int, Any] = {}
     for tensor in tree_leaves(layer.__dict__.get("kwargs", {})):
-        # With ensure_weight_tying lm_head holds the embedding's A and B turned, which have a graph.
-        if isinstance(tensor, Tensor) and not tensor.is_leaf:
+        # With ensure_weight_tying lm_head holds views of the embedding's A and B, which may have a
+        # graph, and which torch copies neither with it nor if they were made without gradients.
+        if isinstance(tensor, Tensor) and type(tensor) is not nn.Parameter:
             memo[id(tensor)] = tensor.detach().clone()
     trial = copy.deepcopy(layer, memo)
     with warnings.catch_warnings(), torch.no_grad():
