@@ -147,6 +147,17 @@ def test_conversations_that_the_assistant_begins(
     assert learned(tokenizer, path) == "the cat <|end|> sat <|end|>"
 
 
+def test_a_default_system_message_is_not_learned(
+    jsonl: Callable[..., Path], tiny_model: Path
+) -> None:
+    """Some templates put one before the first message, whoever that is from."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = "<|user|> the old house <|end|> " + str(tokenizer.chat_template)
+    turns = [("assistant", "the cat"), ("user", "a mat"), ("assistant", "sat")]
+    path = jsonl({"messages": [{"role": r, "content": c} for r, c in turns]})
+    assert learned(tokenizer, path) == "the cat <|end|> sat <|end|>"
+
+
 def test_a_prompt_that_opens_a_block_of_reasoning(
     jsonl: Callable[..., Path], tiny_model: Path
 ) -> None:
@@ -176,6 +187,18 @@ def test_tools_reach_the_template(jsonl: Callable[..., Path], tiny_model: Path) 
     text = " ".join(tokenizer.convert_ids_to_tokens(example.input_ids))
     assert text.startswith("<|user|> house <|user|> the cat")
     assert learned(tokenizer, path) == "dog <|end|>"
+
+
+def test_tools_that_the_template_leaves_out(
+    jsonl: Callable[..., Path], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    tool = {"type": "function", "function": {"name": "house", "parameters": {}}}
+    messages = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
+    path = jsonl({"messages": messages, "tools": [tool]})
+    with pytest.raises(CliError, match='line 1: the chat template of --model has no place for "to'):
+        load_data([str(path)], tokenizer, 64, 0.0)
+    path = jsonl({"messages": messages, "tools": []})
+    assert learned(tokenizer, path) == "sat <|end|>"
 
 
 @pytest.fixture(scope="module")

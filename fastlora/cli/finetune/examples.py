@@ -87,19 +87,25 @@ def _messages(
     if not any(m["role"] == "assistant" for m in messages):
         raise CliError(f"{where}: no message of the assistant, so there is nothing to learn")
 
-    def render(count: int, prompt: bool = False) -> list[int]:
-        text = tokenizer.apply_chat_template(
+    def text(count: int, prompt: bool = False, tools: Any = tools) -> str:
+        rendered: str = tokenizer.apply_chat_template(
             messages[:count], tools=tools, tokenize=False, add_generation_prompt=prompt
         )
-        return ids_of(tokenizer, text)
+        return rendered
+
+    def render(count: int, prompt: bool = False) -> list[int]:
+        return ids_of(tokenizer, text(count, prompt))
 
     try:
         ids = render(len(messages))
+        tools_are_lost = tools and text(len(messages)) == text(len(messages), tools=None)
         turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         spans = [_turn(render, i) for i in turns]
     except Exception as error:
         # Templates are programs and can raise anything, mostly for roles in the wrong order.
         raise CliError(f"{where}: the chat template refuses it: {error}") from error
+    if tools_are_lost:
+        raise CliError(f'{where}: the chat template of --model has no place for "tools"')
     labels = [IGNORED] * len(ids)
     for start, upto in spans:
         # If a template rewrites earlier turns (to drop their reasoning, say), this turn's tokens
@@ -127,11 +133,19 @@ def _turn(render: Callable[..., list[int]], i: int) -> tuple[int | None, list[in
     """
     upto = render(i + 1)
     if i == 0:  # templates render no empty conversation: the prompt is that for the next turn
-        header = render(1, prompt=True)[len(upto) :]
-        return _common(header, upto), upto
+        return _after(render(1, prompt=True)[len(upto) :], upto), upto
     before = render(i)
     start = _common(render(i, prompt=True), upto)
     return (start if start >= len(before) else None), upto
+
+
+def _after(header: list[int], upto: list[int]) -> int:
+    """Where the longest beginning of `header` that is in `upto` ends there."""
+    for length in range(len(header), 0, -1):
+        for start in range(len(upto) - length + 1):
+            if upto[start : start + length] == header[:length]:
+                return start + length
+    return 0
 
 
 def _shortened(record: Any) -> str:
