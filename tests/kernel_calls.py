@@ -36,11 +36,7 @@ from tests.tolerance import assert_close_to_exact
 
 ROOT = Path(__file__).resolve().parents[1]
 # Positions in the runner's list of kernels, and of dtypes in csrc/common/params.h.
-KERNELS = re.findall(
-    r"^FASTLORA_KERNEL\((\w+)",
-    (ROOT / "csrc" / "cpu" / "runtime" / "kernels.def").read_text(),
-    re.MULTILINE,
-)
+KERNELS = re.findall(r"^  KERNEL\((\w+)", (ROOT / "csrc/common/params.h").read_text(), re.MULTILINE)
 KERNELS += ["grouped_lora_linear_fwd", "grouped_lora_linear_bwd"]  # in linear/experts.h
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 

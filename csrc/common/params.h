@@ -238,4 +238,27 @@ struct ParallelFor {
   }
 };
 
+// One layer, or `count` that read one x: with the same M, K, x, tiles and dtypes, all dense or all
+// 4-bit. The layers of a backward have one dx, the sum of what each adds to it.
+template <class Params>
+struct LayersOf {
+  const Params* data;
+  int64_t count;
+};
+
+// Every CPU kernel: its name, and what it takes. The tables, the declarations and the program for the
+// tests are made from this list, and so is CMake's list of kernels/<name>.cpp.
+#define FASTLORA_KERNELS(KERNEL)                   \
+  KERNEL(lora_linear_fwd, LayersOf<LoraLinearFwd>) \
+  KERNEL(lora_linear_bwd, LayersOf<LoraLinearBwd>) \
+  KERNEL(lora_embedding_fwd, LoraEmbeddingFwd)     \
+  KERNEL(lora_embedding_bwd, LoraEmbeddingBwd)     \
+  KERNEL(quantize_4bit, Quantize4bit)              \
+  KERNEL(dequantize_4bit, Dequantize4bit)          \
+  KERNEL(dora_norm, DoraNorm)                      \
+  KERNEL(dora_magnitude_fwd, DoraMagnitudeFwd)     \
+  KERNEL(dora_magnitude_bwd, DoraMagnitudeBwd)     \
+  KERNEL(dora_dropout_fwd, DoraDropoutFwd)         \
+  KERNEL(dora_dropout_bwd, DoraDropoutBwd)
+
 }  // namespace fastlora

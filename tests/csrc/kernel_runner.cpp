@@ -362,8 +362,10 @@ void dora_dropout_bwd(Call& call) {
 
 void (*const kRun[])(Call&) = {
 #define FASTLORA_KERNEL(name, Params) name,
-#include "cpu/runtime/kernels.def"
-    grouped_lora_linear_fwd, grouped_lora_linear_bwd};
+    FASTLORA_KERNELS(FASTLORA_KERNEL)
+#undef FASTLORA_KERNEL
+        grouped_lora_linear_fwd,
+    grouped_lora_linear_bwd};
 
 void choose([[maybe_unused]] bool emulated_amx) {
   level = kernels();

@@ -6,7 +6,8 @@ namespace fastlora::FASTLORA_ISA {
 extern const Kernels kTable;
 const Kernels kTable = {
 #define FASTLORA_KERNEL(name, Params) name,
-#include "../runtime/kernels.def"
+    FASTLORA_KERNELS(FASTLORA_KERNEL)
+#undef FASTLORA_KERNEL
 };
 
 }  // namespace fastlora::FASTLORA_ISA

@@ -19,7 +19,8 @@ struct Level {
   void name(const Params& p, const ParallelFor& parallel) const { \
     table->name(p, {parallel, pair_product});                     \
   }
-#include "kernels.def"
+  FASTLORA_KERNELS(FASTLORA_KERNEL)
+#undef FASTLORA_KERNEL
 };
 
 // The best set that this CPU runs, or the one that FASTLORA_CPU_ISA names if it is lower.

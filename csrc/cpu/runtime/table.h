@@ -6,14 +6,6 @@
 
 namespace fastlora {
 
-// One layer, or `count` that read one x: with the same M, K, x, tiles and dtypes, all dense or all
-// 4-bit. The layers of a backward have one dx, the sum of what each adds to it.
-template <class Params>
-struct LayersOf {
-  const Params* data;
-  int64_t count;
-};
-
 // What a kernel runs on.
 struct Machine {
   const ParallelFor& parallel;
@@ -22,13 +14,15 @@ struct Machine {
 
 struct Kernels {
 #define FASTLORA_KERNEL(name, Params) void (*name)(const Params&, const Machine&);
-#include "kernels.def"
+  FASTLORA_KERNELS(FASTLORA_KERNEL)
+#undef FASTLORA_KERNEL
 };
 
 #if defined(FASTLORA_ISA)
 namespace FASTLORA_ISA {
 #define FASTLORA_KERNEL(name, Params) void name(const Params& p, const Machine& machine);
-#include "kernels.def"
+FASTLORA_KERNELS(FASTLORA_KERNEL)
+#undef FASTLORA_KERNEL
 }  // namespace FASTLORA_ISA
 #endif
 
