@@ -55,6 +55,10 @@ def changed(folder: Path, target: Path, change: Change) -> Path:
     return target
 
 
+def in_codes(part: str, dtype: torch.dtype) -> Change:
+    return lambda tensors: {n: t.to(dtype) if part in n else t for n, t in tensors.items()}
+
+
 def renamed(old: str, new: str) -> Change:
     return lambda tensors: {name.replace(old, new): t for name, t in tensors.items()}
 
@@ -189,3 +193,16 @@ def test_a_classifier_on_a_language_model(model: Path) -> None:
     with pytest.raises(ValueError, match=r"it lacks 1 tensor: score\.weight; .* lm_head\.weight"):
         load_model(model, Classifier)
     assert load_model(model, Classifier, ["score.weight"], num_labels=3).score.out_features == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.bool])
+def test_codes_in_place_of_weights(
+    dtype: torch.dtype, model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    """As those of a model in 8 bits whose config has lost what says so: the peers cast them."""
+    broken = changed(model, tmp_path / "model", in_codes("0.mlp.up_proj", dtype))
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.up_proj\.weight must be a float"):
+        load_model(broken)
+    broken = changed(adapter, tmp_path / "adapter", in_codes("0.self_attn.q_proj.lora_A", dtype))
+    with pytest.raises(ValueError, match=r"q_proj\.lora_A\.weight must be a float of 16 bits"):
+        load_adapter(load_model(model), broken)

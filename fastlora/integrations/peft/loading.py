@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel
 from peft.utils.save_and_load import (
     get_peft_model_state_dict,
@@ -21,6 +22,7 @@ from ..names import plain_name
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Values of peft_type whose layers are LoRA's.
 KINDS = ("LORA", "ADALORA")
 
@@ -68,6 +70,11 @@ def _weights(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
         weights: dict[str, Tensor] = load_peft_weights(str(folder), device="cpu")
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
         raise ValueError(f"the weights in {folder} can't be read: {first_line(error)}") from error
+    for key, tensor in weights.items():
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(
+                f"{folder}: {key} must be a float of 16 bits or more, got {tensor.dtype}"
+            )
     return weights
 
 

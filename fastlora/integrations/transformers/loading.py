@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,6 +21,7 @@ from transformers import (
 )
 
 from ..keys import check_keys, first_line
+from ..names import core_name
 
 # Classes of models by PEFT's `task_type`.
 _OF_TASK: dict[str, Any] = {
@@ -83,8 +85,8 @@ def load_model(
         options: as `from_pretrained` takes them.
 
     Raises:
-        ValueError: the folder lacks weights, has others than the model, or of another shape, can't
-            be read, or also holds an adapter.
+        ValueError: the folder lacks weights, has others than the model, or of another shape or in
+            codes, can't be read, or also holds an adapter.
     """
     source = Path(folder, options.get("gguf_file", ""))
     if (Path(folder) / "adapter_config.json").is_file():
@@ -114,5 +116,27 @@ def load_model(
             f"{name} must be {list(wanted)}, got {list(stored)}{more}"
         )
     check_keys(source, missing, unexpected)
+    if "gguf_file" not in options:
+        _check_dtypes(folder, model)
     loaded: PreTrainedModel = model
     return loaded
+
+
+def _check_dtypes(folder: str | os.PathLike[str], model: Any) -> None:
+    """Checks that no weight is stored in 8 bits whose scales Transformers knows nothing of.
+
+    It would cast the codes to the model's dtype.
+    """
+    if getattr(AutoConfig.from_pretrained(folder), "quantization_config", None) is not None:
+        return
+    names = {core_name(name) for name, _ in model.named_parameters()}
+    for path in sorted(Path(folder).glob("model*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118, it is no mapping
+                dtype = file.get_slice(key).get_dtype()
+                is_weight = key.endswith(".weight") or core_name(key) in names
+                if is_weight and dtype not in ("F64", "F32", "F16", "BF16"):
+                    raise ValueError(
+                        f"{path}: {key} must be a float of 16 bits or more, got {dtype}; "
+                        "the config says nothing of a quantisation"
+                    )

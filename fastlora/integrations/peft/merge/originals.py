@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from .... import ops
 from ....quant import QuantState
+from ...names import core_name
 
 Source = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
 
-# Words in names around the same layers, in one order in files and in another in models.
-_WRAPPERS = ("base_model", "base_layer", "language_model", "model")
 # As safetensors and torch name them.
 _DTYPES = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")
 
@@ -66,7 +65,7 @@ class OriginalWeights:
             return wanted
         found = [key for key in keys if _ends_alike(key.replace(".base_layer.", "."), wanted)]
         if not found:
-            found = [key for key in keys if _core(key) == _core(wanted)]
+            found = [key for key in keys if core_name(key) == core_name(wanted)]
         if len(found) != 1:
             what = self._what
             raise ValueError(f"{what} must have one weight for layer {layer}, got {_some(found)}")
@@ -131,10 +130,6 @@ def _index(folder: Path, what: str) -> dict[str, Path]:
 def _ends_alike(one: str, other: str) -> bool:
     """True when the shorter of two dotted names ends the longer."""
     return f".{one}".endswith(f".{other}") or f".{other}".endswith(f".{one}")
-
-
-def _core(name: str) -> list[str]:
-    return [part for part in name.split(".") if part not in _WRAPPERS]
 
 
 def _some(names: list[str]) -> str:
