@@ -220,6 +220,7 @@ def conversions(
         kinds = "missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"
         return llama, {kind: [] for kind in kinds}
 
+    monkeypatch.setattr("fastlora.integrations.transformers.gguf._check_blocks", lambda path: None)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *a, **k: tokenizer)
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", model)
     return read
@@ -287,10 +288,24 @@ def test_a_gguf_file_without_a_weight(without: str, missing: str, tmp_path: Path
     assert len(list((cache / "gguf").iterdir())) == 1
 
 
+def test_a_gguf_file_that_promises_more_layers(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    path = tmp_path / "a.gguf"
+    write_gguf(path)
+    content = bytearray(path.read_bytes())
+    place = content.index(b"block_count") + len(b"block_count") + 4
+    content[place : place + 4] = (10**8).to_bytes(4, "little")
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="expected 100000000 layers, got 12 tensors"):
+        hf.model_folder(path, tmp_path / "cache")
+
+
 def test_a_gguf_file_that_cannot_be_converted_here(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
     (tmp_path / "file").write_text("")
+    write_gguf(tmp_path / "a.gguf")
     with pytest.raises(ValueError, match=r"cache_dir: can't write to .* a\.gguf is converted"):
-        hf.model_folder(gguf(tmp_path / "a.gguf"), tmp_path / "file" / "cache")
+        hf.model_folder(tmp_path / "a.gguf", tmp_path / "file" / "cache")
 
 
 @pytest.mark.slow

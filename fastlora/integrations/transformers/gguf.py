@@ -52,6 +52,7 @@ def convert_gguf(
     target = gguf_cache_folder(path, cache_dir, dtype)
     if target.is_dir():
         return target
+    _check_blocks(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix="partial-", dir=target.parent))
@@ -85,6 +86,23 @@ def convert_gguf(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def _check_blocks(path: Path) -> None:
+    """Checks that a file has tensors for the layers that its header promises.
+
+    Transformers would build them all, of which a header can promise millions.
+    """
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+        fields = {name.rpartition(".")[2]: field for name, field in reader.fields.items()}
+        blocks = int(fields["block_count"].contents())
+    except Exception as error:  # whatever a wrong value makes the reader raise
+        raise ValueError(f"{path} can't be read as GGUF: {first_line(error)}") from error
+    if blocks > len(reader.tensors):
+        raise ValueError(f"{path}: expected {blocks} layers, got {len(reader.tensors)} tensors")
 
 
 def gguf_cache_folder(
