@@ -101,20 +101,6 @@ def unknown_keyword() -> Call:
 # the state of the layer
 
 
-@case("the adapters are disabled")
-def disabled() -> Call:
-    call = dense()
-    call.layer.enable_adapters(False)
-    return call
-
-
-@case("the adapter is merged into the base weight")
-def merged() -> Call:
-    call = dense()
-    call.layer.merge()
-    return call
-
-
 @case("PEFT's cast of the input to the adapter's dtype is switched off")
 def input_casting_disabled() -> Call:
     call = dense()
@@ -142,15 +128,6 @@ def dora_and_another_adapter() -> Call:
     model.add_adapter("other", LoraConfig(r=2, target_modules=["up"]))
     fill_adapters(model)
     model.base_model.set_adapter(["default", "other"])
-    fastlora.accelerate(model, verbose=False)
-    return Call(lora_layers(model)[0], torch.randn(2, 37))
-
-
-@case("no adapters are active on this layer")
-def no_active_adapter() -> Call:
-    model = peft_model(MLP())
-    model.add_adapter("other", LoraConfig(r=2, target_modules=["down"]))
-    model.set_adapter("other")
     fastlora.accelerate(model, verbose=False)
     return Call(lora_layers(model)[0], torch.randn(2, 37))
 

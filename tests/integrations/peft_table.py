@@ -118,9 +118,9 @@ CASES: dict[str, Case] = {
     # In training, PEFT changes bitsandbytes' output in place, which autograd refuses.
     "adapter_names on NF4": Case(act=mixed(training=False), four_bit=True),
     "set_adapter": Case(act=switched),
-    "disable_adapter": Case(act=disabled, reasons=why("the adapters are disabled")),
-    "merge_adapter": Case(act=merged(), reasons=MERGED),
-    "merge_adapter(safe_merge=True)": Case(act=merged(safe_merge=True), reasons=MERGED),
+    "disable_adapter": Case(act=disabled),
+    "merge_adapter": Case(act=merged()),
+    "merge_adapter(safe_merge=True)": Case(act=merged(safe_merge=True)),
     "merge, unmerge": Case(act=merged_and_unmerged),
     **{
         f"add_weighted_adapter, {kind}": Case(act=combined(kind, **options))

@@ -388,8 +388,7 @@ def test_merge_4bit(merge: Callable[[nn.Module], object], nested: bool) -> None:
             assert_same(contents(ours.base_layer), contents(theirs.base_layer))
         reference = exact(stock)
         results = [{"y": y} for y in (fast(x), reference(x.double()), stock(x))]
-    merged = lora_layers(fast)[0].merged
-    assert last_reasons(fast) == {"the adapter is merged into the base weight" if merged else ""}
+    assert last_reasons(fast) == {""}
     assert_all_close(*results)
     unloaded = [model.merge_and_unload() for model in (fast, stock)]
     with torch.no_grad():

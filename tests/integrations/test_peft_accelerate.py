@@ -140,14 +140,17 @@ def test_explain_rows(backend: str) -> None:
         model.base_model.model.down(torch.randn(2, 128))
     up, down = fastlora.explain(model).rows
     assert up.last_call == ""
-    assert down.last_call == "the adapters are disabled" and down.fast
+    assert (down.last_call, down.idle, down.note) == ("", "", "") and down.fast
 
 
 def test_explain_says_why_not() -> None:
     model = peft_model(MLP())
     with model.disable_adapter():
         fastlora.accelerate(model, verbose=False)
-        assert {row.reason for row in fastlora.explain(model).rows} == {"the adapters are disabled"}
+        rows = fastlora.explain(model).rows
+        assert all(row.fast for row in rows)
+        note = "the base product alone: the adapters are disabled"
+        assert {row.note for row in rows} == {note}
     explained = fastlora.explain(peft_model(MLP()).merge_and_unload())
     assert explained.rows == []
     model = get_peft_model(
@@ -198,8 +201,8 @@ def test_explain_prints_a_table() -> None:
     layer = lora_layers(model)[0]
     layer.merge()
     text = str(fastlora.explain(model))
-    assert "13/14 LoRA layers accelerated (13 fp32), 1 on PEFT's own code" in text
-    assert "(1) the adapter is merged into the base weight" in text
+    assert "14/14 LoRA layers accelerated (14 fp32), 0 on PEFT's own code" in text
+    assert "(1) the base product alone: the adapter is merged into the base weight" in text
 
 
 @pytest.mark.parametrize("backend", ["auto"], indirect=True)

@@ -102,16 +102,13 @@ def modules_to_save(model: nn.Module) -> Results:
     return train_step(model.train(), IDS)
 
 
-MERGED = "the adapter is merged into the base weight"
-
-
-@feature(MERGED)
+@feature()
 def merge(model: nn.Module) -> Results:
     model.merge_adapter()
     return {"logits": logits(model.eval())}
 
 
-@feature(MERGED)
+@feature()
 def safe_merge(model: nn.Module) -> Results:
     model.merge_adapter(safe_merge=True)
     return {"logits": logits(model.eval())}
@@ -135,7 +132,7 @@ def unload(model: nn.Module) -> Results:
     return {"logits": logits(model.unload().eval())}
 
 
-@feature("the adapters are disabled")
+@feature()
 def disable_adapter(model: nn.Module) -> Results:
     with model.eval().disable_adapter():
         return {"logits": logits(model)}
@@ -181,7 +178,7 @@ def two_active_adapters(model: nn.Module) -> Results:
     return train_step(model.train(), IDS)
 
 
-@feature("", "no adapters are active on this layer")
+@feature()
 def adapter_on_some_layers(model: nn.Module) -> Results:
     add(model, target_modules=["q_proj", "up_proj"])
     model.set_adapter("other")

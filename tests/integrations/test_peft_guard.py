@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import fastlora
@@ -86,6 +86,58 @@ def test_the_fast_path_holds(make: Case) -> None:
         assert fast_path(call.layer, call.x, (), nothing) == (True, "")
         call.layer(call.x, **nothing).sum().backward()
     assert call.layer.__dict__[LAST_REASON] == ""
+
+
+# ---- no adapter at work ------------------------------------------------------------------------
+
+
+def disabled(call: Call) -> None:
+    call.layer.enable_adapters(False)
+
+
+def merged(call: Call) -> None:
+    call.layer.merge()
+
+
+def none_active(call: Call) -> None:
+    call.layer.set_adapter([])
+
+
+@pytest.mark.parametrize("make", [dense, bf16, lambda: four_bit(nested=True)])
+@pytest.mark.parametrize("idle", [disabled, merged, none_active])
+def test_the_base_product_alone(idle: Any, make: Case) -> None:
+    """The bits of an adapter of zeros, and PEFT's result."""
+    call = make()
+    for weight in (call.A.weight, call.B.weight):
+        weight.data.zero_()
+    zeros = call.result()
+    x = call.x.clone().requires_grad_()
+    (dx,) = torch.autograd.grad(call.layer(x).sum(), x)
+    idle(call)
+    assert fast_path(call.layer, call.x) == (True, "")
+    y = call.result()
+    (alone,) = torch.autograd.grad(call.layer(x).sum(), x)
+    assert call.layer.__dict__[LAST_REASON] == ""
+    torch.testing.assert_close(y, stock_forward(call).detach(), rtol=2e-2, atol=2e-2)
+    if idle is not merged or type(call.base) is nn.Linear:  # 4 bits are quantised again
+        assert torch.equal(y, zeros) and torch.equal(alone, dx)
+
+
+def test_a_merged_layer_that_is_disabled() -> None:
+    """PEFT takes the adapter out of it first."""
+    call = dense()
+    merged(call)
+    disabled(call)
+    assert fast_path(call.layer, call.x) == (False, "the adapters are disabled")
+    torch.testing.assert_close(call.result(), call.base(call.x))
+    assert not call.layer.merged and fast_path(call.layer, call.x) == (True, "")
+
+
+def test_names_of_a_layer_whose_adapters_are_disabled() -> None:
+    call = dense()
+    disabled(call)
+    names = {"adapter_names": ["default"] * len(call.x)}
+    assert fast_path(call.layer, call.x, (), names) == (False, "the adapters are disabled")
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -26,6 +26,7 @@ from .plan.casts import casts, linear_request
 from .plan.embedding import EmbeddingParts, embedding_casts, embedding_parts
 from .plan.parameter import ParamParts, param_parts
 from .plan.parts import layer_parts
+from .plan.plain import NONE_ACTIVE, state_reason
 from .plan.reasons import LAST_REASON
 from .swap import bypass_reason, fast_class, is_fast
 
@@ -50,6 +51,7 @@ class Row:
         kernel: the backend's op, and on a CPU its instruction set; "" where PEFT's own code runs.
         reason: why PEFT's own code runs, "" where it does not.
         last_call: why the latest call ran PEFT's own code: "" where it did not, None before a call.
+        idle: why no adapter is at work, "" where one is.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Row:
     kernel: str
     reason: str
     last_call: str | None
+    idle: str = ""
 
     @property
     def fast(self) -> bool:
@@ -72,7 +75,8 @@ class Row:
     @property
     def note(self) -> str:
         """The note below the printed table about the layer; "" when all is well."""
-        return note_of(self.reason, self.last_call)
+        base_alone = f"the base product alone: {self.idle}" if self.idle else ""
+        return note_of(self.reason, self.last_call) or base_alone
 
 
 @dataclass(frozen=True)
@@ -193,6 +197,7 @@ def _row(name: str, layer: Any) -> Row:
         kernel=kernel,
         reason=reason,
         last_call=layer.__dict__.get(LAST_REASON),
+        idle=state_reason(layer) or ("" if active else NONE_ACTIVE),
     )
 
 
@@ -210,7 +215,7 @@ def _served(layer: Any) -> tuple[str, str] | str:
     if (reason := bypass_reason(layer)) is not None:
         return reason
     if isinstance(parts, Parts):
-        device = parts.adapters[0].lora_A.device
+        device = parts.weight.device
         dtypes = casts(parts, _input_dtype(parts), device, None)
         return dtypes if isinstance(dtypes, str) else _named(linear_request(parts, dtypes, device))
     if isinstance(parts, EmbeddingParts):
@@ -238,7 +243,8 @@ def _input_dtype(parts: Parts) -> torch.dtype:
     """The dtype in which x usually comes: the base weight's, or a 4-bit layer's `compute_dtype`."""
     if parts.quant_state is None:
         return parts.weight.dtype
-    return bnb.compute_dtype(parts.base, parts.adapters[0].lora_A.dtype)
+    adapter = parts.adapters[0].lora_A.dtype if parts.adapters else torch.float32
+    return bnb.compute_dtype(parts.base, adapter)
 
 
 def _base(layer: Any) -> tuple[str, tuple[int, int] | None]:

@@ -57,7 +57,7 @@ class Parts(NamedTuple):
         weight: [N, K], for Conv1D a view of what is stored; packed bytes of a 4-bit layer.
         quant_state: of a 4-bit weight, None when dense.
         bias: [N] or None.
-        adapters: those that serve the call.
+        adapters: those that serve the call; none for the base product alone.
         raw_state: bitsandbytes' object that `quant_state` was read from, or None.
     """
 
@@ -111,6 +111,8 @@ class Plan(NamedTuple):
         """Why the call is more than one launch, None where one launch computes all of it."""
         if self.parts.quant_state is None and self.casts.compute is not None:
             return "autocast casts its base weight at each call"
+        if not self.parts.adapters:
+            return "no adapter is at work"
         several = self.rows is not None or self.parts.adapters[0].magnitude is not None
         if several or len(self.together) != len(self.parts.adapters):
             return "it takes more than one launch"

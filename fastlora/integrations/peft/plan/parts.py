@@ -20,13 +20,15 @@ from .plain import NONE_ACTIVE, hidden_reason, modules_reason, state_reason, ten
 def layer_parts(layer: Any, names: Iterable[str] | None = None) -> Parts | str:
     """The tensors that the fast path reads, or why PEFT's code has to run whatever the input.
 
+    Without adapters where none is at work: all are disabled, merged, or not active.
+
     Args:
         layer: one of PEFT's LoRA layers.
         names: the adapters of a mixed batch; the active ones when None.
     """
-    state = layer.__dict__
-    if (reason := state_reason(layer)) is not None:
-        return reason
+    state, idle = layer.__dict__, state_reason(layer)
+    if idle is not None and names is not None:
+        return idle
     if not state.get("cast_input_dtype_enabled", True) or "_cast_input_dtype" in state:
         return "PEFT's cast of the input to the adapter's dtype is switched off"
 
@@ -36,9 +38,9 @@ def layer_parts(layer: Any, names: Iterable[str] | None = None) -> Parts | str:
         return "the call passes adapter_names, which AdaLoRA's layers do not take"
     As = children["lora_A"] if by_svd else children["lora_A"]._modules
     chosen = layer.active_adapters if names is None else dict.fromkeys(names)
-    present = [name for name in chosen if name in As]
+    present = [name for name in chosen if name in As and idle is None]
     if not present and names is None:
-        return NONE_ACTIVE
+        idle = idle or NONE_ACTIVE
     adapters: list[Adapter] = []
     roles: list[tuple[str, nn.Module]] = [("the base layer", children["base_layer"])]
     for name in present:
@@ -68,6 +70,8 @@ def layer_parts(layer: Any, names: Iterable[str] | None = None) -> Parts | str:
     if four_bit and bnb.is_params4bit(weight):
         # Every look at an attribute of this subclass costs a call of its __torch_function__.
         weight = weight.as_subclass(Tensor)
+    if idle is not None and not _runs_alone(layer, weight, four_bit):
+        return idle
     tensors = [("base weight", weight), ("bias", bias)]
     for adapter in adapters:
         tensors += [("lora_A", adapter.lora_A), ("lora_B", adapter.lora_B)]
@@ -97,6 +101,16 @@ def layer_parts(layer: Any, names: Iterable[str] | None = None) -> Parts | str:
             return _shape_reason("lora_B", adapter.lora_B, (N, R))
     state = None if quant_state is None else as_quant_state(quant_state)
     return Parts(base, weight, state, bias, tuple(adapters), quant_state)
+
+
+def _runs_alone(layer: Any, weight: Tensor, four_bit: bool) -> bool:
+    """Whether the base product of a layer without adapters at work is fastlora's.
+
+    It then has the bits of one with an adapter of zeros. A dense one on a GPU is PEFT's, as is that
+    of a disabled layer whose adapter is merged, from which PEFT takes it out first.
+    """
+    both = layer.__dict__.get("_disable_adapters") and layer.__dict__.get("merged_adapters")
+    return not both and (four_bit or weight.device.type == "cpu")
 
 
 def _quant_state_reason(

@@ -11,6 +11,7 @@ from .tensors import cast
 
 # The name by which PEFT's `adapter_names` asks for no adapter.
 NO_ADAPTER = "__base__"
+_NO_DROPOUT = nn.Identity()
 
 
 def one_layer(plan: Plan, bias: Tensor | None, adapter: Adapter) -> Layer:
@@ -36,9 +37,10 @@ def base_bias(plan: Plan) -> Tensor | None:
 
 
 def base_alone(plan: Plan, x: Tensor) -> Layer:
-    """The base product and its bias, which the kernels compute with an adapter of zeros."""
+    """The base product and its bias: on a CPU without an adapter, elsewhere with one of zeros."""
     N, K = plan.parts.shape
-    zeros = torch.zeros(1, K, dtype=plan.casts.adapter, device=x.device)
-    column = torch.zeros(N, 1, dtype=plan.casts.adapter, device=x.device)
-    none = Adapter(NO_ADAPTER, zeros, column, None, nn.Identity(), 0.0, None)
+    R = 0 if x.device.type == "cpu" else 1
+    zeros = torch.zeros(R, K, dtype=plan.casts.adapter, device=x.device)
+    column = torch.zeros(N, R, dtype=plan.casts.adapter, device=x.device)
+    none = Adapter(NO_ADAPTER, zeros, column, None, _NO_DROPOUT, 0.0, None)
     return one_layer(plan, base_bias(plan), none)

@@ -35,6 +35,8 @@ def _run(plan: Plan, x: Tensor) -> Tensor:
     if plan.rows is not None:
         return mixed(plan, x, plan.rows)
     adapters = plan.parts.adapters
+    if not adapters:
+        return linear(x, base_alone(plan, x))
     if adapters[0].magnitude is not None:
         return dora(plan, x, adapters[0])
     if len(adapters) == 1 and not adapters[0].invoked:
