@@ -192,8 +192,9 @@ def test_gguf_files(data: st.DataObject, tmp_path_factory: Any) -> None:
         except ValueError as error:
             assert str(path) in str(error)
             folder = None
-    assert sorted(p.name for p in (cache / "gguf").iterdir()) == ([folder.name] if folder else [])
-    shutil.rmtree(cache)
+    left = [p.name for p in cache.glob("gguf/*")]
+    assert left == ([folder.name] if folder else [])
+    shutil.rmtree(cache, ignore_errors=True)
 
 
 # ---- adapters --------------------------------------------------------------------------------
