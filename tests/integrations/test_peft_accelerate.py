@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +258,15 @@ def test_register_leaves_the_choice_of_layer_to_peft() -> None:
     for name in "abcd":
         assert isinstance(getattr(model, name), type(getattr(plain, name)))
     assert type(model.d) is FastParamWrapper and type(model.c) is FastLoraEmbedding
+
+
+def test_copies_of_a_registered_config() -> None:
+    config = fastlora.register(LoraConfig(r=4, target_modules=["up", "down"]))
+    for copied in (replace(config, r=2), copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        model = get_peft_model(MLP(), copied)
+        assert all(row.fast for row in fastlora.explain(model).rows)
+        assert isinstance(copied, LoraConfig) and copied.to_dict().keys() == config.to_dict().keys()
+    assert fastlora.explain(get_peft_model(MLP(), replace(config, r=2))).rows[0].r == 2
 
 
 def test_register_keeps_other_custom_modules() -> None:

@@ -22,9 +22,11 @@ from transformers import (
     TrainingArguments,
 )
 
+import fastlora
 from fastlora import tuning
 from fastlora.integrations import transformers as hf
 from fastlora.integrations.peft import FastLoraLinear
+from tests.integrations.models import last_reasons
 from tests.tiny import write_gguf
 
 VOCABULARY = 50
@@ -105,6 +107,37 @@ def test_the_callback_trains_as_peft_does(
     assert ours == pytest.approx(theirs, rel=1e-4)
     fast_layers = sum(isinstance(module, FastLoraLinear) for module in model.modules())
     assert fast_layers == (0 if restore else 14)
+
+
+def test_the_callback_acts_before_the_model_is_used(
+    llama: LlamaForCausalLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`evaluate` before `train`, options, and one line to the user in all."""
+    model = lora(llama)
+    callback = hf.FastLoraCallback(restore=True, fuse="mlp", verbose=True)
+    examples = [{"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4]}] * 6
+    arguments = TrainingArguments(tmp_path, max_steps=1, use_cpu=True, report_to=[])
+    trainer = Trainer(
+        model, arguments, train_dataset=examples, eval_dataset=examples, callbacks=[callback]
+    )
+    assert last_reasons(model) == {None}
+    trainer.evaluate()
+    assert last_reasons(model) == {""}
+    fused = [fusion.fused for fusion in fastlora.explain(model).fusions]
+    assert fused and all(fused)
+    trainer.train()
+    assert capsys.readouterr().err.count("LoRA layers accelerated") == 1
+    assert not any(row.fast for row in fastlora.explain(model).rows)
+
+
+def test_a_callback_that_is_added_later(llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    model = lora(llama)
+    examples = [{"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4]}] * 6
+    arguments = TrainingArguments(tmp_path, max_steps=1, use_cpu=True, report_to=[])
+    trainer = Trainer(model, arguments, train_dataset=examples)
+    trainer.add_callback(hf.FastLoraCallback())
+    trainer.train()
+    assert last_reasons(model) == {""}
 
 
 def test_throughput(llama: LlamaForCausalLM, tmp_path: Path) -> None:

@@ -112,7 +112,8 @@ def register(lora_config: LoraConfig) -> LoraConfig:
     """Makes PEFT build fastlora's layers from `lora_config`, for trainers that call it themselves.
 
     PEFT still chooses and builds each layer; then those for which fastlora has a class change it.
-    Nothing of it is saved with the adapter.
+    Nothing of it is saved with the adapter. A copy by `dataclasses.replace` is registered, too; one
+    that is made anew from a dictionary is not: `patch_peft` serves trainers that do so.
 
     Args:
         lora_config: the config to hand to the trainer.
@@ -125,9 +126,19 @@ def register(lora_config: LoraConfig) -> LoraConfig:
     """
     if not isinstance(lora_config, LoraConfig):
         raise TypeError(f"lora_config must be a peft.LoraConfig, got {type(lora_config).__name__}")
+    if type(lora_config) is LoraConfig:
+        lora_config.__class__ = RegisteredLoraConfig
     builder = _LayerBuilder(lora_config)
     lora_config._register_custom_module({nn.Linear: builder, nn.Embedding: builder})
     return lora_config
+
+
+class RegisteredLoraConfig(LoraConfig):
+    """A `LoraConfig` that registers each copy of itself."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        register(self)
 
 
 class _LayerBuilder:

@@ -12,25 +12,54 @@ from .memory import peak_memory, reset_peak_memory
 
 
 class FastLoraCallback(TrainerCallback):
-    """Runs the Trainer's PEFT model on fastlora's kernels, from the first step of `train()` on.
+    """Runs the Trainer's PEFT model on fastlora's kernels, from the Trainer's construction on.
+
+    So `evaluate`, `predict` and reference passes before `train` run on them, too, and the model is
+    not wrapped yet (FSDP2, DDP, compile). A callback that is added later acts when training begins.
 
     Args:
         restore: give the model PEFT's own layers back when training ends.
+        options: as `fastlora.accelerate` takes them.
     """
 
-    def __init__(self, restore: bool = False) -> None:
+    def __init__(self, restore: bool = False, **options: Any) -> None:
         self.restore = restore
+        self.options = options
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Other models than PEFT's may become such before training.
+        if _unaccelerated(kwargs["model"]):
+            self._accelerate(kwargs["model"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model = kwargs["model"]
+        # Again for layers that were added since; for a model without any, the warning.
+        if _unaccelerated(model) or not _accelerated(model):
+            self._accelerate(model)
+
+    def _accelerate(self, model: Any) -> None:
         from ..peft import accelerate
 
-        accelerate(kwargs["model"])
+        accelerate(model, **self.options)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.restore:
             from ..peft import restore
 
             restore(kwargs["model"])
+
+
+def _unaccelerated(model: Any) -> bool:
+    """Whether the model has layers of PEFT's that fastlora has a class for."""
+    from ..peft.swap import fast_class
+
+    return any(fast_class(module) is not None for module in model.modules())
+
+
+def _accelerated(model: Any) -> bool:
+    from ..peft.swap import is_fast
+
+    return any(is_fast(module) for module in model.modules())
 
 
 class ThroughputCallback(TrainerCallback):
