@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import bitsandbytes
@@ -14,7 +15,7 @@ import torch
 from peft import LoraConfig
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora.dora import DoraLinearLayer
-from torch import nn
+from torch import Tensor, nn
 
 import fastlora
 from fastlora.integrations.peft import fast_path
@@ -335,6 +336,26 @@ def harmlessly_hooked() -> Call:
     add_hook_to_module(call.base, AlignDevicesHook("cpu"))
     assert fast_path(call.layer, call.x) == (True, "")
     return call
+
+
+def by_swift(forward_of: Any = None) -> Call:
+    """As ms-swift leaves lora_A and lora_B: a forward of the instance, over the class's."""
+
+    def keep_device_forward(self: Any, x: Tensor) -> Tensor:
+        y: Tensor = self.forward_origin(x.to(self.weight.device))
+        return y
+
+    keep_device_forward.__module__ = "swift.tuners.peft"
+    call = dense()
+    for part in (call.A, call.B):
+        part.forward_origin = part.forward if forward_of is None else forward_of(part)
+        part.forward = MethodType(keep_device_forward, part)
+    return call
+
+
+@case(OWN_FORWARD.replace("the base layer", "lora_A"))
+def swifts_forward_over_another() -> Call:
+    return by_swift(lambda part: lambda x: type(part).forward(part, x) * 2)
 
 
 @case(OWN_FORWARD)

@@ -27,7 +27,7 @@ from fastlora.integrations.peft.plan.parts import layer_parts
 from fastlora.integrations.peft.plan.reasons import LAST_REASON
 from tests.integrations import calls, layer_changes, tensor_changes
 from tests.integrations.calls import Call, Case, bf16, dense, four_bit
-from tests.integrations.layer_changes import alora, harmlessly_hooked
+from tests.integrations.layer_changes import alora, by_swift, harmlessly_hooked
 from tests.integrations.tensor_changes import BF16_AUTOCAST
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -68,6 +68,7 @@ HOLDS: dict[str, Case] = {
     "4-bit": four_bit,
     "4-bit nested": lambda: four_bit(nested=True),
     "device hook": lambda: harmlessly_hooked(),
+    "ms-swift": lambda: by_swift(),
     "dense, autocast": lambda: under_autocast(bf16()),
     "dense, fp32 bias, autocast": fp32_bias_under_autocast,
     "4-bit, x in fp32, autocast": lambda: under_autocast(four_bit(compute_dtype=BF16)),

@@ -13,6 +13,8 @@ from torch.nn.modules import module as nn_module
 from ..names import SHORT_DTYPES, named
 
 PLAIN = (Tensor, nn.Parameter)
+# ms-swift's forward of lora_A and lora_B, which moves the input to the weight's device.
+_SWIFT_FORWARD = ("swift.tuners.peft", "keep_device_forward")
 NONE_ACTIVE = "no adapters are active on this layer"
 
 
@@ -115,10 +117,14 @@ def _forward_is_plain(module: nn.Module) -> bool:
 
     Accelerate puts one there for each module of a model that is spread over devices. Unless it
     offloads, all that it does is to move the input to the weight's device, where `casts` wants it.
-    Taking the hooks off leaves the class's own forward there.
+    Taking the hooks off leaves the class's own forward there. ms-swift gives each lora_A and lora_B
+    one that does the same.
     """
     inner = module.__dict__
     forward, hook = inner.get("forward"), inner.get("_hf_hook")
+    function = getattr(forward, "__func__", None)
+    if function is not None and (function.__module__, function.__name__) == _SWIFT_FORWARD:
+        forward = inner.get("forward_origin")
     if hook is not None:
         kind = type(hook)
         if (kind.__module__, kind.__name__) != ("accelerate.hooks", "AlignDevicesHook"):
