@@ -46,7 +46,8 @@ def flat(weight: Tensor, A: Tensor, B: Tensor, **fields: Any) -> tuple[Any, ...]
 
 def linear(x: Tensor | None = None, weight: Tensor | None = None, **fields: Any) -> Any:
     x, weight = (torch.zeros(*s) if t is None else t for t, s in ((x, (3, 8)), (weight, (4, 8))))
-    layer = flat(weight, torch.zeros(2, 8), torch.zeros(4, 2), **fields)
+    A = fields.pop("A", torch.zeros(2, 8))
+    layer = flat(weight, A, torch.zeros(4, 2), **fields)
     return torch.ops.fastlora.lora_linear_fwd(x, *layer)
 
 
@@ -76,6 +77,15 @@ REGISTERED: dict[str, tuple[Callable[[], Any], str]] = {
     "freed weight": (lambda: linear(weight=freed(torch.zeros(4, 8))), "has lost its memory"),
     "freed x": (lambda: linear(freed(torch.zeros(3, 8))), "has lost its memory"),
     "half a weight": (lambda: linear(weight=freed(torch.zeros(4, 8), 64)), "64 bytes of 128"),
+    "freed columns of a weight": (
+        lambda: linear(weight=freed(torch.zeros(4, 16)[:, ::2])),
+        "has lost its memory",
+    ),
+    "freed columns of x": (lambda: linear(freed(torch.zeros(8, 3).T)), "has lost its memory"),
+    "freed lora_A, turned": (
+        lambda: linear(A=freed(torch.zeros(8, 2).T)),
+        "has lost its memory",
+    ),
     "a view of a cut weight": (
         lambda: linear(weight=view_of_freed(160)),
         "160 bytes of 288",

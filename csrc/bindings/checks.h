@@ -48,10 +48,24 @@ inline DType dtype_of(ScalarType type, const char* name) {
 }
 inline DType dtype_of(const Tensor& t, const char* name) { return dtype_of(t.scalar_type(), name); }
 
-// Asked first: torch's own call takes half a microsecond to find that there is nothing to do.
-inline Tensor as_contiguous(const Tensor& t) {
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+// Where t begins, of which all must be there: sharding and offloading free the storage of tensors that
+// live on.
+inline void* memory_of(const Tensor& t) {
+  int64_t elements = t.numel() > 0, held = 0;
+  for (int64_t i = 0; elements > 0 && i < t.dim(); i++) elements += (t.size(i) - 1) * t.stride(i);
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &held));
+  const int64_t needed = (t.storage_offset() + elements) * static_cast<int64_t>(t.element_size());
+  FASTLORA_CHECK(elements == 0 || needed <= held, "a tensor of ", t.numel(),
+                 " elements has lost its memory: its storage has ", held, " bytes of ", needed);
+  return t.data_ptr();
 }
+// Checked first: torch copies freed memory unasked.
+inline Tensor contiguous_copy(const Tensor& t) {
+  memory_of(t);
+  return torch::stable::contiguous(t);
+}
+// Asked first: torch's own call takes half a microsecond to find that there is nothing to do.
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : contiguous_copy(t); }
 inline OptionalTensor as_contiguous(const OptionalTensor& t) {
   return t.has_value() ? OptionalTensor(as_contiguous(*t)) : t;
 }
@@ -68,7 +82,7 @@ inline MatrixSizes sizes_of(const Tensor& t, const char* name) {
 inline Tensor with_contiguous_rows(const Tensor& t, const char* name) {
   sizes_of(t, name);
   const bool rows_fit = t.size(0) <= 1 || t.stride(0) >= t.size(1);
-  return (t.stride(1) == 1 || t.size(1) <= 1) && rows_fit ? t : torch::stable::contiguous(t);
+  return (t.stride(1) == 1 || t.size(1) <= 1) && rows_fit ? t : contiguous_copy(t);
 }
 inline int64_t row_stride(const Tensor& t) { return t.size(0) <= 1 ? t.size(1) : t.stride(0); }
 
@@ -83,17 +97,6 @@ inline Tensor wanted(const Tensor& like, bool needed, std::initializer_list<int6
   return needed ? empty(like, sizes, dtype) : empty(like, {0}, dtype);
 }
 
-// Where t begins, of which all must be there: sharding and offloading free the storage of tensors that
-// live on.
-inline void* memory_of(const Tensor& t) {
-  int64_t elements = t.numel() > 0, held = 0;
-  for (int64_t i = 0; elements > 0 && i < t.dim(); i++) elements += (t.size(i) - 1) * t.stride(i);
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &held));
-  const int64_t needed = (t.storage_offset() + elements) * static_cast<int64_t>(t.element_size());
-  FASTLORA_CHECK(elements == 0 || needed <= held, "a tensor of ", t.numel(),
-                 " elements has lost its memory: its storage has ", held, " bytes of ", needed);
-  return t.data_ptr();
-}
 template <class T>
 T* data_of(const Tensor& t) {
   return static_cast<T*>(memory_of(t));

@@ -35,6 +35,7 @@ Tensor with_aligned_rows(const Tensor& t) {
   if (rows_fit && (K <= 1 || t.stride(1) == 1) && is_aligned(t)) return t;
   Tensor wide = empty(t, {M, (K + unit - 1) / unit * unit});
   Tensor copy = torch::stable::narrow(wide, 1, 0, K);
+  memory_of(t);
   torch::stable::copy_(copy, t);
   return copy;
 }
@@ -60,6 +61,7 @@ void check_on_device(const Tensor& x, const QuantTensors& quant) {
 QuantTensors with_aligned_codes(QuantTensors quant) {
   if (!is_aligned(quant.packed)) {
     Tensor copy = empty(quant.packed, {quant.packed.numel()});
+    memory_of(quant.packed);
     torch::stable::copy_(copy, quant.packed);
     quant.packed = copy;
   }

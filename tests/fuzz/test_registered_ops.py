@@ -45,6 +45,8 @@ def tensors(draw: st.DrawFn, layouts: tuple[str, ...] = LAYOUTS) -> Tensor:
     base = torch.ones(shape).to(draw(DTYPES))
     if layout not in ("freed", "cut", "meta"):
         base = guarded(base, draw(st.booleans()))
+    elif base.dim() > 1 and draw(st.booleans()):
+        base = base.transpose(0, -1).contiguous().transpose(0, -1)
     if layout == "turned" and base.dim() > 1:
         return guarded(base.transpose(0, -1)).transpose(0, -1)
     if layout == "strided" and base.dim():
