@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LNTuningConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from fastlora import accelerate
@@ -155,14 +156,89 @@ def test_as_methods_of_the_model() -> None:
     assert_same(model, before)
 
 
-def test_pefts_unmerge_forgets_what_was_kept() -> None:
+def test_peft_unmerges_by_what_was_kept() -> None:
+    """Also where it does so by itself: in a call with disabled adapters, or for another adapter."""
+    model: Any = peft_model(MLP(64, 128, 32).bfloat16()).eval()
+    before, x = bits(model), torch.randn(3, 64).bfloat16()
+
+    def add_one() -> None:
+        model.add_adapter("more", LoraConfig(r=2, target_modules=["up"]))
+        model.delete_adapter("more")
+
+    for act in (model.unmerge_adapter, lambda: disabled_call(model, x), add_one):
+        merge(model)
+        act()
+        unmerge_adapter(model)
+        assert_same(model, before)
+    assert not any("unmerge" in module.__dict__ for module in model.modules())
+    merge_adapter(model, compare=False)
+    assert unmerge_adapter(model)  # by rounding, as nothing is kept any more
+
+
+def disabled_call(model: Any, x: Tensor) -> None:
+    with model.disable_adapter():
+        model(x)
+
+
+def test_copies_of_a_merged_model() -> None:
     model = CASES["LoRA, bf16 base, fp32 adapters"].trio()[0]
+    before = bits(model)
     merge(model)
-    model.unmerge_adapter()
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        copied.unmerge_adapter()
+        assert_same(copied, before)
+    assert all(layer.merged for layer in lora_layers(model))
+    unmerge_adapter(model)
+    assert_same(model, before)
+
+
+def test_what_is_merged_by_others_in_between_is_refused() -> None:
+    model = CASES["LoRA, bf16 base, fp32 adapters"].trio()[0]
+    for name in ("other", "third"):
+        model.add_adapter(name, model.peft_config["default"])
+    merge(model, ["default"])
+    model.merge_adapter(["other"])
+    for keep in (True, False):
+        with pytest.raises(ValueError, match=r"model: layer .*: other adapters were merged"):
+            merge_adapter(model, ["third"], keep_base=keep, compare=False)
+    with pytest.raises(ValueError, match="other adapters were merged"):
+        unmerge_adapter(model)
+    with pytest.warns(UserWarning, match="unmerging with rounding"):
+        model.unmerge_adapter()
+    assert not any(layer.merged for layer in lora_layers(model))
+
+
+def test_methods_that_exchange_the_base_are_refused() -> None:
+    model = nn.ModuleDict({"norm": nn.LayerNorm(8)})
+    adapted = get_peft_model(model, LNTuningConfig(target_modules=["norm"]))
+    with pytest.raises(ValueError, match="keep_base must be False: PEFT's LNTuningLayer exchanges"):
+        merge(adapted)
+    layer: Any = adapted.base_model.model["norm"]
+    assert not layer.merged
+
+
+def test_a_weight_in_the_middle_of_a_buffer() -> None:
+    """As flat parameters have them: at any offset."""
+    model: Any = peft_model(MLP(64, 128, 32).bfloat16())
+    layer = model.base_model.model.up
+    flat = torch.randn(64 * 128 + 1).bfloat16()
+    layer.base_layer.weight = nn.Parameter(flat[1:].view(128, 64), requires_grad=False)
     before = bits(model)
     merge(model)
     unmerge_adapter(model)
     assert_same(model, before)
+
+
+def test_offloaded_layers() -> None:
+    from accelerate import cpu_offload
+
+    model: Any = peft_model(MLP(64, 128, 32).bfloat16()).eval()
+    x = torch.randn(3, 64).bfloat16()
+    want = model(x)
+    cpu_offload(model)
+    merge(model)
+    unmerge_adapter(model)
+    assert torch.equal(model(x), want)
 
 
 def test_a_changed_weight_is_refused() -> None:
@@ -176,6 +252,9 @@ def test_a_changed_weight_is_refused() -> None:
         unmerge_adapter(model)
     with torch.no_grad():
         layers[-1].get_base_layer().weight[0, 0] -= 1
+        layers[0].get_base_layer().weight.copy_(layers[0].get_base_layer().weight.flip(0))
+    with pytest.raises(ValueError, match="its weight has changed since"):  # the same values
+        unmerge_adapter(model)
     assert all(layer.merged for layer in layers)
     assert bits(model).keys() == before.keys()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,10 @@ from ....quant import packed_bytes
 from ... import bitsandbytes as bnb
 from ..swap import is_fast, swap_in, swap_out
 
+_CURE = (
+    "what keep_base kept does not fit; load the model again, or take the adapters out by PEFT's own "
+    "unmerge_adapter, which rounds"
+)
 # On a layer: a KeptBase for each merge since its base weight was its own, in order.
 _KEPT = "_fastlora_kept_base"
 
@@ -72,15 +77,15 @@ class KeptBase:
     tensors: Mapping[str, KeptTensor]
     state: Any
 
-    def check(self) -> None:
-        """Raises ValueError where the weights are no longer those that the merge left."""
+    def check(self, layer: Any) -> None:
+        """Raises ValueError where the base of `layer` is no longer what the merge left."""
+        if layer.get_base_layer() is not self.base and not bnb.is_linear4bit(self.base):
+            raise ValueError(f"its base layer was exchanged since it was merged; {_CURE}")
+        if layer.merged_adapters[-len(self.adapters) :] != self.adapters:
+            raise ValueError(f"other adapters were merged into it since, without fastlora; {_CURE}")
         for name, tensor in _weights(self.base, self.tensors).items():
             if not self.tensors[name].fits(tensor):
-                raise ValueError(
-                    f"its {name} has changed since it was merged, so that what keep_base kept "
-                    "does not fit; load the model again, or take the adapters out by PEFT's own "
-                    "unmerge_adapter, which rounds"
-                )
+                raise ValueError(f"its {name} has changed since it was merged; {_CURE}")
 
     @torch.no_grad()
     def restore(self, layer: Any) -> None:
@@ -89,7 +94,7 @@ class KeptBase:
             self.tensors[name].restore(tensor)
         if self.state is not None:
             bnb.set_quant_state(self.base, self.state)
-        if layer.get_base_layer() is not self.base:
+        if layer.get_base_layer() is not self.base:  # a 4-bit one, which has become dense
             _put_4bit_back(layer, self.base)
         for adapter in self.adapters:
             layer.merged_adapters.remove(adapter)
@@ -121,6 +126,29 @@ class Keeper:
         }
         kept = KeptBase(new, self._base, tensors, self._state)
         setattr(layer, _KEPT, [*self._kept, kept])
+        # PEFT unmerges by itself, in a call with disabled adapters, for one.
+        layer.unmerge = _Unmerge(layer)
+
+
+class _Unmerge:
+    """Stands for `unmerge` of a layer whose base is kept. A class of its own, for copies of it."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+
+    def __call__(self) -> None:
+        layer = self.layer
+        try:
+            check_kept(layer)
+        except ValueError as error:
+            warnings.warn(
+                f"fastlora: unmerging with rounding; a layer was merged, and {error}", stacklevel=2
+            )
+            forget_kept(layer)
+        else:
+            restore_kept(layer)
+        if layer.merged:
+            layer.unmerge()
 
 
 def kept_of(layer: Any) -> list[KeptBase]:
@@ -130,15 +158,32 @@ def kept_of(layer: Any) -> list[KeptBase]:
     return kept if all(merged.issuperset(k.adapters) for k in kept) else []
 
 
+def check_kept(layer: Any) -> None:
+    """Raises ValueError where the base of `layer` is not what the latest kept merge left."""
+    for kept in kept_of(layer)[-1:]:
+        kept.check(layer)
+
+
 def restore_kept(layer: Any) -> None:
     """Takes the adapters out whose base was kept."""
     for kept in reversed(kept_of(layer)):
         kept.restore(layer)
+    forget_kept(layer)
+
+
+def forget_kept(layer: Any) -> None:
+    """Drops what was kept; the layer stays merged."""
     layer.__dict__.pop(_KEPT, None)
+    if isinstance(layer.__dict__.get("unmerge"), _Unmerge):
+        del layer.unmerge
 
 
 def not_kept_reason(layer: Any, names: list[str]) -> str | None:
     """Why the base of `layer` can't be kept, or None."""
+    try:
+        check_kept(layer)
+    except ValueError as error:
+        return str(error)
     base = layer.get_base_layer()
     plain = all(
         type(base._parameters[name]) is nn.Parameter and base._parameters[name].is_floating_point()
@@ -177,8 +222,13 @@ def _bits(tensor: Tensor) -> Tensor:
 
 def _checksum(tensor: Tensor) -> int:
     octets = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    if octets.storage_offset() % 8:
+        octets = octets.clone()
     whole = octets.numel() // 8 * 8
-    return int(octets[:whole].view(torch.int64).sum()) + int(octets[whole:].sum())
+    words = octets[:whole].view(torch.int64)
+    # Odd factors, so that no bit is lost and each place counts otherwise.
+    places = 2 * torch.arange(len(words), device=words.device) + 1
+    return int((words * places).sum()) + int(octets[whole:].sum())
 
 
 def _packed(bits: Tensor) -> Tensor:

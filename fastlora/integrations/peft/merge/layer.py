@@ -19,7 +19,7 @@ from ... import bitsandbytes as bnb
 from ..names import base_name
 from ..swap import is_fast, swap_in
 from .feedback import quantize_with_feedback
-from .kept import Keeper, kept_of, not_kept_reason, restore_kept
+from .kept import Keeper, forget_kept, kept_of, not_kept_reason, restore_kept
 from .report import MergeRow, measured
 
 
@@ -40,6 +40,8 @@ def merge_layer(
     Raises:
         ValueError: the merged weight is not finite; the layer is as before.
     """
+    if not kept_of(layer):
+        forget_kept(layer)  # of merges that were taken out otherwise
     keep = Keeper(layer, _changing(layer)) if keep_base or kept_of(layer) else None
     row = _merge(name, layer, adapters, into, dtype, original, moments, compare)
     if keep is not None:
@@ -80,9 +82,16 @@ def unmerge_layer(layer: Any) -> None:
         layer.unmerge()
 
 
-def cant_keep_reason(layer: Any) -> str | None:
-    """Why `keep_base` can't be given for `layer`, or None."""
-    return not_kept_reason(layer, _changing(layer))
+def cant_keep_reason(layer: Any, adapters: list[str]) -> str | None:
+    """Why the base of `layer` can't be kept over a merge of `adapters`, or None."""
+    if (reason := not_kept_reason(layer, _changing(layer))) is not None or _is_ours(layer):
+        return reason
+    before = copy.deepcopy(layer)
+    base = before.get_base_layer()
+    before.merge(adapter_names=adapters)
+    if before.get_base_layer() is not base:
+        return f"keep_base must be False: PEFT's {type(layer).__name__} exchanges its base layer"
+    return None
 
 
 def _changing(layer: Any) -> list[str]:

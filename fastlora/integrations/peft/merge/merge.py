@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ... import bitsandbytes as bnb
 from ...names import plain_name
-from ..names import check_module
-from .kept import kept_of
+from ..names import SHORT_DTYPES, check_module
+from .kept import check_kept, kept_of
 from .layer import cant_keep_reason, merge_layer, merged_copy, unmerge_layer
 from .originals import OriginalWeights, Source
 from .report import MergeReport, MergeRow
@@ -52,7 +52,9 @@ def merge_adapter(
         adapter_names: which; the active ones when None.
         into: what a 4-bit layer becomes. "4bit": quantised again, as it was. "dense": an
             `nn.Linear`. Dense layers stay dense.
-        dtype: of the layers that become dense; None takes the one from before quantisation.
+        dtype: of the layers that become dense: fp32, bf16 or fp16; None takes the one from before
+            quantisation. A model whose norms are in fp32, as prepare_model_for_kbit_training leaves
+            them, runs with fp32 alone.
         base: the weights from before quantisation (a model, a state dict, or a folder of
             safetensors files). 4-bit layers then become `round(W_16 + dW)`.
         moments: layer name -> `[K, K]`, `x^T x` over typical inputs; `InputMoments` collects them.
@@ -77,6 +79,8 @@ def merge_adapter(
     check_module(model)
     if into not in INTO:
         raise ValueError(f"into must be one of {INTO}, got {into!r}")
+    if dtype is not None and dtype not in SHORT_DTYPES:
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
     if into == "dense" and moments is not None:
         raise ValueError("moments must be None with into='dense', which rounds nothing to 4 bits")
     if base is not None and moments is not None:
@@ -88,8 +92,11 @@ def merge_adapter(
     originals = None if base is None else OriginalWeights(base)
     for merge in plan:
         merge.check(originals, moments)
-        if keep_base and (reason := cant_keep_reason(merge.layer)) is not None:
-            raise ValueError(f"model: layer {merge.key}: {reason}")
+        if keep_base or kept_of(merge.layer):
+            with onload_layer(merge.layer):
+                reason = cant_keep_reason(merge.layer, merge.adapters)
+            if reason is not None:
+                raise ValueError(f"model: layer {merge.key}: {reason}")
     _try_variants(plan)
     # What PEFT checks for the model as a whole.
     check = getattr(getattr(model, "base_model", model), "_check_merge_allowed", None)
@@ -132,9 +139,9 @@ def unmerge_adapter(model: nn.Module) -> int:
     check_module(model)
     named = [(k, m) for k, m in model.named_modules() if isinstance(m, BaseTunerLayer) and m.merged]
     for key, layer in named:
-        for kept in kept_of(layer)[-1:]:
+        with onload_layer(layer):
             try:
-                kept.check()
+                check_kept(layer)
             except ValueError as error:
                 raise ValueError(f"model: layer {key}: {error}") from None
     merged = [layer for _, layer in named]
