@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     console.print(report.table(each=args.layers))
     console.print(report.summary(), highlight=False)
     _write(model, tokenizer, out)
-    console.print(f"written: {out}", highlight=False, soft_wrap=True)
+    console.print(f"written: {out}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
@@ -130,9 +130,16 @@ def _check(args: argparse.Namespace, out: Path) -> None:
 
 
 def _is_stored_in_4bit(folder: str) -> bool:
-    from transformers import AutoConfig
+    return getattr(_config(folder), "quantization_config", None) is not None
 
-    return getattr(AutoConfig.from_pretrained(folder), "quantization_config", None) is not None
+
+def _config(folder: str) -> Any:
+    from ..integrations.transformers.loading import load_config
+
+    try:
+        return load_config(folder)
+    except ValueError as error:
+        raise CliError(f"--model: {error}") from error
 
 
 def _load(
@@ -186,9 +193,8 @@ def _labels(heads: dict[str, Any]) -> int | None:
 
 def _stored_dtype(folder: str) -> Any:
     import torch
-    from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder)
+    config = _config(folder)
     return getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or torch.bfloat16
 
 

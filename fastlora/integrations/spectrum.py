@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from . import bitsandbytes as bnb
@@ -162,8 +163,12 @@ def spectrum(
         raise ValueError("source must have linear layers, got none")
     found: dict[str, list[tuple[float, str, tuple[int, int]]]] = {}
     for done, (name, read) in enumerate(layers.items()):
-        weight = read()
-        entry = (signal_to_noise(weight), name, (weight.shape[0], weight.shape[1]))
+        try:
+            weight = read()
+            snr = signal_to_noise(weight)
+        except (ValueError, SafetensorError) as error:
+            raise ValueError(f"source: layer {name}: {error}") from error
+        entry = (snr, name, (weight.shape[0], weight.shape[1]))
         found.setdefault(kind_of(name), []).append(entry)
         if progress is not None:
             progress(done + 1, len(layers))
@@ -193,6 +198,8 @@ def signal_to_noise(weight: Tensor) -> float:
     Source: Spectrum, arXiv:2406.06623, section 3.
     """
     N, K = weight.shape
+    if not weight.is_floating_point() or not weight.isfinite().all():
+        raise ValueError(f"weight must be a finite float, got {weight.dtype} with inf or NaN")
     wide = weight.double()
     # The eigenvalues of the smaller Gram matrix are s^2. In fp64 squaring costs an error of 1e-8 of
     # the largest s, and takes a fraction of the time of a singular value decomposition.

@@ -235,17 +235,19 @@ def test_only_a_cut_off_checkpoint_is_removed(
         if text is not None:
             (folder / "trainer_state.json").write_text(text)
     (tmp_path / "checkpoint-notes.txt").touch()
+    for others in ("checkpoint-best", "checkpoint-3-copy"):
+        (tmp_path / others).mkdir()
 
-    def refuse(path: Path) -> str:
+    def refuse(path: Path) -> bytes:
         raise OSError(errno.EMFILE, "Too many open files", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_text", refuse)
+        patch.setattr(Path, "read_bytes", refuse)
         with pytest.raises(OSError, match="Too many open files"):
             newest_checkpoint(tmp_path)
-    assert len(list(tmp_path.glob("checkpoint-*"))) == 4
+    assert (tmp_path / "checkpoint-3").is_dir()
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
-    assert len(list(tmp_path.glob("checkpoint-*"))) == 2
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 4
 
 
 def test_a_finished_run_resumes_to_its_result(arguments: Arguments, tmp_path: Path) -> None:

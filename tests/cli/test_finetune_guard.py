@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, MixtralConfig
 
 from fastlora.cli import main
+from fastlora.cli.finetune import command
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 Command = Callable[..., int]
@@ -125,9 +126,27 @@ def without_one(path: Path) -> None:
     save_file(dict(list(tensors.items())[1:]), path, metadata={"format": "pt"})
 
 
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def garble(path: Path) -> None:
+    path.write_bytes(b"\xff\x00}")
+
+
+def rescale(path: Path) -> None:
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "lora_alpha": 3}))
+
+
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
+        ("optimizer.pt", remove, "it has no optimizer.pt"),
+        ("rng_state.pth", remove, "it has no rng_state"),
+        ("trainer_state.json", garble, "trainer_state.json can't be read"),
+        ("adapter_config.json", rescale, "lora_alpha must be 32.0, got 3"),
+        ("adapter_config.json", garble, "is no adapter's config"),
         ("adapter_model.safetensors", cut, "can't be read"),
         ("adapter_model.safetensors", with_nan, "must be finite"),
         ("adapter_model.safetensors", without_one, "lacks 1 tensor"),
@@ -184,6 +203,55 @@ def test_a_dry_run_writes_nothing(
     assert "3 steps of 2 examples" in text and f"An example of {text_file.name}" in text
     assert "weight" in text and "seconds a step" not in text
     assert finetune("--dry-run", data=tmp_path / "none.txt") == 2
+
+
+def test_an_interrupt_before_the_first_save_gives_the_earlier_run_back(
+    finetune: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert finetune() == 0
+    before = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
+
+    def interrupt(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "train", interrupt)
+    assert finetune("--overwrite") == 130
+    assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
+
+
+def test_a_refused_command_leaves_no_parents(finetune: Command, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    assert finetune(out=tmp_path / "here" / "a" / "b", target_modules="nothing") == 2
+    assert names(tmp_path / "here") == set()
+
+
+def test_a_refused_resume_changes_nothing(finetune: Command, tmp_path: Path) -> None:
+    assert finetune(steps=2) == 0
+    run = (tmp_path / "out" / "run.json").read_text()
+    garble(tmp_path / "out" / "checkpoint-2" / "optimizer.pt")
+    assert finetune("--resume", steps=9) == 2
+    assert (tmp_path / "out" / "run.json").read_text() == run
+
+
+@pytest.mark.parametrize("content", ["{}", '{"job": {"model": "m", "odd": 1}}'])
+def test_a_run_file_of_another_version(
+    content: str, finetune: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert finetune(steps=1) == 0
+    (tmp_path / "out" / "run.json").write_text(content)
+    assert finetune("--resume", steps=1) == 2
+    assert "is of another version of fastlora, or damaged" in capsys.readouterr().err
+
+
+def test_brackets_in_names_are_no_markup(
+    finetune: Command, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "[bold]x.txt"
+    data.write_text(text_file.read_text() + "\x1b]0;title\x07")
+    assert finetune(data=data, out=tmp_path / "x[/red]y", steps=1) == 0
+    text = capsys.readouterr().out
+    assert "[bold]x.txt" in text and "\x1b]0" not in text
 
 
 def test_runs_of_one_file_as_it_was_stored_before(finetune: Command, tmp_path: Path) -> None:

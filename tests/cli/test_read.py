@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import gzip
 import json
 import os
@@ -187,6 +188,36 @@ def test_tools_reach_the_template(jsonl: Callable[..., Path], tiny_model: Path) 
     text = " ".join(tokenizer.convert_ids_to_tokens(example.input_ids))
     assert text.startswith("<|user|> house <|user|> the cat")
     assert learned(tokenizer, path) == "dog <|end|>"
+
+
+@pytest.mark.parametrize("field", ["tool_calls", "reasoning_content"])
+def test_fields_that_the_template_leaves_out(
+    field: str, jsonl: Callable[..., Path], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    call = {"type": "function", "function": {"name": "dog", "arguments": {}}}
+    value = [call] if field == "tool_calls" else "red"
+    messages = [
+        {"role": "user", "content": "the cat"},
+        {"role": "assistant", "content": "sat", field: value},
+    ]
+    with pytest.raises(CliError, match=f'has no place for "{field}"'):
+        load_data([str(jsonl({"messages": messages}))], tokenizer, 64, 0.0)
+
+
+def test_columns_beside_those_that_count(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    when = [datetime.datetime(2026, 1, 1)] * 2
+    parquet.write_table(pa.table({"text": ["the cat", "a mat"], "when": when}), path)
+    assert len(load_data([str(path)], tokenizer, 64, 0.0).train) == 2
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,completion,prompt\na,b,c\n")
+    with pytest.raises(CliError, match="has the column prompt twice"):
+        read(str(path))
 
 
 def test_tools_that_the_template_leaves_out(

@@ -17,7 +17,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from transformers import AutoModelForSequenceClassification as Classifier
 
 from fastlora.integrations.peft.loading import load_adapter, trained_tensors
-from fastlora.integrations.transformers.loading import load_model, model_class
+from fastlora.integrations.transformers.loading import (
+    empty_model,
+    load_config,
+    load_model,
+    model_class,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -206,3 +211,59 @@ def test_codes_in_place_of_weights(
     broken = changed(adapter, tmp_path / "adapter", in_codes("0.self_attn.q_proj.lora_A", dtype))
     with pytest.raises(ValueError, match=r"q_proj\.lora_A\.weight must be a float of 16 bits"):
         load_adapter(load_model(model), broken)
+
+
+def test_codes_in_other_files(model: Path, tmp_path: Path) -> None:
+    """In a pickle, or in a shard of any name; files that are not the model's don't count."""
+    weights = {n: t.clone() for n, t in load_file(model / "model.safetensors").items()}
+    name = "model.layers.0.mlp.up_proj.weight"
+    codes = {**weights, name: weights[name].to(torch.int8)}
+    pickled, sharded, beside = (tmp_path / n for n in ("pickled", "sharded", "beside"))
+    for folder in (pickled, sharded, beside):
+        shutil.copytree(model, folder)
+    (pickled / "model.safetensors").unlink()
+    torch.save(codes, pickled / "pytorch_model.bin")
+    (sharded / "model.safetensors").unlink()
+    save_file(codes, sharded / "weights-1.safetensors", metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(codes, "weights-1.safetensors")}
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
+    for folder in (pickled, sharded):
+        with pytest.raises(ValueError, match=r"up_proj\.weight must be a float of 16 bits"):
+            load_model(folder)
+    save_file(codes, beside / "model-old.safetensors")
+    load_model(beside)
+
+
+def test_code_of_a_model_is_not_run(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    for load in (load_model, empty_model, load_config):
+        with pytest.raises(ValueError, match=str(folder)):
+            load(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_fields_of_an_adapter_that_peft_does_not_know(
+    model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapter, folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"use_new": False}))
+    load_adapter(load_model(model), folder)  # switched off
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"use_new": True}))
+    with pytest.raises(ValueError, match=r"has use_new, of which PEFT .* knows nothing"):
+        load_adapter(load_model(model), folder)
+
+
+def test_a_pickle_that_is_none(model: Path, adapter: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapter, folder)
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.bin").write_bytes(b"garbage")
+    with pytest.raises(ValueError, match="can't be read"):
+        load_adapter(load_model(model), folder)

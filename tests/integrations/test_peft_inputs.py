@@ -67,7 +67,9 @@ def test_a_copy_for_the_layer_named(options: dict[str, Any]) -> None:
     fastlora.accelerate(model, copy_inputs=["block.inner"])
     assert len(model.base_model.model["block"].inner._forward_pre_hooks) == 1
     assert all(torch.equal(a, b) for a, b in zip(got, run(model), strict=True))
-    fastlora.accelerate(model)
+    fastlora.accelerate(model)  # leaves it so
+    assert len(model.base_model.model["block"].inner._forward_pre_hooks) == 1
+    fastlora.accelerate(model, copy_inputs=[])
     with pytest.raises(RuntimeError, match=r"accelerate\(model, copy_inputs=\['block.inner'\]\)"):
         run(model)
 
@@ -102,3 +104,9 @@ def test_names_of_no_layer(names: Any) -> None:
     with pytest.raises(ValueError, match="copy_inputs"):
         fastlora.accelerate(model, copy_inputs=names)
     assert "0/2" in explain(model).summary()
+
+
+def test_an_input_by_keyword() -> None:
+    model: Any = fastlora.accelerate(adapted(), copy_inputs=["base_model.model.block.inner"])
+    inner, h = model.base_model.model["block"].inner, torch.randn(2, 8).bfloat16()
+    assert torch.equal(inner(x=h), inner(h))

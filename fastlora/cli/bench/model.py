@@ -225,9 +225,11 @@ def _with_weights(path: Path, scratch: Path, dtype: str) -> Path:
         return path
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    config = AutoConfig.from_pretrained(path)
+    from ...integrations.transformers.loading import load_config
+
+    config = load_config(path)
     model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype(dtype))
     model.save_pretrained(scratch)
     tokenizer = Tokenizer(WordLevel({"a": 0}, unk_token="a"))

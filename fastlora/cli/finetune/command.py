@@ -22,7 +22,7 @@ from .compare import compare
 from .data import load_data, split_weight
 from .job import BACKENDS, Diverged, Job, Stopped
 from .preview import print_data
-from .records import LOG_FILE, RUN_FILE, locked, read_log, read_run, update_run
+from .records import LOCK_FILE, LOG_FILE, RUN_FILE, locked, read_log, read_run, update_run
 from .report import CSV_FILE, PLOT_FILE, print_comparison, print_result, write_csv, write_plot
 from .terminal import TerminalObserver
 from .training import train
@@ -168,21 +168,18 @@ def execute(job: Job, *, resume: bool, overwrite: bool, console: Console | None 
         _check_free(out, overwrite)
     check_writable("--out", out)
     _check(job, console)
-    fresh = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        with locked(out), nullcontext() if resume else _replacing(out):
+    with _made(out), locked(out):
+        if not resume:
+            _check_free(out, overwrite)  # another run may have ended here in the meantime
+        with nullcontext() if resume else _replacing(out):
             return _run(job, console, resume)
-    except CliError:
-        if fresh:
-            shutil.rmtree(out)
-        raise
 
 
 def _run(job: Job, console: Console, resume: bool) -> int:
     out = Path(job.out)
     backends = BACKENDS if job.backend == "both" else (job.backend,)
-    update_run(out, job=job.as_dict())
+    if not resume:
+        update_run(out, job=job.as_dict())
     try:
         with TerminalObserver(console, backends) as observer:
             if job.backend == "both":
@@ -190,10 +187,12 @@ def _run(job: Job, console: Console, resume: bool) -> int:
             else:
                 results = {job.backend: train(job, observer, resume=resume)}
     except Stopped as stopped:
+        update_run(out, job=job.as_dict())
         console.print(
             f"Stopped after step {stopped.step} of {stopped.steps}, and saved. Go on with\n"
             f"  fastlora finetune --resume --out {shlex.quote(job.out)}",
             highlight=False,
+            markup=False,
             soft_wrap=True,
         )
         return 130
@@ -204,9 +203,11 @@ def _run(job: Job, console: Console, resume: bool) -> int:
             f"Diverged at step {step}: loss or gradient is not finite (loss {loss}); {kept}.\n"
             "A lower --lr may help; at the first step, look at the model's weights.",
             highlight=False,
+            markup=False,
             soft_wrap=True,
         )
         return 3
+    update_run(out, job=job.as_dict())
     _report(console, job, results, observer.facts)
     return 0
 
@@ -234,10 +235,10 @@ def _report(
     console.print()
     if fast := facts.get("fastlora", {}).get("fast"):
         layers = ", ".join(f"{count} {backend}" for backend, count in sorted(fast.items()))
-        console.print(f"fastlora's layers: {layers}", highlight=False)
+        console.print(f"fastlora's layers: {layers}", highlight=False, markup=False)
     if facts.get("peft", {}).get("device") == "cpu" and job.quant != "none":
         console.print("PEFT runs with bitsandbytes' CPU repacking off: it would drop gradients.")
-    console.print(f"In {job.out}: {written}", highlight=False, soft_wrap=True)
+    console.print(f"In {job.out}: {written}", highlight=False, markup=False, soft_wrap=True)
 
 
 # ---- arguments -------------------------------------------------------------------------------
@@ -259,7 +260,12 @@ def _resumed(given: dict[str, Any]) -> Job:
     saved = read_run(Path(given["out"]))
     if saved is None:
         raise CliError(f"--resume: no run in {given['out']} (it has no {RUN_FILE})")
-    job: dict[str, Any] = saved["job"]
+    job = saved.get("job")
+    if not isinstance(job, dict) or job.keys() != {f.name for f in dataclasses.fields(Job)}:
+        raise CliError(
+            f"--resume: {given['out']}/{RUN_FILE} is of another version of fastlora, or damaged; "
+            "--overwrite starts the run anew"
+        )
     if isinstance(job["data"], str):  # a run of before there could be several
         job["data"] = [job["data"]]
     for name, value in given.items():
@@ -276,7 +282,7 @@ def _check_free(out: Path, overwrite: bool) -> None:
     """Checks that a new run may write to `out`."""
     if out.exists() and not out.is_dir():
         raise CliError(f"--out: {out} is a file")
-    if not out.is_dir() or not any(out.iterdir()):
+    if not out.is_dir() or not any(path.name != LOCK_FILE for path in out.iterdir()):
         return
     if not (out / RUN_FILE).is_file():
         raise CliError(f"--out: {out} holds files but no run of fastlora's; take another folder")
@@ -287,18 +293,38 @@ def _check_free(out: Path, overwrite: bool) -> None:
 
 
 @contextmanager
+def _made(out: Path) -> Iterator[None]:
+    """Makes a folder, and removes what of it and its parents was made if the run is refused."""
+    made = [path for path in (out, *out.parents) if not path.exists()]
+    try:
+        out.mkdir(parents=True)
+    except FileExistsError:
+        made = []
+    try:
+        yield
+    except CliError:
+        for path in made:
+            shutil.rmtree(path) if path == out else path.rmdir()
+        raise
+
+
+@contextmanager
 def _replacing(out: Path) -> Iterator[None]:
-    """Sets the files of an earlier run in `out` aside, and puts them back if the new is refused."""
+    """Sets the files of an earlier run in `out` aside, and puts them back if the new one is refused
+    or ends before it has saved anything.
+    """
     aside = Path(tempfile.mkdtemp(prefix=".replaced-", dir=out))
     try:
         for path in _files_of_a_run(out, but=aside):
             path.rename(aside / path.name)
         yield
-    except CliError:
-        for path in _files_of_a_run(out, but=aside):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for path in aside.iterdir():
-            path.rename(out / path.name)
+    except BaseException as error:
+        saved = [*out.glob("checkpoint-*"), *(s for b in BACKENDS for s in out.glob(f"{b}/check*"))]
+        if isinstance(error, CliError) or not saved:
+            for path in _files_of_a_run(out, but=aside):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            for path in aside.iterdir():
+                path.rename(out / path.name)
         raise
     finally:
         shutil.rmtree(aside)
@@ -329,7 +355,9 @@ def _check(job: Job, console: Console) -> None:
     except (FileNotFoundError, ValueError) as error:
         raise CliError(f"--model: {error}") from error
     data = load_data(job.data, tokenizer, job.seq_len, job.eval_split)
-    console.print(f"model    {_model_name(job)}\nmethod   {_method(job)}\n", highlight=False)
+    console.print(
+        f"model    {_model_name(job)}\nmethod   {_method(job)}\n", highlight=False, markup=False
+    )
     print_data(console, data, tokenizer, job)
 
 
@@ -343,6 +371,7 @@ def _announce_conversion(job: Job, console: Console) -> None:
             console.print(
                 f"Converting the GGUF file, once; the result is kept in\n{folder.parent}",
                 highlight=False,
+                markup=False,
                 soft_wrap=True,
             )
 

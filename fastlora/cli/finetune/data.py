@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ if TYPE_CHECKING:
 
 # The split doesn't depend on --seed: all seeds are compared on the same held-out text.
 _SPLIT_SEED = 0
+# More than this of one example in an epoch is a mistake.
+_MOST = 1000
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def split_weight(file: str) -> tuple[str, float]:
     """ "FILE:WEIGHT" as both; the weight is 1 if there is none, or a file of the whole name.
 
     Raises:
-        CliError: the weight is not above 0.
+        CliError: the weight is not above 0, or too large.
     """
     path, colon, number = file.rpartition(":")
     if not colon or Path(file).expanduser().exists():
@@ -165,8 +166,10 @@ def split_weight(file: str) -> tuple[str, float]:
         weight = float(number)
     except ValueError:
         return file, 1.0
-    if not 0.0 < weight < math.inf:
-        raise CliError(f"--data: the weight of {path} must be above 0, got {number}")
+    if not 0.0 < weight <= _MOST:
+        raise CliError(
+            f"--data: the weight of {path} must be above 0 and at most {_MOST}, got {number}"
+        )
     return path, weight
 
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
+# Of messages, beside role and content; a template that does not know them leaves them out.
+_FIELDS = ("tool_calls", "reasoning_content")
 
 
 def ids_of(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False) -> list[int]:
@@ -87,25 +89,32 @@ def _messages(
     if not any(m["role"] == "assistant" for m in messages):
         raise CliError(f"{where}: no message of the assistant, so there is nothing to learn")
 
-    def text(count: int, prompt: bool = False, tools: Any = tools) -> str:
+    def text(messages: list[Any], prompt: bool = False, tools: Any = tools) -> str:
         rendered: str = tokenizer.apply_chat_template(
-            messages[:count], tools=tools, tokenize=False, add_generation_prompt=prompt
+            messages, tools=tools, tokenize=False, add_generation_prompt=prompt
         )
         return rendered
 
     def render(count: int, prompt: bool = False) -> list[int]:
-        return ids_of(tokenizer, text(count, prompt))
+        return ids_of(tokenizer, text(messages[:count], prompt))
 
     try:
         ids = render(len(messages))
-        tools_are_lost = tools and text(len(messages)) == text(len(messages), tools=None)
+        whole = text(messages)
+        lost = ["tools"] if tools and whole == text(messages, tools=None) else []
+        lost += [
+            field
+            for field in _FIELDS
+            if any(message.get(field) for message in messages)
+            and not _differs(whole, lambda: text(_without(field, messages)))  # noqa: B023
+        ]
         turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         spans = [_turn(render, i) for i in turns]
     except Exception as error:
         # Templates are programs and can raise anything, mostly for roles in the wrong order.
         raise CliError(f"{where}: the chat template refuses it: {error}") from error
-    if tools_are_lost:
-        raise CliError(f'{where}: the chat template of --model has no place for "tools"')
+    if lost:
+        raise CliError(f'{where}: the chat template of --model has no place for "{lost[0]}"')
     labels = [IGNORED] * len(ids)
     for start, upto in spans:
         # If a template rewrites earlier turns (to drop their reasoning, say), this turn's tokens
@@ -117,6 +126,21 @@ def _messages(
             )
         labels[start : len(upto)] = upto[start:]
     return ids, labels
+
+
+def _differs(whole: str, render: Callable[[], str]) -> bool:
+    """Whether a template renders something else, or fails, without what it looks for."""
+    try:
+        return render() != whole
+    except Exception:
+        return True
+
+
+def _without(field: str, messages: list[Any]) -> list[Any]:
+    """The messages without a field, and a content where they had none beside it."""
+    return [
+        {"content": "", **{k: v for k, v in message.items() if k != field}} for message in messages
+    ]
 
 
 def _is_message(message: Any) -> bool:
@@ -149,5 +173,5 @@ def _after(header: list[int], upto: list[int]) -> int:
 
 
 def _shortened(record: Any) -> str:
-    text = json.dumps(record, ensure_ascii=False)
+    text = json.dumps(record, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."

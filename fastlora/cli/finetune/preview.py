@@ -31,6 +31,7 @@ def print_data(console: Console, data: Data, tokenizer: PreTrainedTokenizerBase,
             f"Left out: nothing to learn within --seq-len {job.seq_len} (the prompt fills it), or "
             "the rest of a text, shorter than half of it.",
             highlight=False,
+            markup=False,
         )
     examples = len(data.train)
     in_step = job.batch_size * job.grad_accum
@@ -40,7 +41,11 @@ def print_data(console: Console, data: Data, tokenizer: PreTrainedTokenizerBase,
         highlight=False,
     )
     for source in data.sources[:_SAMPLES]:
-        console.print(f"\nAn example of {source.name}; the loss counts what «» enclose:")
+        console.print(
+            f"\nAn example of {source.name}; the loss counts what «» enclose:",
+            highlight=False,
+            markup=False,
+        )
         console.print(Padding(rendered(source.train[0], tokenizer), (0, 0, 0, 2)))
     console.print()
 
@@ -54,7 +59,7 @@ def _table(data: Data) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     rows = [(source.name, source.weight, _counts(source)) for source in data.sources]
     for name, weight, counts in rows:
-        table.add_row(name, *[f"{weight:g}"] * weighted, *(f"{count:,}" for count in counts))
+        table.add_row(Text(name), *[f"{weight:g}"] * weighted, *(f"{count:,}" for count in counts))
     if len(rows) > 1:
         totals = (sum(column) for column in zip(*(counts for *_, counts in rows), strict=True))
         table.add_row("together", *[""] * weighted, *(f"{total:,}" for total in totals))
@@ -81,5 +86,6 @@ def rendered(example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
         words = str(tokenizer.decode([token for token, _ in part]))
         if len(words) > _BEGINNING + _END:
             words = f"{words[:_BEGINNING]} […] {words[-_END:]}"
+        words = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in words)
         text.append(f"«{words}»" if learned else words, "bold" if learned else "dim")
     return text

@@ -123,7 +123,7 @@ def _parsed(where: str, text: str) -> Any:
 def _checked(where: str, value: Any) -> Record:
     """A record whose texts can be encoded: JSON may hold halves of surrogate pairs."""
     try:
-        json.dumps(value, ensure_ascii=False).encode()
+        json.dumps(value, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
         raise CliError(f"{where}: half of a surrogate pair, which is no character") from None
     except RecursionError:
@@ -148,6 +148,7 @@ def _delimiter(text: str) -> str | None:
 
 
 def _table(path: str, text: str, delimiter: str) -> Iterator[Record]:
+    csv.field_size_limit(2**31 - 1)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         names = list(reader.fieldnames or ())
@@ -156,6 +157,8 @@ def _table(path: str, text: str, delimiter: str) -> Iterator[Record]:
                 f"--data: {path}: expected a table with the columns prompt and completion, or "
                 f"text, or messages, got {', '.join(names)}"
             )
+        if twice := sorted(name for name in set(names) if names.count(name) > 1):
+            raise CliError(f"--data: {path} has the column {twice[0]} twice")
         for row in reader:
             where = f"--data: {path}, line {reader.line_num}"
             if None in row or None in row.values():

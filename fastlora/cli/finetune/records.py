@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import statistics
 import zipfile
@@ -29,24 +30,36 @@ def newest_checkpoint(out: Path) -> Path | None:
 def checkpoints(out: Path) -> list[Path]:
     """The complete checkpoints, the newest first. Removes those that a kill cut off.
 
-    The Trainer writes trainer_state.json last: a checkpoint is complete if that can be read.
+    The Trainer writes trainer_state.json last: a checkpoint is complete if that has its end.
     """
     complete = []
     for folder in out.glob("checkpoint-*/"):
-        try:
-            json.loads((folder / "trainer_state.json").read_text())
+        if not re.fullmatch(r"checkpoint-\d+", folder.name):
+            continue  # somebody else's
+        state = folder / "trainer_state.json"
+        if state.is_file() and state.read_bytes().rstrip().endswith(b"}"):
             complete.append(folder)
-        except (FileNotFoundError, json.JSONDecodeError):
+        else:
             shutil.rmtree(folder, ignore_errors=True)
     return sorted(complete, key=step_of, reverse=True)
 
 
-def check_archives(checkpoint: Path) -> None:
-    """Checks the sums that torch's files have, which the adapter's file has not.
+def check_files(checkpoint: Path) -> None:
+    """Checks that the Trainer's files are there, and the sums that torch's have.
 
     Raises:
-        ValueError: a file is cut off, or has changed.
+        ValueError: a file is missing, is cut off, or has changed.
     """
+    state = checkpoint / "trainer_state.json"
+    try:
+        fields = json.loads(state.read_text())
+        if not all(isinstance(fields[name], int) for name in ("global_step", "max_steps")):
+            raise ValueError("its steps are no numbers")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{state.name} can't be read ({error!r})") from error
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state*.pth"):
+        if not list(checkpoint.glob(name)):
+            raise ValueError(f"it has no {name}")
     for path in (*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")):
         try:
             with zipfile.ZipFile(path) as archive:

@@ -15,7 +15,7 @@ from .job import Diverged, Job, Observer, Stopped
 from .model import accelerate, adapted_layers, cast_adapter, trainable_digest, with_adapter
 from .records import (
     Log,
-    check_archives,
+    check_files,
     checkpoints,
     is_last,
     newest_checkpoint,
@@ -143,9 +143,9 @@ def _check_checkpoint(model: Any, checkpoint: Path) -> None:
     from ...integrations.peft.loading import check_saved
 
     try:
-        check_archives(checkpoint)
+        check_files(checkpoint)
         check_saved(model, checkpoint)
-    except ValueError as error:
+    except (FileNotFoundError, ValueError) as error:
         step = step_of(checkpoint)
         before = [c.name for c in checkpoints(checkpoint.parent) if step_of(c) < step]
         cure = (

@@ -33,7 +33,7 @@ def find_layers(model: nn.Module, names: Iterable[str]) -> list[LoraLayer]:
         raise ValueError(f"copy_inputs must be a list of names, got the string {names!r}")
     layers = {plain_name(n): m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
     found: list[LoraLayer] = []
-    for wanted in names:
+    for wanted in map(plain_name, names):
         these = [m for n, m in layers.items() if n == wanted or n.endswith(f".{wanted}")]
         if not these:
             known = sorted({name.rsplit(".", 1)[-1] for name in layers})
@@ -48,7 +48,7 @@ def copy_inputs(layers: Sequence[LoraLayer]) -> None:
     """Makes each layer work on a copy of its input."""
     for layer in layers:
         if _HANDLE not in layer.__dict__:
-            layer.__dict__[_HANDLE] = layer.register_forward_pre_hook(_copied)
+            layer.__dict__[_HANDLE] = layer.register_forward_pre_hook(_copied, with_kwargs=True)
 
 
 def copy_none(model: nn.Module) -> None:
@@ -58,6 +58,11 @@ def copy_none(model: nn.Module) -> None:
             handle.remove()
 
 
-def _copied(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    x, *others = args
-    return (x.clone() if isinstance(x, Tensor) else x, *others)
+def _copied(
+    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if args and isinstance(args[0], Tensor):
+        return (args[0].clone(), *args[1:]), kwargs
+    if isinstance(x := kwargs.get("x"), Tensor):
+        return args, {**kwargs, "x": x.clone()}
+    return args, kwargs

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from peft import PeftConfig, PeftModel
 from peft.utils.save_and_load import (
@@ -22,6 +25,8 @@ from ..names import plain_name
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+# What PEFT writes beside the fields of a config.
+_OTHER_FIELDS = {"auto_mapping", "peft_version", "base_model_name_or_path"}
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Values of peft_type whose layers are LoRA's.
 KINDS = ("LORA", "ADALORA")
@@ -51,6 +56,11 @@ def adapter_config(folder: str | os.PathLike[str]) -> PeftConfig:
         config: PeftConfig = PeftConfig.from_pretrained(str(folder))
     except Exception as error:  # whatever a wrong value makes PEFT raise
         raise ValueError(f"{path} can't be read: {first_line(error)}") from error
+    names = {field.name for field in dataclasses.fields(config)} | _OTHER_FIELDS
+    if unknown := sorted(name for name in fields.keys() - names if fields[name]):
+        raise ValueError(
+            f"{path} has {', '.join(unknown)}, of which PEFT {peft.__version__} knows nothing"
+        )
     return config
 
 
@@ -68,7 +78,14 @@ def trained_tensors(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
 def _weights(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     try:
         weights: dict[str, Tensor] = load_peft_weights(str(folder), device="cpu")
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
+    except (
+        SafetensorError,
+        pickle.UnpicklingError,
+        OSError,
+        RuntimeError,
+        ValueError,
+        EOFError,
+    ) as error:
         raise ValueError(f"the weights in {folder} can't be read: {first_line(error)}") from error
     for key, tensor in weights.items():
         if tensor.dtype not in _DTYPES:
@@ -78,12 +95,18 @@ def _weights(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     return weights
 
 
-def check_saved(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Checks that a folder holds the tensors of the model's adapter, finite, and no others.
+def check_saved(model: PeftModel, folder: str | os.PathLike[str]) -> None:
+    """Checks that a folder holds the model's adapter: its rank and factor, and its tensors, finite,
+    and no others.
 
     Raises:
-        ValueError: it does not.
+        FileNotFoundError, ValueError: it does not.
     """
+    saved, active = adapter_config(folder), model.peft_config["default"]
+    for name in ("r", "lora_alpha", "use_rslora", "use_dora"):
+        found, wanted = getattr(saved, name), getattr(active, name)
+        if found != wanted:
+            raise ValueError(f"{folder}: {name} must be {wanted}, got {found}")
     weights, own = _weights(folder), get_peft_model_state_dict(model)
     check_keys(folder, own.keys() - weights.keys(), weights.keys() - own.keys())
     for key, tensor in weights.items():

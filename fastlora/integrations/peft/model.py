@@ -33,7 +33,7 @@ def accelerate(
     model: _Model,
     *,
     fuse: Fuse | None = None,
-    copy_inputs: Iterable[str] = (),
+    copy_inputs: Iterable[str] | None = None,
     verbose: bool | None = None,
 ) -> _Model:
     """Runs the LoRA layers of a PEFT model on fastlora; `restore` undoes it.
@@ -53,7 +53,8 @@ def accelerate(
             nothing.
         copy_inputs: names of layers, or their last parts, whose input the model changes in place
             after the call (`h += f(h)`): they work on a copy, as PEFT's layers do where they cast
-            or drop. Without, the backward of such a layer raises an error that names it.
+            or drop. Without, the backward of such a layer raises an error that names it. None
+            leaves it as an earlier call has set it.
         verbose: True prints one line to stderr, False does not; None prints it on the first process
             of a run, unless FASTLORA_QUIET=1 is set.
 
@@ -67,7 +68,7 @@ def accelerate(
     """
     check_module(model)
     check_fuse(fuse)
-    copying = inputs.find_layers(model, copy_inputs)
+    copying = inputs.find_layers(model, copy_inputs or ())
     damaged = [(name, m) for name, m in bnb.linear4bit_modules(model) if bnb.is_repacked(m)]
     for name, module in damaged:
         if (reason := bnb.unpack_reason(module)) is not None:
@@ -80,8 +81,9 @@ def accelerate(
     for layer in layers:
         swap_in(layer)
     inputs.name_layers(model)
-    inputs.copy_none(model)
-    inputs.copy_inputs(copying)
+    if copy_inputs is not None:
+        inputs.copy_none(model)
+        inputs.copy_inputs(copying)
     join_mlps(model, fuse)
     if not layers:
         warnings.warn(

@@ -18,7 +18,7 @@ from .loading import load_model
 
 StrPath = str | os.PathLike[str]
 # Part of the cache key: raise it when a conversion would come out differently.
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 
 
 def is_gguf(path: StrPath) -> bool:
@@ -72,7 +72,9 @@ def convert_gguf(
         pass
     try:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            tokenizer = AutoTokenizer.from_pretrained(
+                path.parent, gguf_file=path.name, trust_remote_code=False
+            )
         except Exception as error:  # whatever a wrong value makes the readers raise
             raise ValueError(f"{path} has no tokenizer: {first_line(error)}") from error
         tokenizer.save_pretrained(partial)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,10 @@ from transformers import (
 from ..keys import check_keys, first_line
 from ..names import core_name
 
+# Constants that files of old versions of Transformers hold, and models make themselves.
+_OLD_BUFFERS = ("attn.bias", "attn.masked_bias", "rotary_emb.inv_freq", "position_ids")
+# As safetensors and torch name them.
+_WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")
 # Classes of models by PEFT's `task_type`.
 _OF_TASK: dict[str, Any] = {
     "SEQ_CLS": AutoModelForSequenceClassification,
@@ -30,6 +35,18 @@ _OF_TASK: dict[str, Any] = {
     "QUESTION_ANS": AutoModelForQuestionAnswering,
     "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
 }
+
+
+def load_config(folder: str | os.PathLike[str]) -> Any:
+    """The config of a model's folder. Code that comes with a model is never run.
+
+    Raises:
+        ValueError: it can't be read, or needs code of its own.
+    """
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # whatever a wrong value makes it raise
+        raise ValueError(f"the config in {folder} can't be used: {first_line(error)}") from error
 
 
 def model_class(folder: str | os.PathLike[str], task: str | None = None) -> Any:
@@ -42,8 +59,9 @@ def model_class(folder: str | os.PathLike[str], task: str | None = None) -> Any:
     """
     if task in _OF_TASK:
         return _OF_TASK[task]
-    names = AutoConfig.from_pretrained(folder).architectures or ()
-    return getattr(transformers, names[0], AutoModelForCausalLM) if names else AutoModelForCausalLM
+    names = load_config(folder).architectures or ()
+    name = names[0] if names and isinstance(names[0], str) else ""
+    return getattr(transformers, name, AutoModelForCausalLM) if name else AutoModelForCausalLM
 
 
 def empty_model(folder: str | os.PathLike[str]) -> PreTrainedModel:
@@ -54,8 +72,8 @@ def empty_model(folder: str | os.PathLike[str]) -> PreTrainedModel:
     """
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"expected a folder with config.json, got {folder}")
+    config, kind = load_config(folder), model_class(folder)
     try:
-        config, kind = AutoConfig.from_pretrained(folder), model_class(folder)
         with torch.device("meta"):
             model: PreTrainedModel = (
                 kind(config)
@@ -63,7 +81,7 @@ def empty_model(folder: str | os.PathLike[str]) -> PreTrainedModel:
                 else kind.from_config(config)
             )
     except Exception as error:  # whatever a wrong value in the config makes it raise
-        raise ValueError(f"the config in {folder} can't be used: {first_line(error)}") from error
+        raise ValueError(f"no model can be made of {folder}: {first_line(error)}") from error
     return model
 
 
@@ -96,7 +114,11 @@ def load_model(
         )
     try:
         model, found = kind.from_pretrained(
-            folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            folder,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+            **options,
         )
     except Exception as error:  # whatever a wrong value in a config or a header makes it raise
         raise ValueError(f"the model in {source} can't be loaded: {first_line(error)}") from error
@@ -104,7 +126,7 @@ def load_model(
         raise ValueError(f"the model in {source} can't be loaded: {found['error_msgs'][0]}")
     missing = [name for name in found["missing_keys"] if name not in given]
     mismatched = [each for each in sorted(found["mismatched_keys"]) if each[0] not in given]
-    unexpected = list(found["unexpected_keys"])
+    unexpected = [n for n in found["unexpected_keys"] if not n.endswith(_OLD_BUFFERS)]
     if given:
         body = f"{model.base_model_prefix}."
         unexpected = [name for name in unexpected if name.startswith(body)]
@@ -127,16 +149,33 @@ def _check_dtypes(folder: str | os.PathLike[str], model: Any) -> None:
 
     It would cast the codes to the model's dtype.
     """
-    if getattr(AutoConfig.from_pretrained(folder), "quantization_config", None) is not None:
+    if getattr(load_config(folder), "quantization_config", None) is not None:
         return
     names = {core_name(name) for name, _ in model.named_parameters()}
-    for path in sorted(Path(folder).glob("model*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118, it is no mapping
-                dtype = file.get_slice(key).get_dtype()
-                is_weight = key.endswith(".weight") or core_name(key) in names
-                if is_weight and dtype not in ("F64", "F32", "F16", "BF16"):
-                    raise ValueError(
-                        f"{path}: {key} must be a float of 16 bits or more, got {dtype}; "
-                        "the config says nothing of a quantisation"
-                    )
+    for path, key, dtype in _stored_dtypes(Path(folder)):
+        is_weight = key.endswith(".weight") or core_name(key) in names
+        if is_weight and dtype not in _WEIGHT_DTYPES:
+            raise ValueError(
+                f"{path}: {key} must be a float of 16 bits or more, got {dtype}; "
+                "the config says nothing of a quantisation"
+            )
+
+
+def _stored_dtypes(folder: Path) -> Iterator[tuple[Path, str, str]]:
+    """File, name and dtype of every tensor that Transformers reads from a folder."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        files = {name}
+        if index.is_file():
+            files = set(json.loads(index.read_text())["weight_map"].values())
+        found = sorted(path for file in files if (path := folder / file).is_file())
+        for path in found:
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="pt") as file:
+                    for key in file.keys():  # noqa: SIM118, it is no mapping
+                        yield path, key, file.get_slice(key).get_dtype()
+            else:
+                for key, tensor in torch.load(path, mmap=True, weights_only=True).items():
+                    yield path, key, str(tensor.dtype).removeprefix("torch.")
+        if found:  # the first kind is read, and the other left alone
+            return

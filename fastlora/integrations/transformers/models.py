@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from .gguf import StrPath, convert_gguf, is_gguf
-from .loading import load_model
+from .loading import load_config, load_model
 
 QUANT_TYPES = ("nf4", "fp4", "none")
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
@@ -54,7 +53,7 @@ def load_causal_lm(
     folder = model_folder(path, cache_dir)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     tokenizer = load_tokenizer(folder)
-    stored = getattr(AutoConfig.from_pretrained(folder), "quantization_config", None)
+    stored = getattr(load_config(folder), "quantization_config", None)
     options: dict[str, Any] = {}
     if quant != "none":
         if stored is not None:
@@ -97,7 +96,7 @@ def load_tokenizer(folder: StrPath) -> PreTrainedTokenizerBase:
     if not any(files):
         raise FileNotFoundError(f"no tokenizer in {folder}")
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         # The type depends on what is missing and on the version of Transformers.
         reason = str(error).strip().partition("\n")[0]

@@ -17,8 +17,8 @@ from ... import bitsandbytes as bnb
 from ..swap import is_fast, swap_in, swap_out
 
 _CURE = (
-    "what keep_base kept does not fit; load the model again, or take the adapters out by PEFT's own "
-    "unmerge_adapter, which rounds"
+    "what keep_base kept does not fit; load the model again, or take the adapters out by PEFT's "
+    "own unmerge_adapter, which rounds"
 )
 # On a layer: a KeptBase for each merge since its base weight was its own, in order.
 _KEPT = "_fastlora_kept_base"

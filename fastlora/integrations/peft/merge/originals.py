@@ -112,7 +112,7 @@ class OriginalWeights:
 
 def _index(folder: Path, what: str) -> dict[str, Path]:
     """Tensor name -> file."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -122,8 +122,11 @@ def _index(folder: Path, what: str) -> dict[str, Path]:
         raise ValueError(f"{what} must be a folder with *.safetensors files, got {folder}")
     found = {}
     for path in files:
-        with safe_open(path, framework="pt") as file:
-            found.update(dict.fromkeys(file.keys(), path))
+        try:
+            with safe_open(path, framework="pt") as file:
+                found.update(dict.fromkeys(file.keys(), path))
+        except SafetensorError as error:
+            raise ValueError(f"{what}: {path} can't be read: {error}") from error
     return found
 
 
