@@ -198,8 +198,10 @@ def signal_to_noise(weight: Tensor) -> float:
     Source: Spectrum, arXiv:2406.06623, section 3.
     """
     N, K = weight.shape
-    if not weight.is_floating_point() or not weight.isfinite().all():
-        raise ValueError(f"weight must be a finite float, got {weight.dtype} with inf or NaN")
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        raise ValueError(f"weight must be a float of 16 bits or more, got {weight.dtype}")
+    if not weight.isfinite().all():
+        raise ValueError("weight must be finite, got inf or NaN")
     wide = weight.double()
     # The eigenvalues of the smaller Gram matrix are s^2. In fp64 squaring costs an error of 1e-8 of
     # the largest s, and takes a fraction of the time of a singular value decomposition.

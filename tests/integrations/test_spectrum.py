@@ -49,6 +49,19 @@ def test_weights_at_the_edges() -> None:
     assert signal_to_noise(torch.ones(1, 9)) == math.inf
 
 
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (torch.zeros(4, 4).to(torch.float8_e4m3fn), "must be a float of 16 bits or more"),
+        (torch.zeros(4, 4, dtype=torch.int8), "must be a float of 16 bits or more"),
+        (torch.full((4, 4), torch.nan), "must be finite"),
+    ],
+)
+def test_what_is_no_weight(weight: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        signal_to_noise(weight)
+
+
 class Stack(nn.Module):
     """Layers of two kinds, in each of which two carry a planted signal."""
 
