@@ -64,15 +64,17 @@ def layer_parts(layer: Any, names: Iterable[str] | None = None) -> Parts | str:
         return "a weight is no parameter of its layer (parametrised or pruned)"
     if (reason := hidden_reason(roles)) is not None:
         return reason
-    if four_bit and torch.compiler.is_compiling():
-        return "torch.compile does not trace bitsandbytes' weights into fastlora"
     quant_state = bnb.raw_quant_state(base) if four_bit else None
+    checked = weight
     if four_bit and bnb.is_params4bit(weight):
-        # Every look at an attribute of this subclass costs a call of its __torch_function__.
-        weight = weight.as_subclass(Tensor)
+        if torch.compiler.is_compiling():
+            checked = None  # the compiler traces the subclass, but no cast of it
+        else:
+            # Every look at an attribute of this subclass costs a call of its __torch_function__.
+            checked = weight = weight.as_subclass(Tensor)
     if idle is not None and not _runs_alone(layer, weight, four_bit):
         return idle
-    tensors = [("base weight", weight), ("bias", bias)]
+    tensors = [("base weight", checked), ("bias", bias)]
     for adapter in adapters:
         tensors += [("lora_A", adapter.lora_A), ("lora_B", adapter.lora_B)]
         tensors += [("lora_B's bias", adapter.bias), ("magnitude", adapter.magnitude)]
