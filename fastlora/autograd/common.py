@@ -20,7 +20,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..backends import UNFORCED, forced_backend
 from ..layer import Grads, Layer, Needs
 from ..quant import QuantState, as_quant_state
-from .seeds import draw_seed
 
 # Names of layers by the parameters of their adapters, for messages.
 LAYER_NAMES = WeakTensorKeyDictionary()
@@ -68,7 +67,7 @@ def prepared_layer(x: Tensor, layer: Layer, dtype: torch.dtype | None) -> Layer:
         layer = layer._replace(lora_A=A, lora_B=B, bias=bias, compute_dtype=compute_dtype)
     if layer.dropout_p == 0.0:
         return layer if layer.seed is None else layer._replace(seed=None)
-    return layer if layer.seed is not None else layer._replace(seed=draw_seed(x.device))
+    return layer if layer.seed is not None else layer._replace(seed=draw_seed(x))
 
 
 def settled(backend: str | None) -> str:
@@ -88,6 +87,11 @@ def check_arguments(x: object, scaling: object, what: str = "x") -> None:
         raise TypeError(f"{what} must be a tensor, got {type(x).__name__}")
     if isinstance(scaling, Tensor) and scaling.requires_grad:
         raise TypeError("scaling must be a number, got a tensor that wants a gradient")
+
+
+def draw_seed(x: Tensor) -> Tensor:
+    """The key of a dropout on x, so that torch.manual_seed and checkpointing replay the mask."""
+    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
 
 
 def autocast_off(device: torch.device) -> AbstractContextManager[Any]:

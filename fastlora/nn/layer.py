@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from .. import reference
 from ..autograd.linear import lora_linear
-from ..autograd.seeds import seed_of
 from .linear4bit import Linear4bit
 from .merge import MergeError
 from .options import TRAIN_BIAS, LoraOptions
@@ -103,7 +102,6 @@ class LoraModule(nn.Module):
             self.scaling,
             dropout_p=self.lora_dropout,
             training=self.training,
-            seed=seed_of(self, x.device) if self.training and self.lora_dropout > 0 else None,
             **self._base_options(),
         )
 

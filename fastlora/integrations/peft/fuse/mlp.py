@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ....autograd.common import autocast_off
+from ....autograd.common import autocast_off, draw_seed
 from ....autograd.gated import gated_mlp
 from ....reference import ACTIVATIONS, activate
 from ..plan.call import Plan
@@ -139,11 +139,13 @@ class GatedMLP:
 
     def _run(self, plans: tuple[Plan, ...], x: Tensor) -> Tensor:
         with autocast_off(x.device):
-            # Each dropout draws its seed when PEFT's would: in the order of the calls.
-            order = (1, 0, 2) if self.up_first else (0, 1, 2)
-            layers = {i: one_call(plans[i], x) for i in order}
+            layers = [one_call(each, x) for each in plans]
             x = cast(x, plans[0].casts.x)
-            gate, up, down = (layers[i] for i in range(3))
+            # Each dropout draws its seed when PEFT's would: in the order of the calls.
+            for i in (1, 0, 2) if self.up_first else (0, 1, 2):
+                if layers[i].dropout_p != 0.0:
+                    layers[i] = layers[i]._replace(seed=draw_seed(x))
+            gate, up, down = layers
             return gated_mlp(x, gate, up, down, self.activation)
 
 

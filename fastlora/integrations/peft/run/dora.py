@@ -36,13 +36,12 @@ def dora(plan: Plan, x: Tensor, adapter: Adapter) -> Tensor:
     as in `dora_linear`; with torch's own masks its two inputs are kept for the backward.
     """
     parts = plan.parts
-    own_mask = adapter.drops and x.device.type not in _DORA_MASKS
-    layer = one_layer(plan, None, adapter, draws=not own_mask)
+    layer = one_layer(plan, None, adapter)
     norms = weight_norms(layer, parts.raw_state)
     assert adapter.magnitude is not None
     factor = adapter.magnitude.float() / norms
     layer = layer._replace(bias=base_bias(plan))
-    if not own_mask:
+    if not adapter.drops or x.device.type in _DORA_MASKS:
         return dora_linear(x, layer, factor)
     kept, scale = adapter.dropout(torch.ones_like(x)) != 0, 1.0 / (1.0 - layer.dropout_p)
     rest = linear(torch.where(kept, x * (1.0 - scale), x), base_alone(plan, x))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ....autograd.seeds import seed_of
 from ....layer import Layer
 from ..plan.call import Adapter, Plan
 from .tensors import cast
@@ -15,15 +14,9 @@ NO_ADAPTER = "__base__"
 _NO_DROPOUT = nn.Identity()
 
 
-def one_layer(plan: Plan, bias: Tensor | None, adapter: Adapter, *, draws: bool = True) -> Layer:
-    """The base weight of a plan, `bias` and `adapter` as one layer.
-
-    Args:
-        draws: the key of a dropout. False for a call that takes its mask from elsewhere.
-    """
+def one_layer(plan: Plan, bias: Tensor | None, adapter: Adapter) -> Layer:
+    """The base weight of a plan, `bias` and `adapter` as one layer."""
     parts, (_, adapter_dtype, compute_dtype) = plan.parts, plan.casts
-    p = adapter.dropout_p
-    seed = seed_of(adapter.dropout, parts.weight.device) if draws and p > 0.0 else None
     return Layer(
         parts.weight,
         cast(adapter.lora_A, adapter_dtype),
@@ -32,8 +25,7 @@ def one_layer(plan: Plan, bias: Tensor | None, adapter: Adapter, *, draws: bool 
         bias,
         parts.quant_state,
         compute_dtype,
-        p,
-        seed,
+        adapter.dropout_p,
     )
 
 
