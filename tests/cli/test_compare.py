@@ -38,7 +38,7 @@ class Worker:
 
 def run(*workers: Worker) -> None:
     while any(worker.result is None for worker in workers):
-        compare._open_gates(workers)  # type: ignore[arg-type]
+        compare._open_gates(workers, lambda: None)  # type: ignore[arg-type]
 
 
 def test_the_order_turns_round() -> None:
@@ -57,7 +57,7 @@ def test_nobody_starts_while_another_works() -> None:
     order: list[str] = []
     one, two = Worker("A", 2, order), Worker("B", 2, order)
     two.gate = None
-    compare._open_gates([one, two])  # type: ignore[list-item]
+    compare._open_gates([one, two], lambda: None)  # type: ignore[list-item]
     assert one.gate == "start"
 
 
@@ -65,7 +65,7 @@ def test_nobody_starts_while_another_works() -> None:
 def test_one_evaluates_at_a_time(gate: str) -> None:
     one, two = Worker("A", 0, []), Worker("B", 0, [])
     one.gate = two.gate = gate
-    compare._open_gates([one, two])  # type: ignore[list-item]
+    compare._open_gates([one, two], lambda: None)  # type: ignore[list-item]
     assert two.gate == gate and one.gate == "end"
 
 
@@ -73,7 +73,7 @@ def test_both_must_start_alike() -> None:
     one, two = Worker("A", 1, []), Worker("B", 1, [])
     two.facts["adapter_digest"] = "other"
     with pytest.raises(RuntimeError, match="differ in adapter_digest"):
-        compare._open_gates([one, two])  # type: ignore[list-item]
+        compare._open_gates([one, two], lambda: None)  # type: ignore[list-item]
 
 
 def test_the_ratio_is_of_paired_steps_after_the_first(tmp_path: Path) -> None:

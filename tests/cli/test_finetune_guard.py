@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, MixtralConfig
 
 from fastlora.cli import main
+from fastlora.cli.errors import CliError
 from fastlora.cli.finetune import command
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -220,10 +221,34 @@ def test_an_interrupt_before_the_first_save_gives_the_earlier_run_back(
     assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
 
 
-def test_a_refused_command_leaves_no_parents(finetune: Command, tmp_path: Path) -> None:
+def test_a_run_that_diverges_before_it_saves_gives_the_earlier_one_back(
+    finetune: Command, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert finetune() == 0
+    (out / "checkpoint-mine").mkdir()
+    before = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
+    assert finetune("--overwrite", lr=1e30, steps=6, save_every=5) == 3
+    assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
+    assert finetune("--overwrite", steps=1) == 0
+    assert (out / "checkpoint-mine").is_dir() and not (out / "checkpoint-3").exists()
+
+
+def test_a_refused_command_leaves_no_parents(
+    finetune: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "here").mkdir()
     assert finetune(out=tmp_path / "here" / "a" / "b", target_modules="nothing") == 2
     assert names(tmp_path / "here") == set()
+    out = tmp_path / "there" / "a"
+
+    def beside(*args: Any, **options: Any) -> None:
+        (tmp_path / "there" / "b").mkdir()
+        raise CliError("no")
+
+    monkeypatch.setattr(command, "train", beside)
+    assert finetune(out=out) == 2
+    assert names(tmp_path / "there") == {"b"}
 
 
 def test_a_refused_resume_changes_nothing(finetune: Command, tmp_path: Path) -> None:

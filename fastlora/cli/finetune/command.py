@@ -8,7 +8,7 @@ import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,18 @@ from .compare import compare
 from .data import load_data, split_weight
 from .job import BACKENDS, Diverged, Job, Stopped
 from .preview import print_data
-from .records import LOCK_FILE, LOG_FILE, RUN_FILE, locked, read_log, read_run, update_run
+from .records import (
+    LOCK_FILE,
+    LOG_FILE,
+    RUN_FILE,
+    Locked,
+    checkpoints,
+    is_checkpoint,
+    locked,
+    read_log,
+    read_run,
+    update_run,
+)
 from .report import CSV_FILE, PLOT_FILE, print_comparison, print_result, write_csv, write_plot
 from .terminal import TerminalObserver
 from .training import train
@@ -187,7 +198,6 @@ def _run(job: Job, console: Console, resume: bool) -> int:
             else:
                 results = {job.backend: train(job, observer, resume=resume)}
     except Stopped as stopped:
-        update_run(out, job=job.as_dict())
         console.print(
             f"Stopped after step {stopped.step} of {stopped.steps}, and saved. Go on with\n"
             f"  fastlora finetune --resume --out {shlex.quote(job.out)}",
@@ -207,7 +217,6 @@ def _run(job: Job, console: Console, resume: bool) -> int:
             soft_wrap=True,
         )
         return 3
-    update_run(out, job=job.as_dict())
     _report(console, job, results, observer.facts)
     return 0
 
@@ -302,9 +311,15 @@ def _made(out: Path) -> Iterator[None]:
         made = []
     try:
         yield
+    except Locked:
+        raise  # another run is at work there
     except CliError:
         for path in made:
-            shutil.rmtree(path) if path == out else path.rmdir()
+            if path == out:
+                shutil.rmtree(path)
+            else:
+                with suppress(OSError):  # another run has made a folder beside it
+                    path.rmdir()
         raise
 
 
@@ -314,25 +329,36 @@ def _replacing(out: Path) -> Iterator[None]:
     or ends before it has saved anything.
     """
     aside = Path(tempfile.mkdtemp(prefix=".replaced-", dir=out))
+    saved = False
     try:
         for path in _files_of_a_run(out, but=aside):
             path.rename(aside / path.name)
         yield
-    except BaseException as error:
-        saved = [*out.glob("checkpoint-*"), *(s for b in BACKENDS for s in out.glob(f"{b}/check*"))]
-        if isinstance(error, CliError) or not saved:
+        saved = _has_saved(out)
+    except CliError:
+        raise
+    except BaseException:
+        saved = _has_saved(out)
+        raise
+    finally:
+        if not saved:
             for path in _files_of_a_run(out, but=aside):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             for path in aside.iterdir():
                 path.rename(out / path.name)
-        raise
-    finally:
         shutil.rmtree(aside)
+
+
+def _has_saved(out: Path) -> bool:
+    """Whether a run in `out` has saved anything to go on from, or its result."""
+    folders = out, *(out / backend for backend in BACKENDS)
+    return any(checkpoints(f) or (f / "adapter_model.safetensors").is_file() for f in folders)
 
 
 def _files_of_a_run(out: Path, but: Path) -> list[Path]:
     """What runs have written to `out`, and nothing else."""
-    return [path for pattern in _WRITTEN for path in out.glob(pattern) if path != but]
+    found = [path for pattern in _WRITTEN for path in out.glob(pattern) if path != but]
+    return [path for path in found if not path.match("checkpoint-*") or is_checkpoint(path)]
 
 
 def _check(job: Job, console: Console) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 
 from ..process import Died, Leader, Worker, merged, on_stop_signal
 from .job import BACKENDS, Diverged, Job, Observer, Stopped
-from .records import LOG_FILE, read_log
+from .records import LOG_FILE, read_log, update_run
 from .training import train
 
 WORKER_LOG = "worker.log"
@@ -48,7 +48,7 @@ def compare(job: Job, observer: Observer, *, resume: bool) -> dict[str, Any]:
                 observer.emit(event, backend=runs[index].backend, **fields)
                 if (diverged := runs[index].diverged) is not None:
                     raise diverged
-                _open_gates(runs)
+                _open_gates(runs, lambda: update_run(Path(job.out), job=job.as_dict()))
         except Died:
             if asked:
                 # The signal came before the worker could handle it.
@@ -154,13 +154,18 @@ def _worker(job: Job, backend: str, resume: bool, stack: ExitStack) -> Worker:
     return stack.enter_context(Worker(backend, __name__, request, log))
 
 
-def _open_gates(runs: Sequence[_Run]) -> None:
-    """Lets the next worker go, once all that still run are waiting."""
+def _open_gates(runs: Sequence[_Run], accepted: Callable[[], None]) -> None:
+    """Lets the next worker go, once all that still run are waiting.
+
+    Args:
+        accepted: called when all are ready to start.
+    """
     running = [run for run in runs if not (run.stopped or run.result is not None)]
     if not running or any(run.gate is None for run in running):
         return
     if all(run.gate == "start" for run in running):
         _check_same_start(running)
+        accepted()
     stepping = [run for run in running if run.gate == "step"]
     if not stepping:
         # One evaluates at a time: together they would compete for the cores.

@@ -113,8 +113,6 @@ def _messages(
     except Exception as error:
         # Templates are programs and can raise anything, mostly for roles in the wrong order.
         raise CliError(f"{where}: the chat template refuses it: {error}") from error
-    if lost:
-        raise CliError(f'{where}: the chat template of --model has no place for "{lost[0]}"')
     labels = [IGNORED] * len(ids)
     for start, upto in spans:
         # If a template rewrites earlier turns (to drop their reasoning, say), this turn's tokens
@@ -125,6 +123,8 @@ def _messages(
                 "can't be told apart; give prompt and completion instead"
             )
         labels[start : len(upto)] = upto[start:]
+    if lost:
+        raise CliError(f'{where}: the chat template of --model has no place for "{lost[0]}"')
     return ids, labels
 
 

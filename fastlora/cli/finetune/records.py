@@ -34,7 +34,7 @@ def checkpoints(out: Path) -> list[Path]:
     """
     complete = []
     for folder in out.glob("checkpoint-*/"):
-        if not re.fullmatch(r"checkpoint-\d+", folder.name):
+        if not is_checkpoint(folder):
             continue  # somebody else's
         state = folder / "trainer_state.json"
         if state.is_file() and state.read_bytes().rstrip().endswith(b"}"):
@@ -42,6 +42,11 @@ def checkpoints(out: Path) -> list[Path]:
         else:
             shutil.rmtree(folder, ignore_errors=True)
     return sorted(complete, key=step_of, reverse=True)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder has a name that the Trainer gives."""
+    return re.fullmatch(r"checkpoint-\d+", folder.name) is not None
 
 
 def check_files(checkpoint: Path) -> None:
@@ -76,12 +81,16 @@ def is_last(checkpoint: Path, steps: int | None) -> bool:
     return bool(state["global_step"] >= (steps or state["max_steps"]))
 
 
+class Locked(CliError):
+    """Another process writes to the folder."""
+
+
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
     """Keeps `out` to this process until the block ends.
 
     Raises:
-        CliError: another process has it.
+        Locked: another process has it.
     """
     from filelock import FileLock, Timeout
 
@@ -89,7 +98,7 @@ def locked(out: Path) -> Iterator[None]:
     try:
         lock = FileLock(path).acquire(blocking=False)
     except Timeout:
-        raise CliError(f"--out: another run is writing to {out}") from None
+        raise Locked(f"--out: another run is writing to {out}") from None
     with lock:
         try:
             yield
