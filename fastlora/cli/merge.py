@@ -209,14 +209,12 @@ def _tokenizer(folder: str) -> Any:
 
 def _moments(args: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
     from ..integrations.peft.merge.moments import InputMoments
-    from .finetune.data import Collator, batches, check_ids, load_data
+    from .finetune.data import batches, collator_for, load_data
 
     if tokenizer is None:
         raise CliError(f"--calibrate: {args.model} has no tokenizer")
     data = load_data([args.calibrate], tokenizer, _LENGTH, 0.0)
-    vocab_size = len(model.get_input_embeddings().weight)
-    check_ids(data, vocab_size)
-    collator, examples = Collator(tokenizer, vocab_size), data.train[: args.examples]
+    collator, examples = collator_for(model, tokenizer, data), data.train[: args.examples]
     kept = ("input_ids", "attention_mask")
     return InputMoments(
         model,

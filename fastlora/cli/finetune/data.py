@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import CliError
 from .examples import IGNORED, ids_of, tokens_of
@@ -124,6 +124,13 @@ def check_ids(data: Data, vocab_size: int) -> None:
             f"--model: its tokenizer gives token {largest}, its embedding has {vocab_size} rows; "
             "the tokenizer is another model's"
         )
+
+
+def collator_for(model: Any, tokenizer: PreTrainedTokenizerBase, data: Data) -> Collator:
+    """Pads batches of `data` for `model`, which has a row for each token; else as `check_ids`."""
+    vocab_size = len(model.get_input_embeddings().weight)
+    check_ids(data, vocab_size)
+    return Collator(tokenizer, vocab_size)
 
 
 def batches(

@@ -106,7 +106,7 @@ def _messages(
             field
             for field in _FIELDS
             if any(message.get(field) for message in messages)
-            and not _differs(whole, lambda: text(_without(field, messages)))  # noqa: B023
+            and not _differs(whole, text, _without(field, messages))
         ]
         turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         spans = [_turn(render, i) for i in turns]
@@ -128,11 +128,11 @@ def _messages(
     return ids, labels
 
 
-def _differs(whole: str, render: Callable[[], str]) -> bool:
-    """Whether a template renders something else, or fails, without what it looks for."""
+def _differs(whole: str, render: Callable[[list[Any]], str], messages: list[Any]) -> bool:
+    """Whether a template renders something else of `messages`, or misses what it looks for."""
     try:
-        return render() != whole
-    except Exception:
+        return render(messages) != whole
+    except Exception:  # templates are programs and can raise anything
         return True
 
 

@@ -14,6 +14,7 @@ from rich.text import Text
 from .data import Data, Example, Source
 from .examples import IGNORED
 from .job import Job
+from .terminal import plain_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,7 +52,7 @@ def print_data(console: Console, data: Data, tokenizer: PreTrainedTokenizerBase,
 
 
 def _table(data: Data) -> Table:
-    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    table = plain_table()
     table.add_column("data", overflow="fold")
     weighted = any(source.weight != 1.0 for source in data.sources)
     numbers = ["examples", "held out", "left out", "cut", "tokens", "learned"]

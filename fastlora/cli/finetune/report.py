@@ -13,7 +13,7 @@ from rich.table import Table
 from .compare import paired_steps
 from .job import BACKENDS
 from .records import LAST_STEPS, summarise, write_atomically
-from .terminal import gib
+from .terminal import gib, plain_table
 
 CSV_FILE = "steps.csv"
 PLOT_FILE = "loss.png"
@@ -44,7 +44,7 @@ def print_comparison(console: Console, results: dict[str, Any]) -> None:
 
 
 def _table() -> Table:
-    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    table = plain_table()
     table.add_column("", no_wrap=True)
     return table
 

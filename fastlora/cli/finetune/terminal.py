@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Column
+from rich.table import Column, Table
 
 # Without a terminal, a run prints about this many lines of steps.
 _LOG_LINES = 20
@@ -16,6 +16,11 @@ _LOG_LINES = 20
 def gib(megabytes: float) -> str:
     """Formats MiB: 1234.5 as 1.21 GiB, less than 0.1 GiB in MiB."""
     return f"{megabytes:.0f} MiB" if megabytes < 102.4 else f"{megabytes / 1024:.2f} GiB"
+
+
+def plain_table() -> Table:
+    """A table without lines."""
+    return Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
 
 
 class TerminalObserver:

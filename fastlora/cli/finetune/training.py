@@ -10,7 +10,7 @@ from ..console import quiet_libraries
 from ..errors import CliError
 from ..options import torch_dtype
 from ..process import on_stop_signal
-from .data import Collator, batches, check_ids, load_data
+from .data import batches, collator_for, load_data
 from .job import Diverged, Job, Observer, Stopped
 from .model import accelerate, adapted_layers, cast_adapter, trainable_digest, with_adapter
 from .records import (
@@ -67,9 +67,7 @@ def train(job: Job, observer: Observer, *, resume: bool) -> dict[str, Any]:
     if job.seq_len > limit:
         raise CliError(f"--seq-len: the model takes {limit} tokens, not {job.seq_len}")
     data = load_data(job.data, tokenizer, job.seq_len, job.eval_split)
-    vocab_size = len(model.get_input_embeddings().weight)
-    check_ids(data, vocab_size)
-    collator = Collator(tokenizer, vocab_size)
+    collator = collator_for(model, tokenizer, data)
 
     set_seed(job.seed)
     model = with_adapter(model, job, observer)

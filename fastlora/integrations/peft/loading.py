@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import peft
-import torch
 from peft import PeftConfig, PeftModel
 from peft.utils.save_and_load import (
     get_peft_model_state_dict,
@@ -20,14 +19,14 @@ from peft.utils.save_and_load import (
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..keys import check_keys, first_line
+from ..keys import WEIGHT_DTYPES, check_keys, first_line
 from ..names import plain_name
+from .names import named
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 # What PEFT writes beside the fields of a config.
 _OTHER_FIELDS = {"auto_mapping", "peft_version", "base_model_name_or_path"}
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Values of peft_type whose layers are LoRA's.
 KINDS = ("LORA", "ADALORA")
 
@@ -88,7 +87,7 @@ def _weights(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     ) as error:
         raise ValueError(f"the weights in {folder} can't be read: {first_line(error)}") from error
     for key, tensor in weights.items():
-        if tensor.dtype not in _DTYPES:
+        if named(tensor.dtype) not in WEIGHT_DTYPES:
             raise ValueError(
                 f"{folder}: {key} must be a float of 16 bits or more, got {tensor.dtype}"
             )

@@ -21,13 +21,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ..keys import check_keys, first_line
+from ..keys import WEIGHT_DTYPES, check_keys, first_line
 from ..names import core_name
 
 # Constants that files of old versions of Transformers hold, and models make themselves.
 _OLD_BUFFERS = ("attn.bias", "attn.masked_bias", "rotary_emb.inv_freq", "position_ids")
-# As safetensors and torch name them.
-_WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")
 # Classes of models by PEFT's `task_type`.
 _OF_TASK: dict[str, Any] = {
     "SEQ_CLS": AutoModelForSequenceClassification,
@@ -47,6 +45,15 @@ def load_config(folder: str | os.PathLike[str]) -> Any:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever a wrong value makes it raise
         raise ValueError(f"the config in {folder} can't be used: {first_line(error)}") from error
+
+
+def stored_quantisation(folder: str | os.PathLike[str]) -> Any:
+    """What a folder's config says of a quantisation of its weights; None where they are plain.
+
+    Raises:
+        ValueError: as `load_config`.
+    """
+    return getattr(load_config(folder), "quantization_config", None)
 
 
 def model_class(folder: str | os.PathLike[str], task: str | None = None) -> Any:
@@ -149,12 +156,12 @@ def _check_dtypes(folder: str | os.PathLike[str], model: Any) -> None:
 
     It would cast the codes to the model's dtype.
     """
-    if getattr(load_config(folder), "quantization_config", None) is not None:
+    if stored_quantisation(folder) is not None:
         return
     names = {core_name(name) for name, _ in model.named_parameters()}
     for path, key, dtype in _stored_dtypes(Path(folder)):
         is_weight = key.endswith(".weight") or core_name(key) in names
-        if is_weight and dtype not in _WEIGHT_DTYPES:
+        if is_weight and dtype not in WEIGHT_DTYPES:
             raise ValueError(
                 f"{path}: {key} must be a float of 16 bits or more, got {dtype}; "
                 "the config says nothing of a quantisation"

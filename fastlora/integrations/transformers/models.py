@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from .gguf import StrPath, convert_gguf, is_gguf
-from .loading import load_config, load_model
+from .loading import load_model, stored_quantisation
 
 QUANT_TYPES = ("nf4", "fp4", "none")
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
@@ -53,7 +53,7 @@ def load_causal_lm(
     folder = model_folder(path, cache_dir)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     tokenizer = load_tokenizer(folder)
-    stored = getattr(load_config(folder), "quantization_config", None)
+    stored = stored_quantisation(folder)
     options: dict[str, Any] = {}
     if quant != "none":
         if stored is not None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,32 +103,30 @@ class KeptBase:
             getattr(layer, "_caches", {}).pop(f"{adapter}-weight_norm", None)
 
 
-class Keeper:
-    """Keeps the base of a layer over a merge: make it before, call it after.
+@contextmanager
+def keeping(layer: Any, names: list[str], keep: bool) -> Iterator[None]:
+    """Keeps the base of `layer` over a merge inside, if asked for or if it is kept already.
 
     Args:
         layer: one of PEFT's.
         names: the parameters of its base layer that the merge can change.
     """
-
-    def __init__(self, layer: Any, names: list[str]) -> None:
-        self._layer, self._base = layer, layer.get_base_layer()
-        self._before = {n: t.detach().clone() for n, t in _weights(self._base, names).items()}
-        self._kept, self._adapters = kept_of(layer), list(layer.merged_adapters)
-        four_bit = bnb.is_linear4bit(self._base)
-        self._state = bnb.raw_quant_state(self._base) if four_bit else None
-
-    def __call__(self) -> None:
-        layer = self._layer
-        new = [name for name in layer.merged_adapters if name not in self._adapters]
-        after = _weights(self._base, self._before)
-        tensors = {
-            name: KeptTensor.of(before, after[name]) for name, before in self._before.items()
-        }
-        kept = KeptBase(new, self._base, tensors, self._state)
-        setattr(layer, _KEPT, [*self._kept, kept])
-        # PEFT unmerges by itself, in a call with disabled adapters, for one.
-        layer.unmerge = _Unmerge(layer)
+    earlier = kept_of(layer)
+    if not earlier:
+        forget_kept(layer)  # of merges that were taken out otherwise
+    if not (keep or earlier):
+        yield
+        return
+    base, merged = layer.get_base_layer(), list(layer.merged_adapters)
+    before = {name: t.detach().clone() for name, t in _weights(base, names).items()}
+    state = bnb.raw_quant_state(base) if bnb.is_linear4bit(base) else None
+    yield
+    new = [name for name in layer.merged_adapters if name not in merged]
+    after = _weights(base, names)
+    tensors = {name: KeptTensor.of(before[name], after[name]) for name in names}
+    setattr(layer, _KEPT, [*earlier, KeptBase(new, base, tensors, state)])
+    # PEFT unmerges by itself, in a call with disabled adapters, for one.
+    layer.unmerge = _Unmerge(layer)
 
 
 class _Unmerge:

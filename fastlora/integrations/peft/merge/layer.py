@@ -19,7 +19,7 @@ from ... import bitsandbytes as bnb
 from ..names import base_name
 from ..swap import is_fast, swap_in
 from .feedback import quantize_with_feedback
-from .kept import Keeper, forget_kept, kept_of, not_kept_reason, restore_kept
+from .kept import keeping, not_kept_reason, restore_kept
 from .report import MergeRow, measured
 
 
@@ -40,34 +40,16 @@ def merge_layer(
     Raises:
         ValueError: the merged weight is not finite; the layer is as before.
     """
-    if not kept_of(layer):
-        forget_kept(layer)  # of merges that were taken out otherwise
-    keep = Keeper(layer, _changing(layer)) if keep_base or kept_of(layer) else None
-    row = _merge(name, layer, adapters, into, dtype, original, moments, compare)
-    if keep is not None:
-        keep()
-    return row
-
-
-def _merge(
-    name: str,
-    layer: Any,
-    adapters: list[str],
-    into: str,
-    dtype: torch.dtype | None,
-    original: Tensor | None,
-    moments: Tensor | None,
-    compare: bool,
-) -> MergeRow:
-    if not _is_ours(layer):
-        layer.merge(adapter_names=adapters)
-        return MergeRow(name, type(layer.get_base_layer()).__name__)
-    peft = (_decoded(layer), _decoded(merged_copy(layer, adapters))) if compare else None
-    kept = _stored_dtype(layer, into, dtype)
-    result = _in_fp32(layer, "merge", kept, original, adapter_names=adapters)
-    _store(layer, result, into, dtype, moments)
-    base = base_name(layer.get_base_layer())
-    return measured(name, base, result.before, result.after, _decoded(layer), peft, moments)
+    with keeping(layer, _changing(layer), keep_base):
+        if not _is_ours(layer):
+            layer.merge(adapter_names=adapters)
+            return MergeRow(name, type(layer.get_base_layer()).__name__)
+        peft = (_decoded(layer), _decoded(merged_copy(layer, adapters))) if compare else None
+        kept = _stored_dtype(layer, into, dtype)
+        result = _in_fp32(layer, "merge", kept, original, adapter_names=adapters)
+        _store(layer, result, into, dtype, moments)
+        base = base_name(layer.get_base_layer())
+        return measured(name, base, result.before, result.after, _decoded(layer), peft, moments)
 
 
 def unmerge_layer(layer: Any) -> None:

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from .... import ops
 from ....quant import QuantState
+from ...keys import WEIGHT_DTYPES
 from ...names import core_name
+from ..names import named
 
 Source = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
-
-# As safetensors and torch name them.
-_DTYPES = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")
 
 
 class OriginalWeights:
@@ -80,8 +79,8 @@ class OriginalWeights:
                 found, dtype = tuple(part.get_shape()), part.get_dtype()
         else:
             tensor = self._tensors[key]
-            found, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
-        if found != tuple(shape) or dtype not in _DTYPES:
+            found, dtype = tuple(tensor.shape), named(tensor.dtype)
+        if found != tuple(shape) or dtype not in WEIGHT_DTYPES:
             raise ValueError(
                 f"{self._what}: {key} must be a weight in 16 bits or more of shape {tuple(shape)}, "
                 f"got {dtype} {found}"
